@@ -1,0 +1,23 @@
+"""One exception for what a user can put right, and the wording of near misses."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave. The message is one line: what is wrong, where, and what would be right.
+
+    The command line prints it without a traceback and ends with exit code 2.
+    """
+
+
+def nearest_first(name: str, options: Iterable[str], shown: int = 12) -> str:
+    """Lists what exists, the nearest match first: ``did you mean 'digits'? There are: digits, dtd, ...``."""
+    known = sorted(set(options))
+    if not known:
+        return "There are none."
+    lowered = {option.lower(): option for option in known}
+    close = [lowered[match] for match in difflib.get_close_matches(name.lower(), lowered, n=3, cutoff=0.5)]
+    ordered = close + [option for option in known if option not in close]
+    listed = ", ".join(ordered[:shown]) + (f" and {len(ordered) - shown} more" if len(ordered) > shown else "")
+    return (f"Did you mean {close[0]!r}? " if close else "") + f"There are: {listed}."
