@@ -1,0 +1,139 @@
+"""Multi-head self-attention over the slots q, k, v and o, in place of the three forms that libraries use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kshot.slots import Projection
+
+# In bfloat16 on a CPU, torch's fused kernel is 2 to 9 times slower forward and backward than two plain products, up to
+# lengths where their scores no longer fit the cache (benchmarks/attention.py). In float32 it is as fast or faster.
+LONGEST_UNFUSED = 1024
+
+
+@dataclass(frozen=True)
+class PackedText:
+    """How class prompts that share a prefix lie in one list of tokens: first all prefixes, then all suffixes.
+
+    A causal tower gives a shared prefix the same states in every class, so it is run once for each of the ``groups``
+    (one group, or one for each image when prompts depend on the image).
+    """
+
+    groups: int
+    prefix: int  # tokens in a prefix
+    classes: int
+    suffix: int  # tokens in a suffix, padding included
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0) -> Tensor:
+    """Scaled dot-product attention, (..., L, width of a head), with an additive mask that broadcasts to (..., L, L)."""
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or k.shape[-2] > LONGEST_UNFUSED:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    if mask is not None:
+        scores = scores + mask
+    return F.dropout(scores.softmax(-1).to(v.dtype), dropout, training=dropout > 0) @ v
+
+
+class Attention(nn.Module):
+    """Self-attention whose projections are slots.
+
+    Args:
+        qkv: the fused projection with parts q, k, v.
+        o: the output projection.
+        heads: number of heads.
+        q_norm: norm of each head's queries, or identity; likewise k_norm.
+        k_norm: norm of each head's keys.
+        head_scale: factor a head, (heads, 1, 1), or None.
+        inner_norm: norm before the output projection, or identity.
+        dropout: of the attention weights, in training.
+    """
+
+    def __init__(
+        self,
+        qkv: Projection,
+        o: Projection,
+        heads: int,
+        q_norm: nn.Module | None = None,
+        k_norm: nn.Module | None = None,
+        head_scale: nn.Parameter | None = None,
+        inner_norm: nn.Module | None = None,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.qkv, self.o, self.heads, self.dropout = qkv, o, heads, dropout
+        self.q_norm, self.k_norm = q_norm or nn.Identity(), k_norm or nn.Identity()
+        self.head_scale, self.inner_norm = head_scale, inner_norm or nn.Identity()
+
+    def heads_of(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Projects (B, L, width) to q, k, v, each (B, heads, L, width of a head)."""
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(-3, -2) for y in self.qkv.split(x))
+        return self.q_norm(q), self.k_norm(k), v
+
+    def join(self, x: Tensor) -> Tensor:
+        """Joins heads, (B, heads, L, width of a head), and projects them to (B, L, width)."""
+        if self.head_scale is not None:
+            x = x * self.head_scale
+        return self.o(self.inner_norm(x.transpose(-3, -2).flatten(-2)))
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, **_: Any) -> Any:
+        """Attends within each sequence of (B, L, width).
+
+        Args:
+            x: (B, L, width).
+            attn_mask: additive, or boolean with True where attention is allowed; broadcasts to (B, heads, L, L).
+        """
+        q, k, v = self.heads_of(x)
+        if attn_mask is not None:
+            attn_mask = additive(attn_mask, q.dtype)
+        return self.join(attend(q, k, v, attn_mask, self.dropout if self.training else 0.0))
+
+    def packed(self, x: Tensor, layout: PackedText) -> Tensor:
+        """Attends causally within prompts packed as :class:`PackedText`, (tokens, width), at no cost for padding keys.
+
+        A suffix token sees its group's prefix and the earlier tokens of its own suffix. The scores against the prefix
+        are one product for all classes, so that keys and values of the prefix are never repeated.
+        """
+        g, p, c, s = layout.groups, layout.prefix, layout.classes, layout.suffix
+        q, k, v = (y.squeeze(0).transpose(0, 1) for y in self.heads_of(x.unsqueeze(0)))  # (tokens, heads, width)
+        (qp, qs), (kp, ks), (vp, vs) = (y.split([g * p, g * c * s]) for y in (q, k, v))
+        qp, kp, vp = (y.unflatten(0, (g, p)).transpose(1, 2) for y in (qp, kp, vp))  # (g, heads, p, width)
+        prefix = attend(qp, kp, vp, causal(p, x.device, q.dtype))
+        qs, ks, vs = (y.unflatten(0, (g, c, s)) for y in (qs, ks, vs))  # (g, c, s, heads, width)
+        qs = qs * q.shape[-1] ** -0.5
+        to_prefix = qs.flatten(1, 2).transpose(1, 2) @ kp.transpose(-2, -1)  # (g, heads, c·s, p)
+        to_prefix = to_prefix.unflatten(2, (c, s)).transpose(1, 2)  # (g, c, heads, s, p)
+        ks, vs = ks.transpose(2, 3), vs.transpose(2, 3)  # (g, c, heads, s, width)
+        to_suffix = qs.transpose(2, 3) @ ks.transpose(-2, -1) + causal(s, x.device, q.dtype)
+        weights = torch.cat([to_prefix, to_suffix], -1).softmax(-1).to(v.dtype)
+        of_prefix = weights[..., :p].transpose(1, 2).flatten(2, 3) @ vp  # (g, heads, c·s, width)
+        suffix = of_prefix.unflatten(2, (c, s)).transpose(1, 2) + weights[..., p:] @ vs
+        prefix = prefix.transpose(1, 2).reshape(g * p, self.heads, -1)
+        suffix = suffix.transpose(2, 3).reshape(g * c * s, self.heads, -1)
+        return self.join(torch.cat([prefix, suffix]).transpose(0, 1).unsqueeze(0)).squeeze(0)
+
+
+class DropInAttention(Attention):
+    """The same under the calling convention of :class:`torch.nn.MultiheadAttention` (batch first)."""
+
+    def forward(self, x: Tensor, key: Any = None, value: Any = None, attn_mask: Any = None, **_: Any) -> Any:
+        """Returns (output, None); key and value must be the queries themselves."""
+        assert key is None or key is x, "self-attention only"
+        return super().forward(x, attn_mask=attn_mask), None
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """An additive mask from either convention: boolean masks are True where attention is allowed."""
+    if mask.dtype != torch.bool:
+        return mask.to(dtype)
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf"))
+
+
+def causal(length: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(length, length), -inf above the diagonal."""
+    return torch.full((length, length), float("-inf"), device=device, dtype=dtype).triu_(1)

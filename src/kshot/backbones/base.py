@@ -1,0 +1,185 @@
+"""What every backbone offers: image features, named slots and, for vision-language models, a text tower."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from kshot.errors import UserError
+from kshot.slots import AdapterLayer, Slot
+
+
+class Backbone(nn.Module, ABC):
+    """An image encoder that takes RGB images and owns their normalisation.
+
+    Everything in it starts frozen and in evaluation mode; only adapters and what a method unfreezes ever train.
+
+    Attributes:
+        name: architecture and weights, as the config names them.
+        image_size: side of the square images it takes, in pixels.
+        feature_dim: width of an image feature.
+        weight_sha256: digest of the weights as loaded; checkpoints carry it.
+    """
+
+    mean: Tensor
+    std: Tensor
+    trainable_towers = False
+
+    def __init__(self, name: str, image_size: int, feature_dim: int, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.name, self.image_size, self.feature_dim = name, image_size, feature_dim
+        self.weight_sha256 = ""
+        self._slots: dict[str, Slot] = {}
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+
+    def freeze(self, towers: nn.Module, slots: dict[str, Slot]) -> None:
+        """Ends construction: freezes the towers and publishes their slots."""
+        towers.requires_grad_(False)
+        self._slots = slots
+        self.eval()
+
+    @abstractmethod
+    def encode_normalised(self, image: Tensor) -> Tensor:
+        """Image features, (B, feature_dim), of normalised images, (B, 3, H, W)."""
+
+    def encode_image(self, image: Tensor) -> Tensor:
+        """Image features, not normalised to unit length.
+
+        Args:
+            image: (B, 3, image_size, image_size), uint8, or floats in [0, 1].
+
+        Returns:
+            (B, feature_dim).
+        """
+        image = image.float() / 255 if image.dtype == torch.uint8 else image
+        features: Tensor = self.encode_normalised((image - self.mean) / self.std)
+        return features
+
+    def slots(self) -> dict[str, Slot]:
+        """All slots by canonical name, ``<tower>.<block>.<q|k|v|o|fc1|fc2>``."""
+        return dict(self._slots)
+
+    @abstractmethod
+    def named_tower_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """All parameters but adapters', under names that begin with ``image.`` or ``text.``."""
+
+    def trainable(self, tower: str) -> list[nn.Parameter]:
+        """What trains in a tower, ``image`` or ``text``, adapters included."""
+        own = [p for name, p in self.named_tower_parameters() if name.startswith(f"{tower}.") and p.requires_grad]
+        adapted = {id(s.projection): s.projection for name, s in self._slots.items() if name.startswith(f"{tower}.")}
+        layers = [p for projection in adapted.values() for p in projection.adapters.parameters() if p.requires_grad]
+        return own + layers
+
+    def train(self, mode: bool = True) -> Backbone:
+        """Switches adapters; the frozen towers stay in evaluation mode unless a method trains them as a whole."""
+        super().train(mode and self.trainable_towers)
+        for module in self.modules():
+            if isinstance(module, AdapterLayer):
+                module.train(mode)
+        return self
+
+
+class VisionLanguageBackbone(Backbone):
+    """A backbone with a text tower.
+
+    Attributes:
+        text_width: width of a token embedding.
+        context_length: positions that a prompt can take.
+        supports_prompts: False when the text tower takes no embeddings in place of tokens.
+    """
+
+    text_width: int
+    context_length: int
+    supports_prompts: bool
+
+    @property
+    @abstractmethod
+    def logit_scale(self) -> Tensor:
+        """The frozen inverse temperature, exp already applied: a scalar."""
+
+    @abstractmethod
+    def token_ids(self, text: str) -> list[int]:
+        """Tokens of a text without start, end and padding."""
+
+    @abstractmethod
+    def tokenize(self, texts: Sequence[str]) -> Tensor:
+        """Padded tokens with start and end, (N, context_length), int64.
+
+        Raises:
+            UserError: a text does not fit; it is named with its number of tokens.
+        """
+
+    @abstractmethod
+    def embed_tokens(self, tokens: Tensor) -> Tensor:
+        """Frozen token embeddings, (..., text_width), without positions."""
+
+    @abstractmethod
+    def end_of_text(self, tokens: Tensor) -> Tensor:
+        """Position of the token at which each row of (N, L) is pooled, (N,)."""
+
+    @abstractmethod
+    def encode_embeddings(self, prefix: Tensor, suffix: Tensor, end: Tensor) -> Tensor:
+        """Text features of prompts that share a prefix.
+
+        Args:
+            prefix: (G, P, text_width) embeddings of the shared first tokens, start token included, in G groups.
+            suffix: (G, C, S, text_width) embeddings of what differs by class, padding included.
+            end: (C,) position of the end token in the whole prompt, in P ... P+S-1.
+
+        Returns:
+            (G, C, feature_dim), not normalised to unit length.
+        """
+
+    @abstractmethod
+    def encode_tokens(self, tokens: Tensor) -> Tensor:
+        """Text features, (N, feature_dim), of padded tokens, (N, context_length), at the least exact cost."""
+
+
+def require_text(backbone: Backbone, who: str) -> VisionLanguageBackbone:
+    """The backbone, if it has a text tower.
+
+    Raises:
+        UserError: it has none.
+    """
+    if not isinstance(backbone, VisionLanguageBackbone):
+        raise UserError(
+            f"{who} needs a text tower, and {backbone.name} has none: use an OpenClip backbone, or the classifier "
+            "LinearProbe or NearestClassMean."
+        )
+    return backbone
+
+
+def require_prompts(backbone: Backbone, who: str) -> VisionLanguageBackbone:
+    """The backbone, if its text tower takes learned embeddings.
+
+    Raises:
+        UserError: it does not.
+    """
+    text = require_text(backbone, who)
+    if not text.supports_prompts:
+        raise UserError(f"{who} learns prompt embeddings, which the text tower of {text.name} cannot take (not causal).")
+    return text
+
+
+def sha256_of(model: nn.Module) -> str:
+    """SHA-256 over names, shapes and values of a model's state, independent of device and of module order."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        value = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
+        digest.update(value.view(torch.uint8).numpy().data if value.ndim else value.reshape(1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def check_image_size(image_size: int, patch: int, name: str) -> None:
+    """Raises UserError unless the patches tile the image."""
+    if image_size < patch or image_size % patch:
+        below, above = max(patch, image_size // patch * patch), (image_size // patch + 1) * patch
+        raise UserError(
+            f"image_size {image_size} is not a multiple of the patch size {patch} of {name}: use {below} or {above}."
+        )

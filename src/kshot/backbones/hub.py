@@ -1,0 +1,60 @@
+"""Asking a model hub without waiting for one that cannot be reached."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from urllib.parse import urlsplit
+
+
+@contextmanager
+def quiet_hub(timeout: float = 3.0) -> Iterator[None]:
+    """Loads without the libraries' chatter, and from the cache alone when the hub does not answer.
+
+    The libraries retry a dead hub for most of a minute; one connection attempt tells sooner. Behind a proxy the attempt
+    would say nothing, so there it is left out.
+
+    Args:
+        timeout: seconds to wait for the hub.
+    """
+    from huggingface_hub import constants
+
+    before, disabled = constants.HF_HUB_OFFLINE, logging.root.manager.disable
+    behind_proxy = any(name in os.environ for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"))
+    constants.HF_HUB_OFFLINE = before or not (behind_proxy or answers(constants.ENDPOINT, timeout))
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+        logging.disable(disabled)
+
+
+def answers(endpoint: str, timeout: float) -> bool:
+    """Whether a connection to a hub's address can be opened."""
+    address = urlsplit(endpoint)
+    try:
+        socket.create_connection((address.hostname or "", address.port or 443), timeout=timeout).close()
+    except OSError:
+        return False
+    return True
+
+
+def out_of_reach(what: str, setting: str, error: Exception) -> str:
+    """One line for weights that are neither in the cache nor to be had."""
+    return (
+        f"{what} are not in the cache and could not be fetched ({first_line(error)}). With a network, run once; without "
+        f"one, point HF_HUB_CACHE at a filled cache or set {setting} to a local file."
+    )
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, shortened, or its type."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:160] if lines else type(error).__name__

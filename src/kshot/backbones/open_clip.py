@@ -1,0 +1,262 @@
+"""CLIP and its relatives through open_clip: any architecture, tag, hub repository or local folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from kshot.backbones.attention import Attention, PackedText
+from kshot.backbones.base import VisionLanguageBackbone, check_image_size, sha256_of
+from kshot.backbones.hub import first_line, out_of_reach, quiet_hub
+from kshot.backbones.unfuse import unfuse_open_clip, unfuse_timm
+from kshot.errors import UserError, nearest_first
+from kshot.slots import Slot
+
+WEIGHTS = Path(__file__).parents[1] / "weights"  # model folders that kshot carries
+
+
+class OpenClip(VisionLanguageBackbone):
+    """A vision-language model of open_clip.
+
+    Args:
+        model: an architecture (``ViT-B-16-quickgelu``), a hub repository (``hf-hub:org/name``), a folder that holds
+            ``open_clip_config.json`` and weights, or ``kshot:glyph_clip``, the small model that kshot carries.
+        pretrained: for an architecture: a tag (``openai``), a file of weights, or ``random``. For the other forms
+            nothing, since they carry their weights.
+        image_size: side of the input in pixels; None takes the model's own.
+
+    Raises:
+        UserError: unknown architecture, tag or folder; no weights named; weights out of reach; an activation that the
+            weights were not trained with; an image size that the patches do not tile.
+    """
+
+    def __init__(self, model: str, pretrained: str | None = None, image_size: int | None = None) -> None:
+        import open_clip
+
+        source = resolve(model)
+        named = source.startswith(("hf-hub:", "local-dir:"))
+        check_weights_named(model, pretrained, named)
+        if image_size is not None and not named:
+            config = open_clip.get_model_config(source) or {}
+            patch = config.get("vision_cfg", {}).get("patch_size")
+            if isinstance(patch, int):
+                check_image_size(image_size, patch, model)
+        try:
+            with quiet_hub():
+                clip: Any = open_clip.create_model(
+                    source,
+                    pretrained=None if pretrained == "random" else pretrained,
+                    force_image_size=image_size,
+                    require_pretrained=pretrained != "random",
+                    pretrained_image=False,
+                    pretrained_text=False,
+                )
+        except Exception as error:
+            raise weights_error(model, pretrained, error) from error
+        size = clip.visual.image_size
+        statistics = clip.visual.preprocess_cfg
+        size = size[0] if isinstance(size, tuple | list) else size
+        patch = getattr(clip.visual, "patch_size", None)
+        if patch is not None:
+            check_image_size(size, patch[0] if isinstance(patch, tuple | list) else patch, model)
+        super().__init__(
+            name=model if pretrained is None else f"{model}/{pretrained}",
+            image_size=size,
+            feature_dim=feature_dim(clip),
+            mean=statistics["mean"],
+            std=statistics["std"],
+        )
+        self.weight_sha256 = sha256_of(clip)
+        self.clip = clip
+        self.tokenizer = tokenizer_of(source)
+        text = self._text
+        self.context_length = self.tokenizer.context_length
+        self.supports_prompts = (
+            getattr(text, "attn_mask", None) is not None
+            and getattr(text, "cls_emb", None) is None
+            and self._pool in ("argmax", "eos")
+        )
+        self.text_width = text.token_embedding.weight.shape[1] if hasattr(text, "token_embedding") else 0
+        self.freeze(clip, self._unfuse())
+
+    def _unfuse(self) -> dict[str, Slot]:
+        slots: dict[str, Slot] = {}
+        visual = self.clip.visual
+        if hasattr(visual, "transformer"):
+            slots |= unfuse_open_clip(visual.transformer.resblocks, "image")
+        elif hasattr(getattr(visual, "trunk", None), "blocks"):
+            slots |= unfuse_timm(visual.trunk.blocks, "image")
+        if hasattr(getattr(self._text, "transformer", None), "resblocks"):
+            slots |= unfuse_open_clip(self._text.transformer.resblocks, "text")
+        return slots
+
+    @property
+    def _text(self) -> Any:
+        """The module that holds the text tower: the model itself, or its ``text``."""
+        return getattr(self.clip, "text", self.clip)
+
+    @property
+    def _pool(self) -> str:
+        return str(getattr(self._text, "text_pool_type", getattr(self._text, "pool_type", "")))
+
+    @property
+    def logit_scale(self) -> Tensor:
+        return cast(Tensor, self.clip.logit_scale.detach().exp().reshape(()))
+
+    def encode_normalised(self, image: Tensor) -> Tensor:
+        return cast(Tensor, self.clip.encode_image(image))
+
+    def named_tower_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for name, parameter in self.clip.named_parameters():
+            if ".adapters." not in name and not name.startswith(("logit_scale", "logit_bias")):
+                image = name.startswith("visual.")
+                yield ("image." if image else "text.") + name.removeprefix("visual."), parameter
+
+    def token_ids(self, text: str) -> list[int]:
+        if hasattr(self.tokenizer, "encode"):
+            return list(self.tokenizer.encode(text))
+        return list(self.tokenizer.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def tokenize(self, texts: Sequence[str]) -> Tensor:
+        for text in texts:
+            needed = len(self.token_ids(text)) + 2
+            if needed > self.context_length:
+                raise UserError(
+                    f"The prompt {text!r} takes {needed} tokens, and {self.name} reads {self.context_length}: shorten the "
+                    "class name or the template."
+                )
+        return cast(Tensor, self.tokenizer(list(texts)))
+
+    def embed_tokens(self, tokens: Tensor) -> Tensor:
+        return cast(Tensor, self._text.token_embedding(tokens))
+
+    def end_of_text(self, tokens: Tensor) -> Tensor:
+        if self._pool == "argmax":
+            return tokens.argmax(-1)
+        end = getattr(self._text, "text_eos_id", getattr(self._text, "eos_id", None))
+        return (tokens == end).int().argmax(-1)
+
+    def encode_tokens(self, tokens: Tensor) -> Tensor:
+        if not self.supports_prompts:
+            return cast(Tensor, self.clip.encode_text(tokens))
+        end = self.end_of_text(tokens)
+        same = (tokens == tokens[:1]).all(0).long().cumprod(0).sum()  # tokens that all prompts begin with
+        shared, longest = int(torch.minimum(same, end.min())), int(end.max()) + 1
+        embeddings = self.embed_tokens(tokens[:, :longest])
+        return self.encode_embeddings(embeddings[:1, :shared], embeddings[None, :, shared:], end)[0]
+
+    def encode_embeddings(self, prefix: Tensor, suffix: Tensor, end: Tensor) -> Tensor:
+        text = self._text
+        (groups, p, width), (classes, s) = prefix.shape, suffix.shape[1:3]
+        positions = text.positional_embedding
+        x = torch.cat([
+            (prefix + positions[:p]).reshape(groups * p, width),
+            (suffix + positions[p : p + s]).reshape(groups * classes * s, width),
+        ])  # (tokens, width): every layer but attention treats tokens alike, so a shared prefix is there once
+        layout = PackedText(groups, p, classes, s)
+        for block in text.transformer.resblocks:
+            attended = cast(Attention, block.attn).packed(block.ln_1(x), layout)
+            x = x + block.ls_1(getattr(block, "ln_attn", nn.Identity())(attended))
+            x = x + block.ls_2(block.mlp(block.ln_2(x)))
+        x = x[groups * p :].view(groups, classes, s, width)
+        pooled = text.ln_final(x[:, torch.arange(classes, device=x.device), end.to(x.device) - p])
+        projection = text.text_projection
+        if projection is None:
+            return cast(Tensor, pooled)
+        return cast(Tensor, projection(pooled) if isinstance(projection, nn.Linear) else pooled @ projection)
+
+
+def resolve(model: str) -> str:
+    """The name under which open_clip finds a model: folders get its ``local-dir:`` prefix.
+
+    Raises:
+        UserError: nothing of that name exists.
+    """
+    import open_clip
+
+    if model.startswith("hf-hub:"):
+        return model
+    carried = {f"kshot:{folder.name}": folder for folder in sorted(WEIGHTS.iterdir()) if folder.is_dir()}
+    if model.startswith("kshot:"):
+        if model not in carried:
+            raise UserError(f"kshot carries no model {model!r}. {nearest_first(model, carried)}")
+        return f"local-dir:{carried[model]}"
+    folder = Path(model.removeprefix("local-dir:")).expanduser()
+    if model.startswith("local-dir:") or folder.is_dir():
+        if not (folder / "open_clip_config.json").is_file():
+            raise UserError(f"The folder {folder} holds no open_clip_config.json, so it is no open_clip model folder.")
+        return f"local-dir:{folder}"
+    names = open_clip.list_models()
+    if model.replace("/", "-") not in names:
+        raise UserError(
+            f"Unknown open_clip architecture {model!r}, nor is there such a folder. {nearest_first(model, names)}"
+        )
+    return model.replace("/", "-")
+
+
+def check_weights_named(model: str, pretrained: str | None, named: bool) -> None:
+    """Raises UserError unless exactly one source of weights is named and its activation fits."""
+    import open_clip
+
+    if named:
+        if pretrained is not None:
+            raise UserError(f"{model} carries its own weights: leave out pretrained={pretrained!r}.")
+        return
+    tags = open_clip.list_pretrained_tags_by_model(model.replace("/", "-"))
+    if pretrained is None:
+        raise UserError(
+            f"Backbone {model}: no weights named. Set pretrained to a tag ({', '.join(tags) or 'none published'}), a file, "
+            "or 'random'."
+        )
+    if pretrained == "random" or Path(pretrained).is_file():
+        return
+    tag = open_clip.get_pretrained_cfg(model.replace("/", "-"), pretrained)
+    if not tag:
+        raise UserError(
+            f"{pretrained!r} is neither a file nor a tag of {model}. {nearest_first(pretrained, [*tags, 'random'])}"
+        )
+    wanted, has = bool(tag.get("quick_gelu")), bool((open_clip.get_model_config(model) or {}).get("quick_gelu"))
+    if wanted != has:
+        other = f"{model}-quickgelu" if wanted else model.removesuffix("-quickgelu")
+        raise UserError(
+            f"The weights {pretrained!r} were trained with {'QuickGELU' if wanted else 'GELU'}, and {model} computes "
+            f"{'QuickGELU' if has else 'GELU'}: use model: {other}."
+        )
+
+
+def weights_error(model: str, pretrained: str | None, error: Exception) -> UserError:
+    """One line for weights that could not be read or fetched."""
+    if pretrained is not None and Path(pretrained).is_file():
+        return UserError(f"The weights in {pretrained} do not fit {model}: {first_line(error)}")
+    if model.startswith(("kshot:", "local-dir:")) or Path(model).is_dir():
+        return UserError(f"The model folder {model} could not be loaded: {first_line(error)}")
+    return UserError(out_of_reach(f"The weights of {model} ({pretrained or 'its own'})", "pretrained", error))
+
+
+def tokenizer_of(source: str) -> Any:
+    """The tokenizer of a resolved model; a relative ``bpe_path`` in a model folder means a file in that folder."""
+    import open_clip
+
+    if source.startswith("local-dir:"):
+        folder = Path(source.removeprefix("local-dir:"))
+        config = json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))
+        path = config["model_cfg"].get("text_cfg", {}).get("tokenizer_kwargs", {}).get("bpe_path")
+        if path is not None:
+            return open_clip.get_tokenizer(source, bpe_path=str(folder / path))
+    return open_clip.get_tokenizer(source)
+
+
+def feature_dim(clip: Any) -> int:
+    """Width of the joint embedding, read from the tower, or by running it on one black image."""
+    width = getattr(clip.visual, "output_dim", None)
+    if isinstance(width, int):
+        return width
+    side = clip.visual.image_size
+    height, width = side if isinstance(side, tuple | list) else (side, side)
+    with torch.no_grad():
+        return int(clip.encode_image(torch.zeros(1, 3, height, width)).shape[-1])

@@ -1,0 +1,35 @@
+"""A linear layer on image features: the linear probe, and the head of adapters without a text tower."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kshot.backbones.base import Backbone
+from kshot.classifiers.base import Classifier, Task
+
+
+class LinearProbe(Classifier):
+    """``z = W f + b``, trained by the run's optimizer (Radford et al. 2021, appendix A.3, use L-BFGS).
+
+    Args:
+        backbone: any.
+        task: for the number of classes.
+        normalize: scale features to unit length, times the square root of their width, before the product.
+    """
+
+    def __init__(self, backbone: Backbone, task: Task, normalize: bool = True) -> None:
+        super().__init__(backbone, task)
+        self.normalize = normalize
+        self.head = nn.Linear(backbone.feature_dim, len(task.class_names))
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        features = features.float()
+        if self.normalize:
+            features = F.normalize(features, dim=-1) * features.shape[-1] ** 0.5
+        with torch.autocast(features.device.type, enabled=False):
+            logits: Tensor = self.head(features)
+        return logits

@@ -1,0 +1,87 @@
+"""The command line: LightningCLI with configs by name, run directories, a test after fit, and one-line errors."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+START = time.time()
+USAGE = """\
+usage: python main.py {fit,validate,test,predict} --config NAME [--config METHOD ...] [options]
+
+  fit       adapt a backbone from a few images a class, then test it
+  validate  accuracy on the few validation images
+  test      accuracy on the test split, of a checkpoint with --ckpt_path
+  predict   label any images: --images FOLDER_OR_FILES, writes a CSV
+
+examples:
+  python main.py fit --config clip_16shot.yaml
+  python main.py fit --config clip_16shot.yaml --data.shots 4 --model.adapter.rank 4
+  python main.py fit --config clip_16shot.yaml --config methods/coop.yaml
+  python main.py test --config clip_16shot.yaml --ckpt_path runs/clip_16shot/001/tuned.safetensors
+  python main.py predict --config clip_16shot.yaml --ckpt_path ... --images photos/
+
+'python main.py fit --help' lists all options; a name given to --config is a path, or a file in configs/."""
+
+
+def wants_short_help(arguments: list[str]) -> bool:
+    """True for a bare or help-only call, which is answered without loading torch."""
+    return arguments in ([], ["-h"], ["--help"])
+
+
+def config_folder() -> Path:
+    """The folder ``configs``, in a checkout or in an installed package."""
+    installed = Path(__file__).parent / "configs"
+    return installed if installed.is_dir() else Path(__file__).parents[2] / "configs"
+
+
+@dataclass
+class RunOptions:
+    """Where a run keeps its files.
+
+    Args:
+        root: folder of all runs.
+        name: folder of this kind of run; by default the names of its configs.
+        save_every: seconds between files to resume from, written at ends of epochs.
+    """
+
+    root: str = "runs"
+    name: str | None = None
+    save_every: float = 10.0
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command line; a user's mistake ends with one line and exit code 2."""
+    given = sys.argv[1:] if arguments is None else arguments
+    if wants_short_help(given):
+        print(USAGE)
+        return
+    from kshot.errors import UserError
+
+    try:
+        from kshot.commands import run
+
+        run(given)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def quiet_environment() -> None:
+    """Settings that libraries read at import."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def seconds_since_start() -> float:
+    """Seconds since the command line was imported."""
+    return time.time() - START
+
+
+__all__: list[Any] = ["RunOptions", "config_folder", "main", "seconds_since_start"]

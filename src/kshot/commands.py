@@ -1,0 +1,399 @@
+"""What the command line does once Lightning is loaded: parse, build, check, run, and write down the result."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import re
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from jsonargparse import ActionConfigFile
+from lightning.pytorch.callbacks import Checkpoint, TQDMProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.trainer import Trainer
+
+import kshot.optim  # noqa: F401  its classes resolve by their short names once imported
+from kshot import __version__, results
+from kshot.adapters import Adapter
+from kshot.backbones import Backbone
+from kshot.checkpoint import AtomicCheckpoints, write_tensors
+from kshot.classifiers import Classifier
+from kshot.cli import RunOptions, config_folder, seconds_since_start
+from kshot.data.datamodule import FewShotDataModule
+from kshot.errors import UserError, nearest_first
+from kshot.module import FewShotModule
+
+KINDS: dict[str, type] = {"backbone": Backbone, "adapter": Adapter, "classifier": Classifier}
+
+
+def run(arguments: list[str]) -> FewShotCLI:
+    """Runs a command line and returns what it built."""
+    settle_chatter()
+    argv, sys.argv = sys.argv, sys.argv[:1]  # Lightning warns when both its arguments and sys.argv hold something
+    try:
+        return FewShotCLI(
+            FewShotModule,
+            FewShotDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            seed_everything_default=1,
+            auto_configure_optimizers=False,
+            save_config_callback=None,
+            parser_class=Parser,
+            trainer_defaults={
+                "devices": 1,
+                "logger": False,
+                "enable_model_summary": False,
+                "num_sanity_val_steps": 0,
+                "log_every_n_steps": 1,
+            },
+            args=arguments,
+        )
+    finally:
+        sys.argv = argv
+
+
+def settle_chatter() -> None:
+    """Silences messages that tell a user nothing to act on."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for message in (
+        ".*does not have many workers.*",  # a few images in memory need none
+        ".*this fit will run with no optimizer.*",  # what has a closed form needs none
+        ".*LeafSpec.*",  # Lightning 2.6 on newer torch
+        ".*Checkpoint directory .* exists and is not empty.*",
+        ".*`isinstance.treespec, LeafSpec.` is deprecated.*",
+        ".*srun.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+    warnings.filterwarnings("ignore", module="jsonargparse")
+
+
+class Parser(LightningArgumentParser):
+    """Reports a mistake in one line."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Prints what is wrong, where and what would be right, and exits with code 2."""
+        del ex
+        print(f"error: {explain(message)}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def explain(message: str) -> str:
+    """Condenses jsonargparse's tree of reasons to the innermost one, with the nearest names that exist."""
+    key = re.findall(r"NestedArg\(key='([\w.]+)'", message) or re.findall(r'Parser key "([\w.]+)"', message)
+    where = key[-1] if key else "the configuration"
+    unknown = re.findall(r"Problem with given class_path '([\w.]+)':\s*Option '([\w.]+)' is not accepted", message)
+    if unknown:
+        path, option = unknown[-1]
+        return f"{path.rsplit('.', 1)[-1]} has no option {option!r}. {nearest_first(option, options_of(path))}"
+    bad_class = re.findall(r"Expected a dot import path string: ([\w.:-]+)", message) or re.findall(
+        r"Problem with given class_path '([\w.]+)'(?::\s*(?:No module|Import|module|Not a|\[?'?No))", message
+    )
+    if bad_class:
+        kinds = [k for k in re.findall(r'Parser key "(\w+)"', message) if k in KINDS] or [w for w in KINDS if w in where]
+        if kinds:
+            return f"Unknown {kinds[-1]} {bad_class[-1]!r}. {nearest_first(bad_class[-1], subclass_names(KINDS[kinds[-1]]))}"
+        return f"Unknown class {bad_class[-1]!r} for {where}."
+    value = re.findall(r"(Expected a[^\n]*?Got value: [^\n]*)", message)
+    if value:
+        inner = re.findall(r'Parser key "([\w.]+)"', message)
+        return f"{inner[-1] if inner else where}: {value[-1]}"
+    option = re.findall(r"[Uu]nrecognized arguments?: (--[\w.]+)|Option '([\w.]+)' is not accepted", message)
+    if option:
+        name = next(filter(None, option[-1]))
+        return f"Unknown option {name!r}; 'python main.py fit --help' lists all."
+    lines = [line.strip(" -") for line in message.splitlines() if line.strip(" -")]
+    inner_lines = [line for line in lines if not line.startswith(("Given value", "Subtypes", "Errors", "Does not validate"))]
+    return re.sub(r'^Parser key "config": ', "", " ".join(inner_lines))[:600]
+
+
+def subclass_names(base: type) -> list[str]:
+    """Short names of all concrete subclasses that kshot defines."""
+    found = {c for c in base.__subclasses__()}
+    while more := {s for c in found for s in c.__subclasses__()} - found:
+        found |= more
+    return [c.__name__ for c in found if not inspect.isabstract(c) and c.__module__.startswith("kshot.")]
+
+
+def options_of(path: str) -> list[str]:
+    """Names of the arguments of a class given by its import path."""
+    module, _, name = path.rpartition(".")
+    try:
+        target: Callable[..., Any] = getattr(sys.modules[module], name)
+        return [p for p in inspect.signature(target).parameters if p not in ("self", "backbone", "task")]
+    except (KeyError, AttributeError, ValueError):
+        return []
+
+
+class ConfigByName(ActionConfigFile):
+    """Reads ``--config NAME`` as a path first, then as ``configs/NAME`` and ``configs/NAME.yaml``."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        if isinstance(values, str) and "\n" not in values and ":" not in values and not Path(values).is_file():
+            candidates = [config_folder() / values, config_folder() / f"{values}.yaml"]
+            found = next((c for c in candidates if c.is_file()), None)
+            if found is None:
+                known = [str(p.relative_to(config_folder())) for p in sorted(config_folder().rglob("*.yaml"))]
+                parser.error(f"There is no config {values!r}, neither here nor in configs/. {nearest_first(values, known)}")
+            values = str(found)
+        super().__call__(parser, cfg, values, option_string)
+
+
+class ResumeFile(Checkpoint):
+    """Keeps one file to resume from, ``checkpoints/last.ckpt``, written at ends of epochs.
+
+    Args:
+        folder: set once the run directory exists; until then nothing is written.
+        seconds: least time between two files; the last epoch is always written.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.folder: Path | None = None
+        self.seconds = seconds
+        self.written = time.monotonic()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:  # noqa: ARG002
+        """Writes the file when it is due."""
+        last = trainer.max_epochs is not None and trainer.current_epoch + 1 >= trainer.max_epochs
+        if self.folder is not None and (last or time.monotonic() - self.written >= self.seconds):
+            trainer.save_checkpoint(self.folder / "last.ckpt")
+            self.written = time.monotonic()
+
+
+class Progress(TQDMProgressBar):
+    """One bar a stage; validation, which takes no time here, draws none."""
+
+    def get_metrics(self, trainer: Trainer, pl_module: Any) -> dict[str, Any]:
+        """Metrics beside the bar, without Lightning's version of the log."""
+        return {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}
+
+    def init_validation_tqdm(self) -> Any:
+        """A bar that is not drawn within fit, and drawn for ``validate``."""
+        bar = super().init_validation_tqdm()
+        bar.disable = bar.disable or self.trainer.state.fn == "fit"
+        return bar
+
+
+class FewShotCLI(LightningCLI):
+    """``fit`` (and test), ``validate``, ``test``, ``predict``."""
+
+    model: FewShotModule
+    datamodule: FewShotDataModule
+    directory: Path | None = None
+
+    # ------------------------------------------------------------------------------------------------ parsing
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """A parser that finds configs by name and says so in its help."""
+        kwargs.setdefault("dump_header", [f"kshot=={__version__}"])
+        parser = self.parser_class(**kwargs)
+        parser.add_argument(
+            "-c", "--config", action=ConfigByName, help="A YAML file, or the name of one in configs/; may be repeated."
+        )
+        return parser
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Links what the data set knows to the model, and adds where runs are kept."""
+        for name in ("class_names", "templates"):
+            parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
+        parser.add_class_arguments(RunOptions, "run")
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "fit":
+            parser.add_argument("--test_after_fit", type=bool, default=True, help="Test the fitted model.")
+        if subcommand == "predict":
+            parser.add_argument("--images", type=list[str] | str, help="A folder, an image, or a list of them.")
+            parser.add_argument("--top_k", type=int, default=5, help="Labels a row, best first.")
+            parser.add_argument("--out", type=str | None, default=None, help="CSV file; by default in the run directory.")
+        return parser
+
+    def _parse_ckpt_path(self) -> None:
+        """Leaves config and command line as they are: they win over a checkpoint's hyper-parameters."""
+
+    # ------------------------------------------------------------------------------------------------ building
+
+    def instantiate_classes(self) -> None:
+        """Builds data and model, and gives the data the image size of the backbone."""
+        super().instantiate_classes()
+        size = self.model.backbone.image_size
+        if self.datamodule.image_size not in (None, size):
+            raise UserError(
+                f"data.image_size is {self.datamodule.image_size}, but the backbone takes {size}: set it on the backbone."
+            )
+        self.datamodule.image_size = size
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Adds safe checkpoint files to the configured trainer."""
+        configured = self._get(self.config_init, "trainer", default={})
+        self.resume_file = ResumeFile(self.options.save_every)
+        callbacks = [*(configured.get("callbacks") or []), self.resume_file]
+        if not any(isinstance(c, TQDMProgressBar) for c in callbacks) and configured.get("enable_progress_bar") is not False:
+            callbacks.append(Progress(leave=False))
+        plugins = configured.get("plugins") or []
+        plugins = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpoints()]
+        return super().instantiate_trainer(callbacks=callbacks, plugins=plugins, **kwargs)
+
+    @property
+    def options(self) -> RunOptions:
+        """The ``run`` options."""
+        return RunOptions(**vars(self._get(self.config, "run")))
+
+    def open_directory(self) -> None:
+        """Makes the run directory, once all that can be checked was checked, and starts logging there."""
+        if getattr(self.trainer, "fast_dev_run", False):
+            return
+        configs = self._get(self.config, "config") or []
+        name = self.options.name or "+".join(Path(str(c)).stem for c in configs if c) or str(self.subcommand)
+        self.directory = results.new_directory(Path(self.options.root), name)
+        config = self.config[str(self.subcommand)]
+        self._parser(self.subcommand).save(config, self.directory / "config.yaml", skip_none=False, skip_check=True)
+        self.trainer.loggers = [*self.trainer.loggers, *loggers(self.directory)]
+        self.resume_file.folder = self.directory / "checkpoints"
+        if self.subcommand != "predict":
+            self.datamodule.write_manifest(self.directory / "split.json")
+
+    # ------------------------------------------------------------------------------------------------ running
+
+    def before_fit(self) -> None:
+        """Reads the images and tries one step before anything is written."""
+        self.seconds = {"start": seconds_since_start()}
+        self.check_checkpoint()
+        self.datamodule.setup("fit")
+        self.model.preflight()
+        self.open_directory()
+        self.clock = time.time()
+
+    def after_fit(self) -> None:
+        """Saves what was learnt, tests it and reports."""
+        self.seconds["fit"] = time.time() - self.clock
+        if self.trainer.interrupted:
+            raise KeyboardInterrupt
+        if self.directory is not None:
+            write_tensors(self.directory / "tuned.safetensors", self.model.tuned_state(), self.model.header())
+        if self.config["fit"]["test_after_fit"]:
+            self.clock = time.time()
+            self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
+            self.after_test()
+
+    def before_test(self) -> None:
+        """Opens the run directory."""
+        self.seconds = {"start": seconds_since_start()}
+        self.check_checkpoint()
+        self.open_directory()
+        self.clock = time.time()
+
+    def after_test(self) -> None:
+        """Writes result.json and prints the table."""
+        self.seconds["test"] = time.time() - self.clock
+        if self.directory is None:
+            return
+        result = self.result()
+        results.write_json(self.directory / "result.json", result)
+        results.write_per_class(self.directory / "per_class.csv", self.datamodule.class_names, self.model.per_class)
+        zero_shot, trainable = result["zero_shot_acc"], result["trainable_parameters"]
+        results.print_table(
+            f"{self.model.method} on {self.datamodule.dataset_name}",
+            [
+                ("zero-shot accuracy", "needs a text tower" if zero_shot is None else f"{zero_shot:.1%}"),
+                ("adapted accuracy", f"{result['acc']:.1%}"),
+                ("trainable parameters", f"{trainable:,} of {result['total_parameters']:,}"),
+                ("seconds", ", ".join(f"{name} {value:.1f}" for name, value in self.seconds.items())),
+                ("peak memory", results.megabytes(result["peak_memory_bytes"])),
+                ("results", str(self.directory)),
+            ],
+        )
+
+    def before_validate(self) -> None:
+        """Reads the validation images before anything is written."""
+        self.check_checkpoint()
+        self.datamodule.setup("validate")
+        if not self.datamodule.val_dataloader():
+            raise UserError(f"{self.datamodule.dataset_name} has no validation images to measure on: use test.")
+        self.open_directory()
+
+    def before_predict(self) -> None:
+        """Lists the images before anything is written."""
+        images = self.config["predict"]["images"]
+        if not images:
+            raise UserError("predict needs --images: a folder, an image, or a list of them.")
+        self.check_checkpoint()
+        self.datamodule.images = [images] if isinstance(images, str) else list(images)
+        self.datamodule.setup("predict")
+        out = self.config["predict"]["out"]
+        if out and Path(out).exists():
+            raise UserError(f"{out} exists already: choose another --out.")
+        self.open_directory()
+
+    def predict(self, **kwargs: Any) -> None:
+        """Labels images and writes the CSV."""
+        batches = self.trainer.predict(**kwargs) or []
+        if self.directory is None:
+            return
+        path = Path(self.config["predict"]["out"] or self.directory / "predictions.csv")
+        flat: Sequence[Any] = batches
+        rows = results.write_predictions(
+            path, self.datamodule.predict_paths, flat, self.datamodule.class_names, self.config["predict"]["top_k"]
+        )
+        print(f"{rows} images labelled: {path}")
+
+    def check_checkpoint(self) -> None:
+        """Raises UserError for a checkpoint that is missing or does not fit, before anything is written."""
+        path = self.config[str(self.subcommand)].get("ckpt_path")
+        if path and path not in ("best", "last"):
+            checkpoint = AtomicCheckpoints().load_checkpoint(path)
+            if self.subcommand == "fit" and "optimizer_states" not in checkpoint:
+                raise UserError(f"{path} holds weights only; to resume, give checkpoints/last.ckpt of a run.")
+            self.model.on_load_checkpoint(checkpoint)
+
+    def result(self) -> dict[str, Any]:
+        """The record of a run: one row of every table."""
+        metrics = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+        model, data, directory = self.model, self.datamodule, self.directory
+        assert directory is not None
+        tuned = directory / "tuned.safetensors"
+        config = self.config[str(self.subcommand)]
+        return {
+            "method": model.method,
+            "backbone": model.backbone.name,
+            "backbone_sha256": model.backbone.weight_sha256,
+            "dataset": data.dataset_name,
+            "split": data.split_info(),
+            "seed": config["seed_everything"],
+            "acc": metrics["test/acc"],
+            "acc_class_mean": metrics["test/acc_class_mean"],
+            "f1_macro": metrics["test/f1_macro"],
+            "ece": metrics["test/ece"],
+            "zero_shot_acc": metrics.get("test/zero_shot_acc"),
+            "per_class": "per_class.csv",
+            "selection": "none",
+            "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "total_parameters": sum(p.numel() for p in model.parameters()),
+            "checkpoint_bytes": tuned.stat().st_size if tuned.is_file() else None,
+            "peak_memory_bytes": results.peak_memory_bytes(),
+            "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
+            "precision": str(self.trainer.precision),
+            "device": str(torch.cuda.get_device_name() if model.device.type == "cuda" else model.device.type),
+            "versions": results.versions(),
+            "git_commit": results.git_commit(),
+        }
+
+
+def loggers(directory: Path) -> list[Logger]:
+    """A CSV log always, and TensorBoard's when it is installed."""
+    found: list[Logger] = [CSVLogger(directory, name="", version="")]
+    try:
+        from lightning.pytorch.loggers import TensorBoardLogger
+
+        found.append(TensorBoardLogger(directory, name="", version="tensorboard"))
+    except ModuleNotFoundError:
+        pass
+    return found

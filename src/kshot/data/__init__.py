@@ -1,0 +1,7 @@
+"""Data sets, k-shot sampling and loading."""
+
+from kshot.data.datamodule import FewShotDataModule
+from kshot.data.images import Augment, CropFlip
+from kshot.data.parts import Batch
+
+__all__ = ["Augment", "Batch", "CropFlip", "FewShotDataModule"]

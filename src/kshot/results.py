@@ -1,0 +1,131 @@
+"""What a run leaves behind: its directory, result.json, per-class accuracies, predictions, and the closing table."""
+
+from __future__ import annotations
+
+import csv
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kshot import __version__
+
+LIBRARIES = ("torch", "lightning", "open_clip_torch", "timm", "torchvision", "torchmetrics", "jsonargparse")
+
+
+def new_directory(root: Path, name: str) -> Path:
+    """Makes ``root/name/NNN``, the next number that is free; an existing directory is never taken."""
+    parent = root / name
+    parent.mkdir(parents=True, exist_ok=True)
+    number = max((int(p.name) for p in parent.iterdir() if p.name.isdigit()), default=0)
+    while True:
+        number += 1
+        try:
+            (parent / f"{number:03d}").mkdir()
+        except FileExistsError:  # another process took it
+            continue
+        return parent / f"{number:03d}"
+
+
+def git_commit() -> str | None:
+    """The commit of the checkout that kshot runs from, with ``-dirty`` when files differ; None outside a checkout."""
+    folder = Path(__file__).parent
+    try:
+        described = subprocess.run(
+            ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return described.stdout.strip() or None
+
+
+def versions() -> dict[str, str]:
+    """Versions of kshot, Python and the libraries that decide results."""
+    found = {"kshot": __version__, "python": platform.python_version()}
+    for library in LIBRARIES:
+        try:
+            found[library] = version(library)
+        except PackageNotFoundError:
+            found[library] = "absent"
+    return found
+
+
+def peak_memory_bytes() -> int:
+    """Most memory held so far: on the accelerator when there is one, else by the process."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return int(torch.cuda.max_memory_allocated())
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # kilobytes on Linux, bytes on macOS
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes indented JSON."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_per_class(path: Path, class_names: Sequence[str], accuracy: Sequence[float]) -> None:
+    """Writes ``label,class_name,accuracy`` rows."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["label", "class_name", "accuracy"])
+        writer.writerows(
+            (i, name, f"{a:.6f}") for i, (name, a) in enumerate(zip(class_names, accuracy, strict=True))
+        )
+
+
+def write_predictions(
+    path: Path, paths: Sequence[str], batches: Iterable[tuple[Tensor, Tensor]], class_names: Sequence[str], top_k: int
+) -> int:
+    """Writes ``path,label_1,probability_1,...`` rows, best first, and returns how many.
+
+    Args:
+        path: the CSV file.
+        paths: of the images, by position.
+        batches: positions, (B,), and probabilities, (B, classes).
+        class_names: in label order.
+        top_k: labels a row, at most the number of classes.
+    """
+    k = min(top_k, len(class_names))
+    rows = 0
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", *(f"{word}_{i + 1}" for i in range(k) for word in ("label", "probability"))])
+        for positions, probabilities in batches:
+            values, labels = probabilities.topk(k, dim=-1)
+            for position, ranked, probability in zip(
+                positions.tolist(), labels.tolist(), values.tolist(), strict=True
+            ):
+                cells = [x for label, p in zip(ranked, probability, strict=True) for x in (class_names[label], f"{p:.6f}")]
+                writer.writerow([paths[position], *cells])
+                rows += 1
+    return rows
+
+
+def print_table(title: str, rows: Sequence[tuple[str, str]]) -> None:
+    """Prints a two-column table on standard output."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, show_header=False, title_justify="left")
+    for name, value in rows:
+        table.add_row(name, value, style="" if value else "dim")
+    Console(soft_wrap=not sys.stdout.isatty()).print(table)
+
+
+def megabytes(size: float) -> str:
+    """A size in MB, three digits."""
+    return f"{size / 1e6:.3g} MB" if size < 1e9 else f"{size / 1e9:.3g} GB"

@@ -1,0 +1,258 @@
+"""Every catalogue entry keeps the contract; names, folders, CSV and split files are all found."""
+
+import hashlib
+import inspect
+import struct
+
+import numpy as np
+import pytest
+import torchvision
+from data_fixtures import image_folder, rows_of, save_image, split_file
+from PIL import Image
+
+from kshot.data import sources
+from kshot.data.catalogue import CATALOGUE, DatasetEntry, load_split, open_images, splits_folder
+from kshot.data.sources import ImageFiles, TorchvisionArrays, digits_split_rows
+from kshot.data.splits import check_distinct, split_bytes
+from kshot.errors import UserError
+
+every_entry = pytest.mark.parametrize("name", CATALOGUE)
+SHIPPED = [name for name, entry in CATALOGUE.items() if entry.split]
+ARRAYS = [name for name, entry in CATALOGUE.items() if isinstance(entry.source, TorchvisionArrays)]
+
+# SHA-256 of the uncompressed files and numbers of classes, training, validation and test images
+PUBLISHED = {
+    "caltech101": ("52ce83205ff8ff8a1a18119aad6376120ae35c36e783a984bc560cbf10e73fa5", 100, 4128, 1649, 2465),
+    "dtd": ("f26ebeccd2b58e68d70f07a0dc39fe49bf7b69024bac34396b954dfd87969c38", 47, 2820, 1128, 1692),
+    "eurosat": ("541503a77d0b26b735d85ec7a3e672804fe0aa466c2e5f07da772cc6c0af8ad2", 10, 13500, 5400, 8100),
+    "oxford_flowers": ("2f50c42fc1a17ca13c271cb4269b1347bdb43d2be672e34f74a4e4cbfbcca794", 102, 4093, 1633, 2463),
+    "oxford_pets": ("d7f3ffe65b3919f95132e51422894ae18686b83c331fd8c0adcdc3dc2de6301e", 37, 2944, 736, 3669),
+    "stanford_cars": ("40acee7aa65c8e4727a32d90e884b7c3f8960b523422317e163f7af65432959d", 196, 6509, 1635, 8041),
+    "ucf101": ("d78cb834f7c5792ceaff2c5ee2d7c76a9e4086e48a3a6b01232989d29cbefdd8", 101, 7639, 1898, 3783),
+}
+
+
+@every_entry
+def test_entry(name):
+    entry = CATALOGUE[name]
+    assert entry.template.count("{}") == 1
+    assert isinstance(entry.source, TorchvisionArrays) == (entry.split is None)
+    for folder in (entry.folder, entry.image_root, *entry.aliases):
+        assert not folder.startswith("/")
+        assert ".." not in folder
+    if isinstance(entry.source, ImageFiles):
+        assert entry.source.url.startswith("https://")
+        if entry.source.torchvision:
+            signature = inspect.signature(getattr(torchvision.datasets, entry.source.torchvision))
+            signature.bind("root", download=True)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_split(name, tmp_path):
+    split, _ = load_split(name, root=tmp_path)
+    check_distinct(split.class_names, name)
+    assert split.name == name
+    for rows in (split.train, split.val, split.test):
+        assert {row.label for row in rows} == set(range(len(split.class_names)))
+    if name in PUBLISHED:
+        sizes = (len(split.class_names), len(split.train), len(split.val), len(split.test))
+        assert (split.sha256, *sizes) == PUBLISHED[name]
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+def test_torchvision_arguments(name):
+    source = CATALOGUE[name].source
+    check_distinct(source.class_names, name)
+    cls = getattr(torchvision.datasets, source.torchvision)
+    for arguments in (source.train, source.test):
+        inspect.signature(cls).bind("root", download=False, **arguments)
+    assert source.train != source.test
+    assert source.url.startswith("http")
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+def test_missing_arrays_say_where_they_come_from(name, tmp_path):
+    with pytest.raises(UserError) as error:
+        load_split(name, root=tmp_path)
+    message = str(error.value)
+    for part in (str(tmp_path), CATALOGUE[name].source.url, "--data.download true"):
+        assert part in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_missing_images_say_where_they_were_looked_for(name, tmp_path):
+    split, entry = load_split(name, tmp_path)
+    with pytest.raises(UserError) as error:
+        open_images(entry, tmp_path, "train", split.train)
+    message = str(error.value)
+    for part in (str(tmp_path / entry.folder), split.train[0].path, entry.source.url, *entry.aliases):
+        assert part in message
+    assert ("--data.download true" in message) == bool(entry.source.torchvision)
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_images_are_found_in_every_known_layout(name, tmp_path):
+    split, entry = load_split(name, tmp_path)
+    for i, folder in enumerate([f"{entry.folder}/{entry.image_root}", *entry.aliases]):
+        root = tmp_path / str(i)
+        (root / entry.folder / entry.image_root).mkdir(parents=True)  # an empty one must not win
+        save_image(root / folder / split.test[0].path, size=(9, 5))
+        assert open_images(entry, root, "test", split.test).open(split.test[0].path).size == (9, 5)
+
+
+def test_digits_json_is_made_from_scikit_learn():
+    assert (splits_folder() / "digits.json").read_bytes() == split_bytes(digits_split_rows(), "index")
+
+
+def test_digits_images():
+    split, entry = load_split("digits")
+    assert split.class_names[3] == "three"
+    assert [len(split.train), len(split.val), len(split.test)] == [903, 355, 539]
+    images = open_images(entry, "data", "train", split.train)
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    for row in split.test[:20]:
+        assert digits.target[int(row.path)] == row.label
+        pixels = np.asarray(images.open(row.path))
+        assert pixels.shape == (8, 8, 3)
+        assert np.abs(pixels[..., 1] / 255 - digits.images[int(row.path)] / 16).max() < 0.5 / 255 + 1e-9
+
+
+def write_idx(path, values):
+    values = np.asarray(values, dtype=np.uint8)
+    header = struct.pack(f">I{values.ndim}I", 0x800 + values.ndim, *values.shape)
+    path.write_bytes(header + values.tobytes())
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "third"), [("mnist", "MNIST", "2"), ("fashion_mnist", "FashionMNIST", "Pullover")]
+)
+def test_mnist_files(name, folder, third, tmp_path):
+    raw = tmp_path / folder / "raw"
+    raw.mkdir(parents=True)
+    labels = {"train": np.arange(100) % 10, "t10k": np.arange(20) % 10}
+    for part, values in labels.items():
+        images = np.full((len(values), 28, 28), 0) + np.arange(len(values))[:, None, None]
+        write_idx(raw / f"{part}-images-idx3-ubyte", images)
+        write_idx(raw / f"{part}-labels-idx1-ubyte", values)
+    split, entry = load_split(name, tmp_path)
+    assert split.class_names[2] == third
+    assert [len(split.train), len(split.val), len(split.test)] == [80, 20, 20]
+    assert all(int(row.path) % 10 == row.label for rows in (split.train, split.val, split.test) for row in rows)
+    content = np.concatenate([labels["train"], labels["t10k"]]).astype("<i8").tobytes()
+    assert split.sha256 == hashlib.sha256(content).hexdigest()
+    assert split.file == f"torchvision.datasets.{folder}"
+    for part, row in (("val", split.val[3]), ("test", split.test[3])):
+        image = open_images(entry, tmp_path, part, [row]).open(row.path)
+        assert (image.mode, image.size, image.getpixel((5, 5))[0]) == ("RGB", (28, 28), int(row.path))
+
+
+def test_gtsrb_files(tmp_path):
+    base = tmp_path / "gtsrb"
+    for label in range(43):
+        for i in range(5):
+            save_image(base / "GTSRB" / "Training" / f"{label:05}" / f"{i}.ppm", seed=label)
+    lines = ["Filename;Width;Height;Roi.X1;Roi.Y1;Roi.X2;Roi.Y2;ClassId"]
+    for i, label in enumerate((14, 2)):
+        save_image(base / "GTSRB" / "Final_Test" / "Images" / f"{i}.ppm")
+        lines.append(f"{i}.ppm;20;14;0;0;20;14;{label}")
+    (base / "GT-final_test.csv").write_text("\n".join(lines) + "\n")
+    split, entry = load_split("gtsrb", tmp_path)
+    assert [len(split.train), len(split.val), len(split.test)] == [43 * 4, 43, 2]
+    assert [row.class_name for row in split.test] == ["stop", "speed limit 50 km/h"]
+    assert open_images(entry, tmp_path, "test", split.test).open("1").size == (20, 14)
+
+
+def test_download_is_torchvisions(tmp_path, monkeypatch):
+    split, entry = load_split("dtd", tmp_path)
+    (tmp_path / "dtd" / "images").mkdir(parents=True)  # an empty folder is no reason not to download
+
+    def fake(root, download):
+        assert download
+        save_image(root / "dtd" / "dtd" / "images" / split.train[0].path, size=(7, 5))
+
+    monkeypatch.setattr(torchvision.datasets, "DTD", fake)
+    assert open_images(entry, tmp_path, "train", split.train, download=True).open(split.train[0].path).size == (7, 5)
+
+
+def test_failed_download(tmp_path, monkeypatch):
+    def offline(*_, **__):
+        raise OSError("no\nnetwork")
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", offline)
+    with pytest.raises(UserError, match=r"CIFAR10 could not be downloaded .*: no network"):
+        load_split("cifar10", tmp_path, download=True)
+
+
+class TestLoadSplit:
+    def test_unknown_name(self, tmp_path):
+        with pytest.raises(
+            UserError, match=r"unknown data set 'digit', or a folder, CSV or split file .*'digits'"
+        ) as error:
+            load_split("digit", tmp_path)
+        assert "ucf101" in str(error.value)
+
+    def test_empty_name(self, tmp_path):
+        with pytest.raises(UserError, match="unknown data set ''"):
+            load_split("", tmp_path)
+
+    @pytest.mark.parametrize("below_root", [True, False])
+    def test_folder(self, tmp_path, below_root):
+        image_folder(tmp_path / "pets", {"cat": 4, "dog": 4})
+        split, entry = load_split("pets" if below_root else str(tmp_path / "pets"), tmp_path)
+        assert split.name == "pets"
+        assert open_images(entry, "elsewhere", "test", split.test).open(split.test[0].path).size == (20, 14)
+
+    def test_a_catalogue_name_wins_over_a_folder(self, tmp_path, monkeypatch):
+        image_folder(tmp_path / "digits", {"cat": 4, "dog": 4})
+        monkeypatch.chdir(tmp_path)
+        assert len(load_split("digits")[0].class_names) == 10
+        assert len(load_split("./digits")[0].class_names) == 2
+
+    @pytest.mark.parametrize("images", ["beside", "root"])
+    @pytest.mark.parametrize("kind", ["csv", "json"])
+    def test_files_name_images_beside_them_or_below_the_root(self, tmp_path, kind, images):
+        lists, root = tmp_path / "lists", tmp_path / "root"
+        lists.mkdir()
+        save_image((lists if images == "beside" else root) / "x" / "1.png", size=(8, 4))
+        if kind == "csv":
+            path = lists / "s.csv"
+            path.write_text("path,label,split\nx/1.png,a,train\nx/2.png,a,test\n")
+        else:
+            path = split_file(lists / "s.json", train=[["x/1.png", 0, "a"]], test=[["x/2.png", 0, "a"]])
+        split, entry = load_split(str(path), root)
+        assert open_images(entry, root, "train", split.train).open("x/1.png").size == (8, 4)
+
+    def test_other_files(self, tmp_path):
+        path = save_image(tmp_path / "x.png")
+        with pytest.raises(UserError, match=r"a data set is a catalogue name, a folder, or a .csv"):
+            load_split(str(path))
+
+    def test_indices_are_for_the_catalogue(self, tmp_path):
+        path = split_file(tmp_path / "s.json", train=[[0, 0, "a"]])
+        with pytest.raises(UserError, match="only catalogue data sets may"):
+            load_split(str(path))
+
+    def test_names_that_read_the_same_are_no_error_when_others_are_given(self, tmp_path):
+        image_folder(tmp_path / "x", {"sea_lake": 3, "sea lake": 3})
+        with pytest.raises(UserError, match="read the same"):
+            load_split(str(tmp_path / "x"))
+        assert load_split(str(tmp_path / "x"), class_names=["a", "b"])
+
+
+def test_a_folder_without_the_sample_still_names_the_image(tmp_path):
+    (tmp_path / "x").mkdir()
+    entry = DatasetEntry(folder="x")
+    row = rows_of({0: 1})[0]
+    images = open_images(entry, tmp_path, "train", [row])
+    with pytest.raises(UserError, match=r"no such image: .*0.png"):
+        images.open(row.path)
+
+
+def test_grey_levels_cover_the_range():
+    image = sources._grey_levels_16(np.array([[0.0, 8.0, 16.0]]))
+    assert isinstance(image, Image.Image)
+    assert list(np.asarray(image)[0]) == [0, 128, 255]

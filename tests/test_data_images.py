@@ -1,0 +1,211 @@
+"""Decoding, the evaluation transform against torchvision's, and augmentation."""
+
+import pickle
+import random
+
+import numpy as np
+import pytest
+import torch
+from data_fixtures import rows_of, save_image
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from torchvision.transforms import CenterCrop, Compose, InterpolationMode, PILToTensor, RandomResizedCrop, Resize
+
+from kshot.data.images import (
+    ArrayImages,
+    CropFlip,
+    FileImages,
+    UnreadableImageError,
+    evaluation_transform,
+    limit_size,
+    to_rgb,
+    to_tensor,
+)
+from kshot.data.parts import EpochSampler, LazyImages, StoredImages
+from kshot.errors import UserError
+
+
+def noise(width, height, seed=0):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+@given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 48))
+def test_evaluation_transform_is_clips(width, height, size):
+    image = noise(width, height)
+    reference = Compose([Resize(size, InterpolationMode.BICUBIC), CenterCrop(size), PILToTensor()])
+    result = evaluation_transform(size)(image)
+    assert result.dtype == torch.uint8
+    assert result.shape == (3, size, size)
+    assert torch.equal(result, reference(image))
+
+
+def test_evaluation_transform_can_be_pickled():
+    transform = pickle.loads(pickle.dumps(evaluation_transform(8)))
+    assert transform(noise(9, 9)).shape == (3, 8, 8)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16", "I", "F"])
+def test_every_mode_becomes_rgb(mode):
+    image = Image.new(mode, (6, 5))
+    assert (to_rgb(image).mode, to_rgb(image).size) == ("RGB", (6, 5))
+
+
+def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path):
+    Image.fromarray(np.array([[0, 0x8000, 0xFFFF]], dtype=np.uint16)).save(tmp_path / "x.png")
+    assert [p[0] for p in np.asarray(FileImages(tmp_path).open("x.png"))[0]] == [0, 128, 255]
+
+
+class TestUnreadable:
+    @pytest.fixture
+    def folder(self, tmp_path):
+        save_image(tmp_path / "good.png")
+        (tmp_path / "text.png").write_text("no image at all")
+        (tmp_path / "empty.jpg").write_bytes(b"")
+        for name in ("cut.png", "cut.jpg"):
+            content = save_image(tmp_path / name, size=(64, 64)).read_bytes()
+            (tmp_path / name).write_bytes(content[: len(content) // 2])
+        return tmp_path
+
+    @pytest.mark.parametrize("name", ["text.png", "empty.jpg", "cut.png", "cut.jpg"])
+    @pytest.mark.parametrize("method", ["open", "check"])
+    def test_names_the_file(self, folder, name, method):
+        with pytest.raises(UserError, match=f"cannot read the image '.*{name}': ") as error:
+            getattr(FileImages(folder), method)(name)
+        assert "\n" not in str(error.value)
+        getattr(FileImages(folder), method)("good.png")
+
+    def test_missing(self, folder):
+        with pytest.raises(UserError, match=r"no such image: '.*none.png'"):
+            FileImages(folder).open("none.png")
+
+    def test_index_out_of_range(self):
+        with pytest.raises(UserError, match="there is no image 3: the data set has 2"):
+            ArrayImages([1, 2], lambda _: noise(2, 2)).open("3")
+
+    def test_message_survives_a_worker_process(self):
+        text = "Caught UnreadableImageError in DataLoader worker process 0.\nOriginal Traceback:\n  File x\n"
+        error = UnreadableImageError(f"{text}kshot.data.images.UnreadableImageError: cannot read 'x'\n")
+        assert str(error) == "cannot read 'x'"
+
+
+class TestCropFlip:
+    def test_a_view_depends_on_seed_index_and_view_only(self):
+        images = ArrayImages([noise(40, 30), noise(40, 30)], lambda image: image)
+        rows = [row._replace(path=str(i)) for i, row in enumerate(rows_of({0: 2}))]
+        part = StoredImages(images, rows, 16, augment=CropFlip(), seed=1)
+        random.seed(5)
+        torch.manual_seed(5)
+        states = random.getstate(), torch.get_rng_state()
+        first = part.__getitems__([(0, 0), (0, 1), (1, 0), (0, 0)]).input
+        assert random.getstate() == states[0]
+        assert torch.equal(torch.get_rng_state(), states[1])
+        assert torch.equal(first[0], first[3])
+        # the two images are equal: what differs is the view
+        assert not torch.equal(first[0], first[1])
+        assert not torch.equal(first[0], first[2])
+        again = StoredImages(images, rows, 16, augment=CropFlip(), seed=1)
+        assert torch.equal(again.__getitems__([(1, 0)]).input[0], first[2])
+        other = StoredImages(images, rows, 16, augment=CropFlip(), seed=2)
+        assert not torch.equal(other[(0, 0)].input, first[0])
+
+    def test_without_crop_and_flip_it_is_resizing(self):
+        image = noise(32, 32)
+        view = CropFlip(scale=(1, 1), ratio=(1, 1), flip=0)(image, 16, random.Random(0))
+        assert torch.equal(view, evaluation_transform(16)(image))
+        flipped = CropFlip(scale=(1, 1), ratio=(1, 1), flip=1)(image, 16, random.Random(0))
+        assert torch.equal(flipped.flip(2), view)
+
+    @given(st.integers(1, 300), st.integers(1, 300), st.integers())
+    def test_crops_lie_inside(self, width, height, seed):
+        left, top, w, h = CropFlip().crop(width, height, random.Random(seed))
+        assert 0 <= left < left + w <= width
+        assert 0 <= top < top + h <= height
+
+    def test_crops_are_distributed_as_torchvisions(self):
+        augment, stream = CropFlip(), random.Random(0)
+        ours = np.array([augment.crop(100, 80, stream) for _ in range(4000)], dtype=float)
+        torch.manual_seed(0)
+        empty = torch.empty(3, 80, 100)
+        theirs = [RandomResizedCrop.get_params(empty, augment.scale, augment.ratio) for _ in range(4000)]
+        theirs = np.array([(left, top, w, h) for top, left, h, w in theirs], dtype=float)
+        standard_error = theirs.std(0) / 4000**0.5
+        assert (np.abs(ours.mean(0) - theirs.mean(0)) < 6 * standard_error).all()
+        assert np.allclose(ours.std(0), theirs.std(0), rtol=0.07)
+
+    def test_half_are_mirrored(self):
+        gradient = Image.fromarray(np.tile(np.arange(64, dtype=np.uint8), (64, 1))).convert("RGB")
+        views = [CropFlip()(gradient, 8, random.Random(i)) for i in range(400)]
+        mirrored = sum(bool(view[0, 0, 0] > view[0, 0, -1]) for view in views)
+        assert 150 < mirrored < 250
+
+    @pytest.mark.parametrize(
+        "settings", [{"scale": (0, 1)}, {"scale": (0.5, 0.2)}, {"scale": (0.5, 2)}, {"ratio": (2, 1)}, {"flip": 1.5}]
+    )
+    def test_settings_without_a_meaning(self, settings):
+        with pytest.raises(UserError, match=f"{next(iter(settings))} must be"):
+            CropFlip(**settings)
+
+
+class TestStoredImages:
+    def test_memory_is_bounded_when_augmenting(self):
+        images = ArrayImages([noise(400, 200), noise(20, 10)], lambda image: image)
+        rows = [row._replace(path=str(i)) for i, row in enumerate(rows_of({0: 2}))]
+        part = StoredImages(images, rows, 16, augment=CropFlip())
+        assert [a.shape for a in part._arrays] == [(32, 64, 3), (10, 20, 3)]
+
+    def test_limit_size_keeps_small_images(self):
+        image = noise(20, 10)
+        assert limit_size(image, 10) is image
+        assert limit_size(noise(1000, 3), 1).size == (333, 1)
+
+    @pytest.mark.parametrize("kind", [StoredImages, LazyImages])
+    def test_unreadable_images_stop_or_are_left_out(self, tmp_path, kind):
+        rows = rows_of({0: 3, 1: 2})
+        for i, row in enumerate(rows):
+            save_image(tmp_path / row.path, seed=i)
+        (tmp_path / rows[1].path).write_text("broken")
+        with pytest.raises(UserError, match=f"{rows[1].path}.*"):
+            _ = kind(FileImages(tmp_path), rows, 8)[1]
+        with pytest.warns(UserWarning, match=f"1 of 5 images are left out: .*{rows[1].path}") as caught:
+            part = kind(FileImages(tmp_path), rows, 8, skip_unreadable=True)
+        assert len(caught) == 1
+        assert (len(part), part.skipped, part.labels.tolist()) == (4, 1, [0, 0, 1, 1])
+        expected = evaluation_transform(8)(FileImages(tmp_path).open(rows[2].path))
+        assert torch.equal(part[1].input, expected)
+
+    def test_an_unreadable_training_image_says_what_can_be_done(self, tmp_path):
+        with pytest.raises(UserError, match=r"leave such images out with --data.skip_unreadable true"):
+            StoredImages(FileImages(tmp_path), rows_of({0: 1}), 8)
+
+    @pytest.mark.parametrize("kind", [StoredImages, LazyImages])
+    def test_nothing_left(self, tmp_path, kind):
+        with pytest.raises(UserError, match="none of the 2 images can be read: no such image"):
+            kind(FileImages(tmp_path), rows_of({0: 2}), 8, skip_unreadable=True)
+
+
+class TestEpochSampler:
+    def test_every_position_once_and_another_order_each_epoch(self):
+        sampler = EpochSampler(20, seed=1, views=1)
+        orders = []
+        for epoch in range(3):
+            sampler.set_epoch(epoch)
+            orders.append([position for position, _ in sampler])
+            assert sorted(orders[-1]) == list(range(20))
+        assert orders[0] != orders[1] != orders[2]
+        sampler.set_epoch(1)
+        assert [position for position, _ in sampler] == orders[1]
+        assert list(EpochSampler(20, seed=2, views=1)) != list(EpochSampler(20, seed=1, views=1))
+
+    @pytest.mark.parametrize(("views", "expected"), [(1, [0, 0, 0, 0]), (3, [0, 1, 2, 0]), (0, [0, 1, 2, 3])])
+    def test_views(self, views, expected):
+        sampler = EpochSampler(2, seed=1, views=views)
+        seen = []
+        for epoch in range(4):
+            sampler.set_epoch(epoch)
+            seen += {view for _, view in sampler}
+        assert seen == expected
+
+
+def test_to_tensor_shape():
+    assert to_tensor(noise(7, 5)).shape == (3, 5, 7)

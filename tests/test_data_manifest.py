@@ -1,0 +1,147 @@
+"""Manifests: exact bytes, round trip, and refusal of what was changed."""
+
+import dataclasses
+import hashlib
+import json
+
+import pytest
+from data_fixtures import split_of
+
+from kshot.data.catalogue import load_split
+from kshot.data.manifest import manifest_bytes, read_manifest, write_manifest
+from kshot.data.sampling import draw, draw_digest
+from kshot.data.splits import Row
+from kshot.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("dataset", "shots", "size", "sha256"),
+    [
+        ("dtd", 1, 5641, "3312ea537cb6706ec45a19fedbdf2c9fde1482cc532e66bd79c877abacbb9fe7"),
+        ("dtd", 16, 46198, "751390579a6a4447362cf63cbc0d22d4a9d193e28adea782b17b7a0da311330e"),
+        ("eurosat", 16, 12549, "f67aadba59a3784be8e13a21f90c8e61b23047395283ff9d8df1cdd35174b5ba"),
+        ("caltech101", 16, 94617, "03f636c68e06b68ba78a4e90712390b24289aa39483d3854975830fd3e7a8d9f"),
+    ],
+)
+def test_bytes(dataset, shots, size, sha256):
+    split, _ = load_split(dataset)
+    content = manifest_bytes(split, draw(split, shots, 1))
+    assert len(content) == size
+    assert hashlib.sha256(content).hexdigest() == sha256
+
+
+@pytest.fixture
+def split():
+    return split_of({0: 8, 1: 9}, {0: 6, 1: 6})
+
+
+@pytest.mark.parametrize("shots", [1, 8, None])
+@pytest.mark.parametrize("sampler", ["coop-v1", "nested"])
+def test_round_trip(tmp_path, split, shots, sampler):
+    drawn = draw(split, shots, 5, sampler)
+    write_manifest(tmp_path / "new" / "m.json", split, drawn)
+    assert read_manifest(tmp_path / "new" / "m.json", split) == drawn
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["m.json"]
+
+
+def test_array_rows_are_numbers(tmp_path):
+    split, _ = load_split("digits")
+    drawn = draw(split, 2)
+    write_manifest(tmp_path / "m.json", split, drawn)
+    data = json.loads((tmp_path / "m.json").read_text())
+    assert data["item_kind"] == "index"
+    assert type(data["train"][0][0]) is int
+    assert read_manifest(tmp_path / "m.json", split) == drawn
+
+
+def test_no_validation_images(tmp_path):
+    split = split_of({0: 3})
+    write_manifest(tmp_path / "m.json", split, draw(split, 1))
+    assert (tmp_path / "m.json").read_text().endswith('\n "val": [\n ]\n}\n')
+    assert read_manifest(tmp_path / "m.json", split).val == ()
+
+
+class TestRefusal:
+    @pytest.fixture
+    def path(self, tmp_path, split):
+        write_manifest(tmp_path / "m.json", split, draw(split, 2))
+        return tmp_path / "m.json"
+
+    def edit(self, path, change):
+        data = json.loads(path.read_text())
+        change(data)
+        path.write_text(json.dumps(data))
+
+    def test_rows_out_of_order(self, path, split):
+        self.edit(path, lambda data: data["train"].reverse())
+        with pytest.raises(UserError, match="the rows have the digest sha256:"):
+            read_manifest(path, split)
+
+    @pytest.mark.parametrize("part", ["train", "val"])
+    def test_a_test_image_even_with_the_right_digest(self, path, split, part):
+        def smuggle(data):
+            data[part][0] = list(split.test[0])
+            data["digest"] = draw_digest(*([Row(*row) for row in data[p]] for p in ("train", "val")))
+
+        self.edit(path, smuggle)
+        with pytest.raises(UserError, match=f"'test/0/0.png', 0, 'class 0'.* is not one of the {part} rows"):
+            read_manifest(path, split)
+
+    def test_another_source(self, path, split):
+        with pytest.raises(
+            UserError, match=r"drawn from 'toy.json' with SHA-256 000000000000..., but 'toy.json' has ff"
+        ):
+            read_manifest(path, dataclasses.replace(split, sha256="f" * 64))
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda data: data.update(schema="fewshot-manifest/2"), "but 'fewshot-manifest/2'"),
+            (lambda data: data.pop("val"), "'val' must be there and be a list"),
+            (lambda data: data.update(source="x"), "'source' must be there and be a dict"),
+            (lambda data: data["sampler"].update(seed="1"), "'sampler' must have a whole seed"),
+            (lambda data: data["train"].append(["x", 0]), r"\['x', 0\] is not one of the train rows"),
+            (lambda data: data["train"].append([["x"], [0], "a"]), "is not one of the train rows"),
+        ],
+    )
+    def test_wrong_schema(self, path, split, change, message):
+        self.edit(path, change)
+        with pytest.raises(UserError, match=message) as error:
+            read_manifest(path, split)
+        assert "\n" not in str(error.value)
+
+    @pytest.mark.parametrize("content", ["[]", "{}"])
+    def test_other_json(self, tmp_path, split, content):
+        (tmp_path / "x.json").write_text(content)
+        with pytest.raises(UserError, match="not a manifest of the schema"):
+            read_manifest(tmp_path / "x.json", split)
+
+    def test_no_json_and_no_file(self, tmp_path, split):
+        (tmp_path / "x.json").write_text("{")
+        with pytest.raises(UserError, match="not JSON"):
+            read_manifest(tmp_path / "x.json", split)
+        with pytest.raises(UserError, match="cannot read the manifest: No such file"):
+            read_manifest(tmp_path / "none.json", split)
+
+    def test_cannot_write(self, tmp_path, split):
+        (tmp_path / "file").write_text("")
+        with pytest.raises(UserError, match="cannot write the manifest"):
+            write_manifest(tmp_path / "file" / "m.json", split, draw(split, 1))
+
+
+def test_a_broken_write_leaves_the_old_file(tmp_path, split, monkeypatch):
+    path = tmp_path / "m.json"
+    write_manifest(path, split, draw(split, 1))
+    before = path.read_bytes()
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        write_manifest(path, split, draw(split, 2))
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_non_ascii_is_escaped():
+    split = dataclasses.replace(split_of({0: 2}), train=(Row("é.png", 0, "é"),), class_names=("é",))
+    content = manifest_bytes(split, draw(split, 1))
+    assert b"\\u00e9.png" in content
+    assert draw(split, 1).digest == "sha256:" + hashlib.sha256("train\té.png\t0\n".encode()).hexdigest()
