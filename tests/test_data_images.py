@@ -122,8 +122,9 @@ class TestCropFlip:
         assert 0 <= left < left + w <= width
         assert 0 <= top < top + h <= height
 
-    def test_crops_are_distributed_as_torchvisions(self):
-        augment, stream = CropFlip(), random.Random(0)
+    @pytest.mark.parametrize("ratio", [(3 / 4, 4 / 3), (1 / 4, 4)])
+    def test_crops_are_distributed_as_torchvisions(self, ratio):
+        augment, stream = CropFlip(ratio=ratio), random.Random(0)
         ours = np.array([augment.crop(100, 80, stream) for _ in range(4000)], dtype=float)
         torch.manual_seed(0)
         empty = torch.empty(3, 80, 100)

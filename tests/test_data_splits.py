@@ -114,7 +114,7 @@ class TestSplitFile:
 class TestStratify:
     @given(st.dictionaries(st.integers(0, 5), st.integers(2, 40), min_size=1))
     def test_shares_per_class(self, counts):
-        parts = stratify(rows_of(counts), (0.2, 0.3))
+        parts = stratify(rows_of(counts), (20, 30))
         for label, n in counts.items():
             sizes = {part: sum(row.label == label for row in rows) for part, rows in parts.items()}
             assert sizes["val"] == n // 5
@@ -124,17 +124,17 @@ class TestStratify:
         assert sorted(row for rows in parts.values() for row in rows) == sorted(rows_of(counts))
 
     def test_a_class_does_not_depend_on_the_others(self):
-        alone = stratify(rows_of({1: 20}), (0.2, 0.3))
-        together = stratify(rows_of({0: 7, 1: 20, 2: 30}), (0.2, 0.3))
+        alone = stratify(rows_of({1: 20}), (20, 30))
+        together = stratify(rows_of({0: 7, 1: 20, 2: 30}), (20, 30))
         assert alone == {part: [row for row in rows if row.label == 1] for part, rows in together.items()}
 
     def test_the_seed_matters(self):
         rows = rows_of({0: 30})
-        assert stratify(rows, (0.2, 0.3), seed=1) != stratify(rows, (0.2, 0.3), seed=2)
+        assert stratify(rows, (20, 30), seed=1) != stratify(rows, (20, 30), seed=2)
 
     def test_one_image_is_too_few(self):
         with pytest.raises(UserError, match="'class 1' has 1 image, but"):
-            stratify(rows_of({0: 5, 1: 1}), (0.2, 0.3))
+            stratify(rows_of({0: 5, 1: 1}), (20, 30))
 
 
 class TestFolder:

@@ -91,28 +91,36 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return {name: file.get_tensor(name) for name in file.keys()}, json.loads(metadata[HEADER])  # noqa: SIM118
 
 
-def check_fits(header: Mapping[str, Any], own: Mapping[str, Any], saved: set[str], wanted: set[str]) -> None:
+def check_fits(
+    header: Mapping[str, Any], own: Mapping[str, Any], saved: Mapping[str, Tensor], wanted: Mapping[str, Tensor]
+) -> None:
     """Refuses a checkpoint of another model, method or task.
 
     Raises:
         UserError: says what differs.
     """
     if header.get("backbone_sha256") != own["backbone_sha256"]:
+        theirs = str(header.get("backbone_sha256"))[:12]
         raise UserError(
-            f"The checkpoint belongs to the backbone {header.get('backbone')} (weights "
-            f"{str(header.get('backbone_sha256'))[:12]}), not to {own['backbone']} (weights {own['backbone_sha256'][:12]})."
+            f"The checkpoint belongs to the backbone {header.get('backbone')} (weights {theirs}), and the config names "
+            f"{own['backbone']} (weights {own['backbone_sha256'][:12]})."
         )
     if header.get("method") != own["method"]:
         raise UserError(f"The checkpoint was trained by {header.get('method')}, and the config says {own['method']}.")
     if header.get("class_names") != own["class_names"]:
-        theirs = header.get("class_names") or []
+        names = header.get("class_names") or []
         raise UserError(
-            f"The checkpoint tells {len(theirs)} classes apart ({', '.join(theirs[:3])}, ...), the config "
+            f"The checkpoint tells {len(names)} classes apart ({', '.join(names[:3])}, ...), and the config "
             f"{len(own['class_names'])} ({', '.join(own['class_names'][:3])}, ...)."
         )
-    if saved != wanted:
-        missing, extra = sorted(wanted - saved), sorted(saved - wanted)
-        some = "; ".join(
-            f"{len(names)} {word}, such as {names[0]}" for word, names in (("missing", missing), ("unknown", extra)) if names
-        )
-        raise UserError(f"The checkpoint's tensors do not fit the config's adapter and targets: {some}.")
+    reasons = [
+        f"{len(names)} {word}, such as {names[0]}"
+        for word, names in (("missing", sorted(wanted.keys() - saved)), ("unknown", sorted(saved.keys() - wanted)))
+        if names
+    ]
+    for name in sorted(saved.keys() & wanted.keys()):
+        if saved[name].shape != wanted[name].shape:
+            reasons.append(f"{name} is {tuple(saved[name].shape)} there and {tuple(wanted[name].shape)} here")
+            break
+    if reasons:
+        raise UserError(f"The checkpoint's tensors do not fit the config's adapter and targets: {'; '.join(reasons)}.")

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 START = time.time()
 USAGE = """\
@@ -41,17 +39,19 @@ def config_folder() -> Path:
 
 @dataclass
 class RunOptions:
-    """Where a run keeps its files.
+    """Where a run keeps its files, and whether fit ends with a test.
 
     Args:
         root: folder of all runs.
         name: folder of this kind of run; by default the names of its configs.
         save_every: seconds between files to resume from, written at ends of epochs.
+        test: test after fit.
     """
 
     root: str = "runs"
     name: str | None = None
     save_every: float = 10.0
+    test: bool = True
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -66,22 +66,20 @@ def main(arguments: list[str] | None = None) -> None:
         from kshot.commands import run
 
         run(given)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, UserError):  # jsonargparse wraps what a constructor raises
+            cause = cause.__cause__ or cause.__context__
+        if cause is None:
+            raise
+        print(f"error: {cause}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
 
 
-def quiet_environment() -> None:
-    """Settings that libraries read at import."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-
 def seconds_since_start() -> float:
     """Seconds since the command line was imported."""
     return time.time() - START
 
-
-__all__: list[Any] = ["RunOptions", "config_folder", "main", "seconds_since_start"]

@@ -68,7 +68,7 @@ def settle_chatter() -> None:
         ".*does not have many workers.*",  # a few images in memory need none
         ".*this fit will run with no optimizer.*",  # what has a closed form needs none
         ".*LeafSpec.*",  # Lightning 2.6 on newer torch
-        ".*Checkpoint directory .* exists and is not empty.*",
+        ".*Experiment logs directory .* exists and is not empty.*",  # the run directory already holds its config
         ".*`isinstance.treespec, LeafSpec.` is deprecated.*",
         ".*srun.*",
     ):
@@ -93,14 +93,16 @@ def explain(message: str) -> str:
     unknown = re.findall(r"Problem with given class_path '([\w.]+)':\s*Option '([\w.]+)' is not accepted", message)
     if unknown:
         path, option = unknown[-1]
-        return f"{path.rsplit('.', 1)[-1]} has no option {option!r}. {nearest_first(option, options_of(path))}"
+        module, _, name = path.rpartition(".")
+        options = options_of(getattr(sys.modules.get(module), name, object))
+        return f"{name} has no option {option!r}. {nearest_first(option, options)}"
     bad_class = re.findall(r"Expected a dot import path string: ([\w.:-]+)", message) or re.findall(
         r"Problem with given class_path '([\w.]+)'(?::\s*(?:No module|Import|module|Not a|\[?'?No))", message
     )
     if bad_class:
         kinds = [k for k in re.findall(r'Parser key "(\w+)"', message) if k in KINDS] or [w for w in KINDS if w in where]
         if kinds:
-            return f"Unknown {kinds[-1]} {bad_class[-1]!r}. {nearest_first(bad_class[-1], subclass_names(KINDS[kinds[-1]]))}"
+            return f"Unknown {kinds[-1]} {bad_class[-1]!r}. {nearest_first(bad_class[-1], [c.__name__ for c in subclasses(KINDS[kinds[-1]])])}"
         return f"Unknown class {bad_class[-1]!r} for {where}."
     value = re.findall(r"(Expected a[^\n]*?Got value: [^\n]*)", message)
     if value:
@@ -109,28 +111,25 @@ def explain(message: str) -> str:
     option = re.findall(r"[Uu]nrecognized arguments?: (--[\w.]+)|Option '([\w.]+)' is not accepted", message)
     if option:
         name = next(filter(None, option[-1]))
-        return f"Unknown option {name!r}; 'python main.py fit --help' lists all."
+        classes = [FewShotModule, FewShotDataModule, RunOptions, Trainer, *(c for k in KINDS.values() for c in subclasses(k))]
+        options = {o for c in classes for o in options_of(c)} | {"ckpt_path", "images", "top_k", "out", "config"}
+        return f"Unknown option {name!r}. {nearest_first(name.lstrip('-').rsplit('.', 1)[-1], options, shown=3)}"
     lines = [line.strip(" -") for line in message.splitlines() if line.strip(" -")]
     inner_lines = [line for line in lines if not line.startswith(("Given value", "Subtypes", "Errors", "Does not validate"))]
     return re.sub(r'^Parser key "config": ', "", " ".join(inner_lines))[:600]
 
 
-def subclass_names(base: type) -> list[str]:
-    """Short names of all concrete subclasses that kshot defines."""
-    found = {c for c in base.__subclasses__()}
+def subclasses(base: type) -> list[type]:
+    """All concrete subclasses that kshot defines."""
+    found = set(base.__subclasses__())
     while more := {s for c in found for s in c.__subclasses__()} - found:
         found |= more
-    return [c.__name__ for c in found if not inspect.isabstract(c) and c.__module__.startswith("kshot.")]
+    return [c for c in found if not inspect.isabstract(c) and c.__module__.startswith("kshot.")]
 
 
-def options_of(path: str) -> list[str]:
-    """Names of the arguments of a class given by its import path."""
-    module, _, name = path.rpartition(".")
-    try:
-        target: Callable[..., Any] = getattr(sys.modules[module], name)
-        return [p for p in inspect.signature(target).parameters if p not in ("self", "backbone", "task")]
-    except (KeyError, AttributeError, ValueError):
-        return []
+def options_of(target: Callable[..., Any]) -> list[str]:
+    """Names of the arguments that a user can give to a class."""
+    return [p for p in inspect.signature(target).parameters if p not in ("self", "backbone", "task")]
 
 
 class ConfigByName(ActionConfigFile):
@@ -208,8 +207,6 @@ class FewShotCLI(LightningCLI):
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-        if subcommand == "fit":
-            parser.add_argument("--test_after_fit", type=bool, default=True, help="Test the fitted model.")
         if subcommand == "predict":
             parser.add_argument("--images", type=list[str] | str, help="A folder, an image, or a list of them.")
             parser.add_argument("--top_k", type=int, default=5, help="Labels a row, best first.")
@@ -255,6 +252,7 @@ class FewShotCLI(LightningCLI):
         name = self.options.name or "+".join(Path(str(c)).stem for c in configs if c) or str(self.subcommand)
         self.directory = results.new_directory(Path(self.options.root), name)
         config = self.config[str(self.subcommand)]
+        config["run"]["name"] = name  # so that the saved file, given again, adds to the same folder
         self._parser(self.subcommand).save(config, self.directory / "config.yaml", skip_none=False, skip_check=True)
         self.trainer.loggers = [*self.trainer.loggers, *loggers(self.directory)]
         self.resume_file.folder = self.directory / "checkpoints"
@@ -279,7 +277,7 @@ class FewShotCLI(LightningCLI):
             raise KeyboardInterrupt
         if self.directory is not None:
             write_tensors(self.directory / "tuned.safetensors", self.model.tuned_state(), self.model.header())
-        if self.config["fit"]["test_after_fit"]:
+        if self.options.test:
             self.clock = time.time()
             self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
             self.after_test()

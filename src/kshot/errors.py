@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Iterable
 
 
-class UserError(ValueError):
+class UserError(Exception):
     """A mistake in what the user gave. The message is one line: what is wrong, where, and what would be right.
 
     The command line prints it without a traceback and ends with exit code 2.

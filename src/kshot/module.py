@@ -307,4 +307,4 @@ class FewShotModule(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint of another backbone, method or task."""
-        check_fits(checkpoint.get(HEADER, {}), self.header(), set(checkpoint["state_dict"]), set(self.tuned_state()))
+        check_fits(checkpoint.get(HEADER, {}), self.header(), checkpoint["state_dict"], self.tuned_state())

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from kshot.data.catalogue import CATALOGUE, load_split, open_images
 from kshot.data.images import Augment, FileImages
 from kshot.data.manifest import manifest_bytes, read_manifest, write_bytes
-from kshot.data.parts import Batch, EpochSampler, Features, LazyImages, Part, StoredImages
+from kshot.data.parts import Batch, EpochSampler, LazyImages, Part, StoredImages
 from kshot.data.sampling import draw
 from kshot.data.splits import Row, check_distinct, display_name, images_below
 from kshot.errors import UserError
@@ -279,12 +279,12 @@ class FewShotDataModule(LightningDataModule):
         if features.ndim != 3 or tuple(features.shape[:2]) != (views, len(images)):
             expected = f"({views}, {len(images)}, D)"
             raise ValueError(f"features of shape {tuple(features.shape)} for {part}, which needs {expected}")
-        self._parts[part] = Features(features, images.labels, images.skipped)
+        images.features = features
 
     def _loader(self, part: Part, batch_size: int, **options: Any) -> DataLoader[Batch]:
         return DataLoader(
-            part,
-            batch_size,
+            dataset=part,
+            batch_size=batch_size,  # by keyword: Lightning builds prediction loaders anew from what it sees
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             collate_fn=_as_is,

@@ -48,7 +48,10 @@ class Part(Dataset[Batch], ABC):
     Attributes:
         labels: (N,) int64.
         skipped: number of images that were left out because they cannot be read.
+        features: (V, N, D) for V views, once they have replaced the images; loaders that exist already hand them out.
     """
+
+    features: Tensor | None = None
 
     def __init__(self, labels: Sequence[int] | Tensor, skipped: int = 0) -> None:
         self.labels = torch.as_tensor(labels, dtype=torch.int64)
@@ -68,7 +71,10 @@ class Part(Dataset[Batch], ABC):
     def __getitems__(self, keys: Sequence[int | Key]) -> Batch:
         pairs = [(key, 0) if isinstance(key, int) else key for key in keys]
         index = torch.tensor([position for position, _ in pairs], dtype=torch.int64)
-        return Batch(self.inputs(pairs), self.labels[index], index)
+        if self.features is None:
+            return Batch(self.inputs(pairs), self.labels[index], index)
+        view = torch.tensor([view for _, view in pairs]) % len(self.features)
+        return Batch(self.features[view, index], self.labels[index], index)
 
 
 class StoredImages(Part):
@@ -151,25 +157,6 @@ class LazyImages(Part):
     def inputs(self, keys: Sequence[Key]) -> Tensor:
         """Decodes (B, 3, S, S) uint8."""
         return torch.stack([self.transform(self.source.open(self.paths[position])) for position, _ in keys])
-
-
-class Features(Part):
-    """Features instead of images.
-
-    Args:
-        features: (V, N, D), V views of N images.
-        labels: (N,).
-        skipped: handed on from the images.
-    """
-
-    def __init__(self, features: Tensor, labels: Tensor, skipped: int = 0) -> None:
-        super().__init__(labels, skipped)
-        self.features = features
-
-    def inputs(self, keys: Sequence[Key]) -> Tensor:
-        """Gives (B, D); views are counted modulo V."""
-        positions, views = zip(*keys, strict=True)
-        return self.features[[view % len(self.features) for view in views], list(positions)]
 
 
 class EpochSampler(Sampler[Key]):

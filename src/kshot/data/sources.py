@@ -15,7 +15,7 @@ from kshot.data.splits import PARTS, Row, Split, make_split, stratify
 from kshot.errors import UserError
 
 ARRAYS = {"train": "train", "val": "train", "test": "test"}  # which array of a torchvision data set a part indexes
-VAL_SHARE = 0.2
+VAL_PERCENT = 20
 
 
 class Source(ABC):
@@ -112,7 +112,7 @@ class TorchvisionArrays(Source):
             labels = np.asarray(values, dtype="<i8")
             digest.update(labels.tobytes())
             rows[array] = [Row(str(i), int(label), names[label]) for i, label in enumerate(labels)]
-        parts = stratify(rows["train"], (VAL_SHARE, 0.0))
+        parts = stratify(rows["train"], (VAL_PERCENT, 0))
         parts["test"] = rows["test"]
         file = f"torchvision.datasets.{self.torchvision}"
         return make_split(name, parts, file=file, sha256=digest.hexdigest(), image_root=dict(ARRAYS), item_kind="index")
@@ -141,7 +141,7 @@ def digits_split_rows() -> dict[str, list[Row]]:
 
     names = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
     rows = [Row(str(i), int(label), names[label]) for i, label in enumerate(load_digits().target)]
-    parts = stratify(rows, (0.2, 0.3))
+    parts = stratify(rows, (20, 30))
     return {part: parts[part] for part in PARTS}
 
 

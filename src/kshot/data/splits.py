@@ -141,31 +141,30 @@ def split_bytes(parts: Mapping[str, Sequence[Row]], item_kind: ItemKind = "path"
     return ("{" + ",\n".join(blocks) + "}\n").encode("ascii")
 
 
-def stratify(rows: Sequence[Row], fractions: tuple[float, float], seed: int = STRATIFY_SEED) -> dict[str, list[Row]]:
+def stratify(rows: Sequence[Row], percents: tuple[int, int], seed: int = STRATIFY_SEED) -> dict[str, list[Row]]:
     """Splits rows class by class into train, val and test.
 
     Each class is shuffled by its own stream, so that the parts of a class do not depend on which other classes there
-    are. Sizes per class of n images: ``int(n * fractions[0])`` for validation, ``n * fractions[1]`` rounded, and at
-    least 1 if the fraction is positive, for test, the rest for training. The rows keep their order within a part.
+    are. Sizes per class: the percentage rounded down for validation; rounded, but at least 1 unless the percentage is
+    0, for test; the rest for training. The rows keep their order within a part.
 
     Args:
         rows: images of all classes; their order does not matter for who goes where only if it is sorted.
-        fractions: shares of validation and of test.
+        percents: of validation and of test.
         seed: another seed, another split.
 
     Raises:
         UserError: a class has too few images to have one for training and one for testing.
     """
-    val_share, test_share = fractions
+    val_percent, test_percent = percents
     part_of: dict[int, str] = {}
     members: dict[int, list[int]] = {}
     for position, row in enumerate(rows):
         members.setdefault(row.label, []).append(position)
     for positions in members.values():
         class_name, n = rows[positions[0]].class_name, len(positions)
-        # The small term lets a share such as 0.2 * 5, which binary fractions may miss, count as the whole it is.
-        val = int(n * val_share + 1e-9)
-        test = max(1, int(n * test_share + 0.5 + 1e-9)) if test_share else 0
+        val = n * val_percent // 100
+        test = max(1, (n * test_percent + 50) // 100) if test_percent else 0
         if n - val - test < 1:
             raise UserError(f"class {class_name!r} has {n} image, but a split into training and test needs at least 2")
         shuffled = random.Random(f"{seed}/{class_name}").sample(positions, n)
@@ -259,7 +258,7 @@ def split_from_folder(
     }
     if not part_folders:
         rows = _folder_rows(root, root, {folder.name: label for label, folder in enumerate(_folders(root))})
-        parts = stratify(rows, (0.2, 0.3))
+        parts = stratify(rows, (20, 30))
     else:
         for part in ("train", "test"):
             if part not in part_folders:
@@ -327,7 +326,7 @@ def split_from_csv(path: str | Path, classes: Sequence[str] | None = None, allow
         parts[part].append(Row(line["path"], label, class_name))
     if "split" not in header:
         rows = sorted(parts["train"], key=lambda row: (row.label, row.path))
-        parts = stratify(rows, (0.2, 0.3))
+        parts = stratify(rows, (20, 30))
     # The name carries the folder, as many CSV files are called items.csv or labels.csv.
     name = f"{path.resolve().parent.name}-{path.stem}"
     digest = hashlib.sha256(content).hexdigest()

@@ -1,0 +1,26 @@
+"""Settings of all tests: offline, one thread, and tiny models that are written once a session."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is imported: no test waits for a network
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+import towers
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _tower_folder(tmp_path_factory):
+    """Where the tiny models of :mod:`towers` are written."""
+    towers.use_folder(tmp_path_factory.mktemp("towers"))
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    """Every test starts from the same global random state."""
+    torch.manual_seed(0)
