@@ -6,17 +6,17 @@ from collections import Counter
 import pytest
 import torch
 import torchvision.transforms.v2.functional as VF
-
 import towers
+from towers import IMAGE_ONLY, LAYOUTS, TOWERS, WITH_TEXT
+
 from kshot.adapters import FullTuning
 from kshot.backbones import Backbone, OpenClip, Timm, VisionLanguageBackbone
 from kshot.backbones.attention import DropInAttention
 from kshot.backbones.base import sha256_of
 from kshot.errors import UserError
 from kshot.slots import Projection
-from towers import IMAGE_ONLY, LAYOUTS, TOWERS, WITH_TEXT
 
-NAME = re.compile(r"^(image|text)\.\d+\.(q|k|v|o|fc1|fc2)$")
+NAME = re.compile(r"^(image|text)\.\d+\.(q|k|v|o|fc1|fc2|fc1_g|fc1_x)$")
 
 
 def original_output(model, tower, backbone):
@@ -65,7 +65,8 @@ def test_slots_have_canonical_names(name):
     assert all(slot.name == key for key, slot in slots.items())
     blocks = {"image": layout.image_blocks, "text": layout.text_blocks}
     expected = {f"{t}.{i}.{part}" for t, n in blocks.items() for i in range(n) for part in towers.ALL_PARTS}
-    assert set(slots) == expected
+    gated = {name for slot in expected for name in ([f"{slot}_g", f"{slot}_x"] if slot.endswith("fc1") else [slot])}
+    assert set(slots) in (expected, gated)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -126,9 +127,9 @@ def test_no_projection_is_left_behind(name):
         if isinstance(m, torch.nn.Linear | torch.nn.MultiheadAttention)
     ]
     assert left == []
-    assert Counter(id(s.projection) for s in backbone.slots().values()) == Counter({
-        id(m): len(m.sizes) for m in backbone.modules() if isinstance(m, Projection)
-    })
+    assert Counter(id(s.projection) for s in backbone.slots().values()) == Counter(
+        {id(m): len(m.sizes) for m in backbone.modules() if isinstance(m, Projection)}
+    )
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -26,7 +26,7 @@ class Replaced(Shift):
 
     materialised = True
 
-    def forward(self, x, y):
+    def forward(self, x, y):  # noqa: ARG002
         raise AssertionError("a materialised layer is not called")
 
 
@@ -234,8 +234,6 @@ class TestMemo:
         assert [memo.get([a, b], compute), len(calls)] == [8, 3]
         a = torch.zeros(2)
         assert [memo.get([a, b], compute), len(calls)] == [4, 4]
-        memo.clear()
-        assert [memo.get([a, b], compute), len(calls)] == [4, 5]
 
     def test_the_value_can_be_none_and_the_sources_none_at_all(self):
         calls, memo = [], Memo()

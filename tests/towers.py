@@ -79,7 +79,11 @@ LAYOUTS: dict[str, Layout] = {
     "siglip": clip(
         {"timm_model_name": "test_vit", "timm_pool": "map", "timm_proj": "none"},
         {"no_causal_mask": True, "pool_type": "last", "proj_bias": True},
-        prompts=False, image_blocks=6, custom_text=True, embed_dim=64, init_logit_bias=-10.0,
+        prompts=False,
+        image_blocks=6,
+        custom_text=True,
+        embed_dim=64,
+        init_logit_bias=-10.0,
     ),
     "resnet": clip({"layers": [1, 1, 1, 1], "width": 8, "patch_size": None}, image_blocks=0),
     # timm's plain attention
@@ -106,6 +110,22 @@ WITH_PROMPTS = [name for name, layout in LAYOUTS.items() if layout.prompts]
 IMAGE_ONLY = [name for name, layout in LAYOUTS.items() if not layout.text_blocks]
 TOWERS = [(name, tower) for name, layout in LAYOUTS.items() for tower in layout.towers]
 
+
+def distinct_towers() -> list[tuple[str, str]]:
+    """The towers, without image towers that an earlier layout has in the same form."""
+    seen, distinct = set(), []
+    for name, tower in TOWERS:
+        config = LAYOUTS[name].config
+        form = str(
+            (config.get("vision_cfg"), config.get("quick_gelu"), config.get("architecture"), config.get("arguments"))
+        )
+        if tower == "text" or form not in seen:
+            distinct.append((name, tower))
+        if tower == "image":
+            seen.add(form)
+    return distinct
+
+
 _folder: list[Path] = []
 
 
@@ -120,7 +140,9 @@ def rough(state: dict[str, Tensor]) -> dict[str, Tensor]:
     values = {}
     for name, value in sorted(state.items()):
         noise = torch.randn(value.shape, generator=generator) if value.is_floating_point() else None
-        if noise is None or name.endswith(("logit_scale", "logit_bias", "running_var", "running_mean", "periods", "rope.freqs")):
+        if noise is None or name.endswith(
+            ("logit_scale", "logit_bias", "running_var", "running_mean", "periods", "rope.freqs")
+        ):
             values[name] = value.clone()
         elif value.ndim >= 2 and "embed" not in name and "norm" not in name:
             values[name] = 1.5 * noise / value.shape[1:].numel() ** 0.5
@@ -182,7 +204,9 @@ def _original(name: str, root: Path) -> Any:
     import timm
 
     pool = {"global_pool": "token"} if "dinov3" in name else {}  # the backbone's default, read from the folder's name
-    return timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0, dynamic_img_size=True, **pool).eval()
+    return timm.create_model(
+        f"local-dir:{folder}", pretrained=True, num_classes=0, dynamic_img_size=True, **pool
+    ).eval()
 
 
 def build(name: str) -> Backbone:
@@ -199,7 +223,9 @@ def _built(name: str, root: Path) -> Backbone:
 
 def backbone(name: str = "clip") -> Backbone:
     """A fresh copy of a layout's backbone, which a test may change."""
-    return copy.deepcopy(_built(name, _folder[0]))
+    model = _built(name, _folder[0])
+    tokenizer = getattr(model, "tokenizer", None)  # no test changes it, and its tables are most of the work of a copy
+    return copy.deepcopy(model, {id(tokenizer): tokenizer})
 
 
 def images(model: Backbone, count: int = 3, seed: int = 1) -> Tensor:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -25,18 +26,20 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         UserError: the disk refused; what was there before is untouched.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(beside)
         with beside.open("rb+") as file:
             os.fsync(file.fileno())
         beside.replace(path)
-    except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as RuntimeError
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch's and safetensors' ways to report a full disk
         before = "the one there before is kept" if path.exists() else "there was none before"
-        raise UserError(f"Could not write {path} ({error}); {before}. Free some disk space and resume.") from error
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"Could not write {path} ({reason}); {before}. If the disk is full, free some and resume.") from error
     finally:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
 
 
 class AtomicCheckpoints(TorchCheckpointIO):

@@ -70,6 +70,7 @@ def settle_chatter() -> None:
         ".*LeafSpec.*",  # Lightning 2.6 on newer torch
         ".*Experiment logs directory .* exists and is not empty.*",  # the run directory already holds its config
         ".*`isinstance.treespec, LeafSpec.` is deprecated.*",
+        ".*module.s. in eval mode.*",  # frozen towers are meant to be
         ".*srun.*",
     ):
         warnings.filterwarnings("ignore", message=message)
@@ -78,6 +79,12 @@ def settle_chatter() -> None:
 
 class Parser(LightningArgumentParser):
     """Reports a mistake in one line."""
+
+    def parse_args(self, args: Any = None, *rest: Any, **options: Any) -> Any:
+        """Parses; ``null`` for an option of a nested class arrives here as "None" (jsonargparse 4.53) and is mended."""
+        if args is not None:
+            args = [re.sub(r"^(--[\w.]+)=None$", r"\1=null", a) if isinstance(a, str) else a for a in args]
+        return super().parse_args(args, *rest, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Prints what is wrong, where and what would be right, and exits with code 2."""

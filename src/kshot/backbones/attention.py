@@ -52,6 +52,9 @@ class Attention(nn.Module):
         head_scale: factor a head, (heads, 1, 1), or None.
         inner_norm: norm before the output projection, or identity.
         dropout: of the attention weights, in training.
+        output_dropout: of the projected output, in training.
+        true_blocks: whether True in a boolean mask blocks a position (PyTorch's module, open_clip) or allows it (timm,
+            ``scaled_dot_product_attention``).
     """
 
     def __init__(
@@ -64,9 +67,12 @@ class Attention(nn.Module):
         head_scale: nn.Parameter | None = None,
         inner_norm: nn.Module | None = None,
         dropout: float = 0.0,
+        output_dropout: float = 0.0,
+        true_blocks: bool = False,
     ) -> None:
         super().__init__()
-        self.qkv, self.o, self.heads, self.dropout = qkv, o, heads, dropout
+        self.qkv, self.o, self.heads, self.true_blocks = qkv, o, heads, true_blocks
+        self.dropout, self.output_dropout = dropout, output_dropout
         self.q_norm, self.k_norm = q_norm or nn.Identity(), k_norm or nn.Identity()
         self.head_scale, self.inner_norm = head_scale, inner_norm or nn.Identity()
 
@@ -79,18 +85,21 @@ class Attention(nn.Module):
         """Joins heads, (B, heads, L, width of a head), and projects them to (B, L, width)."""
         if self.head_scale is not None:
             x = x * self.head_scale
-        return self.o(self.inner_norm(x.transpose(-3, -2).flatten(-2)))
+        out = self.o(self.inner_norm(x.transpose(-3, -2).flatten(-2)))
+        return F.dropout(out, self.output_dropout, self.training)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, **_: Any) -> Any:
         """Attends within each sequence of (B, L, width).
 
         Args:
             x: (B, L, width).
-            attn_mask: additive, or boolean with True where attention is allowed; broadcasts to (B, heads, L, L).
+            attn_mask: additive or boolean; broadcasts to (B, heads, L, L), or is (B·heads, L, L).
         """
         q, k, v = self.heads_of(x)
         if attn_mask is not None:
-            attn_mask = additive(attn_mask, q.dtype)
+            attn_mask = additive(attn_mask, q.dtype, self.true_blocks)
+            if attn_mask.ndim == 3:
+                attn_mask = attn_mask.unflatten(0, (-1, self.heads))
         return self.join(attend(q, k, v, attn_mask, self.dropout if self.training else 0.0))
 
     def packed(self, x: Tensor, layout: PackedText) -> Tensor:
@@ -121,17 +130,20 @@ class Attention(nn.Module):
 class DropInAttention(Attention):
     """The same under the calling convention of :class:`torch.nn.MultiheadAttention` (batch first)."""
 
+    def __init__(self, qkv: Projection, o: Projection, heads: int, dropout: float = 0.0) -> None:
+        super().__init__(qkv, o, heads, dropout=dropout, true_blocks=True)
+
     def forward(self, x: Tensor, key: Any = None, value: Any = None, attn_mask: Any = None, **_: Any) -> Any:
         """Returns (output, None); key and value must be the queries themselves."""
         assert key is None or key is x, "self-attention only"
         return super().forward(x, attn_mask=attn_mask), None
 
 
-def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """An additive mask from either convention: boolean masks are True where attention is allowed."""
+def additive(mask: Tensor, dtype: torch.dtype, true_blocks: bool) -> Tensor:
+    """An additive mask from an additive or a boolean one."""
     if mask.dtype != torch.bool:
         return mask.to(dtype)
-    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf"))
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask if true_blocks else ~mask, float("-inf"))
 
 
 def causal(length: int, device: torch.device, dtype: torch.dtype) -> Tensor:

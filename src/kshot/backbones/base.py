@@ -61,7 +61,11 @@ class Backbone(nn.Module, ABC):
         return features
 
     def slots(self) -> dict[str, Slot]:
-        """All slots by canonical name, ``<tower>.<block>.<q|k|v|o|fc1|fc2>``."""
+        """All slots by canonical name, ``<tower>.<block>.<q|k|v|o|fc1|fc2>``.
+
+        Gated MLPs (SwiGLU) that keep gate and input apart have ``fc1_g`` and ``fc1_x`` instead of ``fc1``; the pattern
+        ``*.fc*`` takes all.
+        """
         return dict(self._slots)
 
     @abstractmethod
@@ -74,6 +78,17 @@ class Backbone(nn.Module, ABC):
         adapted = {id(s.projection): s.projection for name, s in self._slots.items() if name.startswith(f"{tower}.")}
         layers = [p for projection in adapted.values() for p in projection.adapters.parameters() if p.requires_grad]
         return own + layers
+
+    def settled(self, tower: str) -> bool:
+        """True while a tower gives the same features whenever it is asked, so that they may be kept.
+
+        It does not while a gradient is wanted of it, while dropout is active in its adapters, or while they are off.
+        """
+        projections = [slot.projection for name, slot in self._slots.items() if name.startswith(f"{tower}.")]
+        adapted = [p for p in projections if p.adapters]
+        if torch.is_grad_enabled() and self.trainable(tower):
+            return False
+        return all(p.enabled and not any(layer.training for layer in p.adapters.values()) for p in adapted)
 
     def train(self, mode: bool = True) -> Backbone:
         """Switches adapters; the frozen towers stay in evaluation mode unless a method trains them as a whole."""

@@ -115,7 +115,7 @@ class OpenClip(VisionLanguageBackbone):
         for name, parameter in self.clip.named_parameters():
             if ".adapters." not in name and not name.startswith(("logit_scale", "logit_bias")):
                 image = name.startswith("visual.")
-                yield ("image." if image else "text.") + name.removeprefix("visual."), parameter
+                yield ("image." if image else "text.") + name.removeprefix("visual.").removeprefix("text."), parameter
 
     def token_ids(self, text: str) -> list[int]:
         if hasattr(self.tokenizer, "encode"):

@@ -53,8 +53,8 @@ class Timm(Backbone):
         if pool is not None:
             options["global_pool"] = pool
         vit = create(model, weights, options)
-        if not hasattr(vit, "blocks"):
-            raise UserError(f"{model} has no transformer blocks to adapt: choose a vision transformer of timm.")
+        if not all(hasattr(block, "attn") and hasattr(block, "mlp") for block in getattr(vit, "blocks", [None])):
+            raise UserError(f"{model} has no blocks of one attention and one MLP: choose a vision transformer of timm.")
         config = timm.data.resolve_model_data_config(vit)
         size = image_size or config["input_size"][-1]
         check_image_size(size, vit.patch_embed.patch_size[0], model)

@@ -55,7 +55,16 @@ def unfuse_open_clip(blocks: Iterable[nn.Module], tower: str) -> dict[str, Slot]
             if attention.logit_scale is not None:
                 raise UserError(f"Block {i} of the {tower} tower uses scaled cosine attention, which has no slots here.")
             block.attn = Attention(
-                qkv, o, attention.num_heads, attention.ln_q, attention.ln_k, attention.head_scale, attention.ln_inner
+                qkv,
+                o,
+                attention.num_heads,
+                attention.ln_q,
+                attention.ln_k,
+                attention.head_scale,
+                attention.ln_inner,
+                dropout=attention.attn_drop.p,
+                output_dropout=attention.out_drop.p,
+                true_blocks=True,
             )
         publish(slots, f"{tower}.{i}", qkv)
         publish(slots, f"{tower}.{i}", o)
@@ -92,6 +101,7 @@ def unfuse_timm(blocks: Iterable[nn.Module], tower: str) -> dict[str, Slot]:
                 attention.k_norm,
                 inner_norm=getattr(attention, "norm", None),
                 dropout=attention.attn_drop.p,
+                output_dropout=attention.proj_drop.p,
             )
         slots |= unfuse_mlp(block.get_submodule("mlp"), f"{tower}.{i}", {})
     return slots

@@ -113,7 +113,7 @@ class CoOp(Classifier):
 
     def forward(self, features: Tensor) -> Tensor:
         text = require_prompts(self.backbone, "CoOp")
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or not text.settled("text"):
             prototypes = self.encode()
         else:
             prototypes = self._memo.get([self.context, *text.trainable("text")], self.encode)

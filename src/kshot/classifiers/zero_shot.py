@@ -45,10 +45,9 @@ class TextFeatures:
 
     def __call__(self) -> Tensor:
         """Unit-length prototypes, (C, D): the normalised mean over templates of normalised features."""
-        trainable = self.backbone.trainable("text")
-        if trainable and torch.is_grad_enabled():
+        if not self.backbone.settled("text"):
             return self.encode()
-        return self._memo.get([self.backbone.mean, *trainable], self.encode)
+        return self._memo.get([self.backbone.mean, *self.backbone.trainable("text")], self.encode)
 
     def encode(self) -> Tensor:
         """The same, computed."""

@@ -1,0 +1,269 @@
+"""Checkpoints: a failed write costs nothing, a file runs no code, and what does not fit is refused with a reason."""
+
+import pickle
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+
+from kshot.checkpoint import AtomicCheckpoints, check_fits, read_tensors, write_atomically, write_tensors
+from kshot.errors import UserError
+
+HEADER = {
+    "method": "LoRA",
+    "backbone": "ViT",
+    "backbone_sha256": "a" * 64,
+    "class_names": ["cat", "dog"],
+    "split": None,
+}
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+def one_line(error) -> str:
+    message = str(error.value)
+    assert message
+    assert "\n" not in message
+    return message
+
+
+class TestAtomicWrite:
+    def test_writes_and_makes_folders(self, tmp_path):
+        path = tmp_path / "a" / "b" / "last.ckpt"
+        write_atomically(path, lambda file: file.write_bytes(b"new"))
+        assert path.read_bytes() == b"new"
+        write_atomically(path, lambda file: file.write_bytes(b"newer"))
+        assert path.read_bytes() == b"newer"
+        assert files(path.parent) == ["last.ckpt"]
+
+    def test_the_old_file_stands_until_the_new_one_is_whole(self, tmp_path):
+        path = tmp_path / "last.ckpt"
+        path.write_bytes(b"old")
+
+        def write(file):
+            assert file.parent == path.parent  # a rename between disks is no rename
+            file.write_bytes(b"new")
+            assert path.read_bytes() == b"old"
+
+        write_atomically(path, write)
+        assert path.read_bytes() == b"new"
+
+    @pytest.mark.parametrize("before", [None, b"old"])
+    @pytest.mark.parametrize(
+        "error",
+        [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed writing file data/0")],
+    )
+    def test_a_full_disk(self, tmp_path, before, error):
+        path = tmp_path / "last.ckpt"
+        if before:
+            path.write_bytes(before)
+
+        def write(file):
+            file.write_bytes(b"half of it")
+            raise error
+
+        with pytest.raises(UserError) as raised:
+            write_atomically(path, write)
+        message = one_line(raised)
+        assert str(path) in message
+        assert str(error) in message
+        assert ("kept" in message) == (before is not None)
+        assert files(tmp_path) == (["last.ckpt"] if before else [])
+        if before:
+            assert path.read_bytes() == before
+
+    @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, SystemExit])
+    def test_any_other_interruption(self, tmp_path, error):
+        path = tmp_path / "last.ckpt"
+        path.write_bytes(b"old")
+
+        def write(file):
+            file.write_bytes(b"half of it")
+            raise error
+
+        with pytest.raises(error):
+            write_atomically(path, write)
+        assert files(tmp_path) == ["last.ckpt"]
+        assert path.read_bytes() == b"old"
+
+    def test_a_folder_that_cannot_be_made(self, tmp_path):
+        (tmp_path / "file").write_bytes(b"")
+        with pytest.raises(UserError) as raised:
+            write_atomically(tmp_path / "file" / "last.ckpt", lambda file: file.write_bytes(b"new"))
+        assert "last.ckpt" in one_line(raised)
+
+    @pytest.mark.parametrize("kind", ["ckpt", "safetensors"])
+    def test_a_disk_that_is_really_full(self, tmp_path, kind):
+        """The libraries' own writers, under a limit on the size of files: whatever they raise ends as one line."""
+        path = tmp_path / f"last.{kind}"
+
+        def write(tensors):
+            if kind == "ckpt":
+                AtomicCheckpoints().save_checkpoint({"state_dict": tensors}, path)
+            else:
+                write_tensors(path, tensors, HEADER)
+
+        write({"a": torch.ones(3)})
+        before = path.read_bytes()
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
+        try:
+            with pytest.raises(UserError) as raised:
+                write({"a": torch.ones(1 << 20)})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert str(path) in one_line(raised)
+        assert path.read_bytes() == before
+        assert files(tmp_path) == [path.name]
+
+
+class TestTensors:
+    def test_round_trip(self, tmp_path):
+        tensors = {
+            "a": torch.randn(3, 4),
+            "transposed": torch.randn(3, 4).T,
+            "half": torch.randn(2).bfloat16(),
+            "count": torch.tensor(7),
+            "trained": torch.nn.Parameter(torch.randn(2)),
+        }
+        header = HEADER | {"class_names": ["größe", "犬"], "split": {"seed": 1}}
+        write_tensors(tmp_path / "tuned.safetensors", tensors, header)
+        loaded, read = read_tensors(tmp_path / "tuned.safetensors")
+        assert read == header
+        assert set(loaded) == set(tensors)
+        for name, tensor in tensors.items():
+            assert loaded[name].dtype == tensor.dtype
+            assert torch.equal(loaded[name], tensor)
+            assert not loaded[name].requires_grad
+
+    def test_views_of_one_storage_are_kept_apart(self, tmp_path):
+        whole = torch.arange(6.0).view(3, 2)
+        write_tensors(tmp_path / "t.safetensors", {"a": whole[:1], "b": whole[1:]}, HEADER)
+        loaded, _ = read_tensors(tmp_path / "t.safetensors")
+        assert loaded["a"].tolist() == [[0, 1]]
+        assert loaded["b"].tolist() == [[2, 3], [4, 5]]
+
+    def test_a_file_of_another_program(self, tmp_path):
+        from safetensors.torch import save_file
+
+        save_file({"a": torch.ones(1)}, tmp_path / "other.safetensors")
+        with pytest.raises(UserError, match="not written by kshot") as raised:
+            read_tensors(tmp_path / "other.safetensors")
+        one_line(raised)
+
+
+RAN: list[str] = []
+
+
+class Malicious:
+    def __reduce__(self):
+        return (RAN.append, ("code ran",))
+
+
+class TestLoading:
+    def test_round_trip(self, tmp_path):
+        checkpoint = {"state_dict": {"a": torch.randn(3)}, "epoch": 2, "kshot": HEADER, "loops": {"x": [1, 2.5, None]}}
+        plugin = AtomicCheckpoints()
+        plugin.save_checkpoint(checkpoint, str(tmp_path / "last.ckpt"))
+        loaded = plugin.load_checkpoint(tmp_path / "last.ckpt")
+        assert torch.equal(loaded.pop("state_dict")["a"], checkpoint.pop("state_dict")["a"])
+        assert loaded == checkpoint
+        assert files(tmp_path) == ["last.ckpt"]
+
+    def test_safetensors_are_checkpoints_of_weights(self, tmp_path):
+        write_tensors(tmp_path / "tuned.safetensors", {"a": torch.ones(2)}, HEADER)
+        loaded = AtomicCheckpoints().load_checkpoint(tmp_path / "tuned.safetensors")
+        assert loaded["kshot"] == HEADER
+        assert torch.equal(loaded["state_dict"]["a"], torch.ones(2))
+        assert "pytorch-lightning_version" in loaded
+
+    def test_torch_load_is_told_weights_only(self, tmp_path, monkeypatch):
+        torch.save({"state_dict": {}}, tmp_path / "last.ckpt")
+        seen, load = [], torch.load
+        monkeypatch.setattr(torch, "load", lambda *a, **k: seen.append(k) or load(*a, **k))
+        AtomicCheckpoints().load_checkpoint(tmp_path / "last.ckpt", weights_only=False)
+        assert [k["weights_only"] for k in seen] == [True]
+
+    @pytest.mark.parametrize("writer", ["torch", "pickle"])
+    def test_code_is_refused_and_not_run(self, tmp_path, writer):
+        path = tmp_path / "last.ckpt"
+        if writer == "torch":
+            torch.save({"state_dict": Malicious()}, path)
+        else:
+            path.write_bytes(pickle.dumps({"state_dict": Malicious()}))
+        with pytest.raises(UserError) as raised:
+            AtomicCheckpoints().load_checkpoint(path, weights_only=False)
+        assert RAN == []
+        assert str(path) in one_line(raised)
+
+    @pytest.mark.parametrize("name", ["last.ckpt", "tuned.safetensors"])
+    def test_missing_empty_and_cut_files(self, tmp_path, name):
+        path, plugin = tmp_path / name, AtomicCheckpoints()
+        with pytest.raises(UserError, match="no checkpoint") as raised:
+            plugin.load_checkpoint(path)
+        assert str(path) in one_line(raised)
+        if name.endswith("ckpt"):
+            plugin.save_checkpoint({"state_dict": {"a": torch.randn(100)}}, path)
+        else:
+            write_tensors(path, {"a": torch.randn(100)}, HEADER)
+        whole = path.read_bytes()
+        for cut in (0, 1, len(whole) // 2, len(whole) - 10):
+            path.write_bytes(whole[:cut])
+            with pytest.raises(UserError) as raised:
+                plugin.load_checkpoint(path)
+            assert str(path) in one_line(raised)
+
+
+def tensors(*names, shape=(2,)):
+    return {name: torch.zeros(shape) for name in names}
+
+
+class TestFits:
+    def refused(self, saved=("a",), wanted=("a",), **changes) -> str:
+        with pytest.raises(UserError) as raised:
+            check_fits(HEADER | changes, HEADER, tensors(*saved), tensors(*wanted))
+        return one_line(raised)
+
+    def test_what_fits(self):
+        check_fits(dict(HEADER), HEADER, tensors("a", "b"), tensors("b", "a"))
+        check_fits(HEADER | {"split": {"seed": 3}, "kshot": "0.0.1"}, HEADER, tensors("a"), tensors("a"))
+
+    def test_another_backbone(self):
+        message = self.refused(backbone="ResNet", backbone_sha256="b" * 64)
+        assert "ResNet" in message
+        assert "b" * 12 in message
+        assert "ViT" in message
+        assert "a" * 12 in message
+
+    def test_other_weights_of_the_same_backbone(self):
+        assert "b" * 12 in self.refused(backbone_sha256="b" * 64)
+
+    def test_another_method(self):
+        message = self.refused(method="CoOp")
+        assert "trained by CoOp" in message
+        assert "says LoRA" in message
+
+    def test_other_classes(self):
+        assert "3 classes apart (cat, dog, cow" in self.refused(class_names=["cat", "dog", "cow"])
+        assert "dog, cat" in self.refused(class_names=["dog", "cat"]), "the order is the meaning of a label"
+
+    def test_other_tensors(self):
+        assert "1 missing, such as b" in self.refused(saved=("a",), wanted=("a", "b"))
+        assert "2 unknown, such as x" in self.refused(saved=("a", "y", "x"), wanted=("a",))
+        both = self.refused(saved=("x",), wanted=("a",))
+        assert "1 missing, such as a" in both
+        assert "1 unknown, such as x" in both
+
+    def test_other_shapes(self):
+        saved, wanted = tensors("a", "b", shape=(2, 3)), tensors("a") | tensors("b", shape=(2, 3))
+        with pytest.raises(UserError) as raised:
+            check_fits(HEADER, HEADER, saved, wanted)
+        assert "a is (2, 3) there and (2,) here" in one_line(raised)
+
+    def test_no_header_at_all(self):
+        with pytest.raises(UserError) as raised:
+            check_fits({}, HEADER, tensors("a"), tensors("a"))
+        one_line(raised)

@@ -1,0 +1,491 @@
+"""Contract of classifiers, and each against a plain reference of its formula."""
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import towers
+from sklearn.neighbors import NearestCentroid
+
+from kshot.adapters import FullTuning, LoRA, unadapted
+from kshot.classifiers import Classifier, CoOp, LinearProbe, NearestClassMean, Task, TextPrompt
+from kshot.errors import UserError
+
+NAMES = ("cat", "dog", "yellow bird", "x", "very small old car", "tree", "sea horse", "house", "pen", "cup")
+TASK = Task(NAMES[:4])
+SETTINGS: dict[str, list[dict[str, Any]]] = {
+    "CoOp": [
+        {"context_length": 3},
+        {"context_length": 3, "position": "middle"},
+        {"context_length": 3, "position": "front"},
+        {"context_length": 2, "class_specific": True},
+        {"context_length": 3, "class_specific": True, "position": "middle"},
+        {"init_words": "a photo of a"},
+    ],
+    "LinearProbe": [{}, {"normalize": False}],
+}
+POSITIONS = ("end", "middle", "front")
+
+
+def concrete(kind: type) -> list[type]:
+    below = [c for sub in kind.__subclasses__() for c in [sub, *concrete(sub)]]
+    return [c for c in dict.fromkeys(below) if c.__module__.startswith("kshot.") and not inspect.isabstract(c)]
+
+
+EVERY = [(kind, settings) for kind in concrete(Classifier) for settings in SETTINGS.get(kind.__name__, [{}])]
+every = pytest.mark.parametrize(
+    ("kind", "settings"), EVERY, ids=[f"{k.__name__}-{'-'.join(map(str, s.values()))}" for k, s in EVERY]
+)
+
+
+def made(kind, settings, task=TASK, name="clip"):
+    backbone = towers.backbone(name)
+    classifier = kind(backbone, task, **settings)
+    if classifier.closed_form:
+        label = torch.arange(len(task.class_names)).repeat(3)
+        classifier.fit_features(torch.randn(len(label), backbone.feature_dim), label)
+    return classifier
+
+
+def features_of(classifier, count=6):
+    return torch.randn(count, classifier.backbone.feature_dim, generator=torch.Generator().manual_seed(2))
+
+
+def unit(x):
+    return x / x.square().sum(-1, keepdim=True).sqrt()
+
+
+def count_encodes(monkeypatch, backbone) -> list[str]:
+    """Notes every use of the text tower of a backbone."""
+    calls = []
+    encode = backbone.encode_embeddings
+    monkeypatch.setattr(backbone, "encode_embeddings", lambda *a: calls.append("encode") or encode(*a))
+    return calls
+
+
+class TestEvery:
+    @every
+    @pytest.mark.parametrize("classes", [2, 10])
+    def test_logits(self, kind, settings, classes):
+        classifier = made(kind, settings, Task(NAMES[:classes]))
+        features = features_of(classifier)
+        logits = classifier(features)
+        assert logits.shape == (6, classes)
+        assert logits.dtype == torch.float32
+        assert torch.isfinite(logits).all()
+        with torch.no_grad():
+            torch.testing.assert_close(classifier.eval()(features), logits)
+            each = torch.cat([classifier(f[None]) for f in features])
+        torch.testing.assert_close(each, logits, msg="logits depend on the rest of the batch")
+
+    @every
+    def test_losses_are_finite_and_reach_every_parameter(self, kind, settings):
+        classifier = made(kind, settings).train()
+        terms = classifier.losses(features_of(classifier), torch.tensor([0, 1, 2, 3, 0, 1]))
+        assert terms
+        loss = sum(terms.values())
+        assert loss.shape == ()
+        assert torch.isfinite(loss)
+        trainable = {n: p for n, p in classifier.named_parameters() if p.requires_grad}
+        assert bool(trainable) == (kind in (CoOp, LinearProbe)) or kind not in (
+            CoOp,
+            LinearProbe,
+            TextPrompt,
+            NearestClassMean,
+        )
+        if trainable:
+            loss.backward()
+            without = [n for n, p in trainable.items() if p.grad is None or not p.grad.abs().max() > 0]
+            assert without == []
+        assert not any(n.startswith("backbone.") for n in trainable)
+
+    @every
+    def test_gradient_reaches_image_features_and_adapters(self, kind, settings):
+        backbone = towers.backbone()
+        LoRA(rank=2).inject(backbone, ["*"])
+        classifier = kind(backbone, TASK, **settings)
+        if classifier.closed_form:
+            return
+        with torch.no_grad():
+            for parameter in classifier.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+        classifier.train()
+        loss = sum(classifier.losses(backbone.encode_image(towers.images(backbone, 4)), torch.arange(4)).values())
+        loss.backward()
+        uses_text = kind is not LinearProbe
+        for tower in ("image", "text") if uses_text else ("image",):
+            assert all(p.grad is not None and p.grad.abs().max() > 0 for p in backbone.trainable(tower)), tower
+
+    @every
+    def test_bfloat16_autocast(self, kind, settings):
+        classifier = made(kind, settings)
+        features = features_of(classifier)
+        exact = classifier(features)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = classifier(features.bfloat16())
+            sum(classifier.losses(features.bfloat16(), torch.arange(6) % 4).values())
+        assert logits.dtype == torch.float32
+        torch.testing.assert_close(logits, exact, rtol=0.1, atol=0.05 * float(exact.detach().abs().max()) + 1e-3)
+
+    @every
+    def test_a_saved_state_gives_the_same_logits(self, kind, settings):
+        first, second = made(kind, settings), kind(towers.backbone(), TASK, **settings)
+        with torch.no_grad():
+            for parameter in first.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+        features = features_of(first)
+        with torch.no_grad():
+            second(features)  # so that what is kept must be given up
+            second.load_state_dict(first.state_dict())
+            assert torch.equal(second(features), first(features))
+
+    @every
+    def test_image_only_backbones_work_or_are_refused_in_one_line(self, kind, settings):
+        if kind in (LinearProbe, NearestClassMean):
+            classifier = made(kind, settings, name="vit")
+            assert classifier(features_of(classifier)).shape == (6, 4)
+            return
+        with pytest.raises(UserError) as error:
+            made(kind, settings, name="vit")
+        message = str(error.value)
+        assert "\n" not in message
+        assert kind.__name__ in message
+        assert "text tower" in message
+
+    def test_gradient_trained_classifiers_refuse_a_closed_form(self):
+        with pytest.raises(NotImplementedError, match="LinearProbe"):
+            made(LinearProbe, {}).fit_features(torch.randn(2, 24), torch.tensor([0, 1]))
+
+
+class TestTextPrompt:
+    @pytest.mark.parametrize("name", towers.WITH_TEXT)
+    def test_is_the_scaled_cosine_of_the_library(self, name):
+        classifier, original = made(TextPrompt, {}, name=name), towers.original(name)
+        backbone = classifier.backbone
+        images = towers.images(backbone)
+        tokens = backbone.tokenize([f"a photo of a {n}." for n in NAMES[:4]])
+        with torch.no_grad():
+            image = unit(original.encode_image((images - backbone.mean) / backbone.std))
+            expected = original.logit_scale.exp() * image @ unit(original.encode_text(tokens)).T
+            assert towers.relative(classifier(backbone.encode_image(images)), expected) <= 1e-5
+
+    def test_an_ensemble_is_the_mean_of_normalised_features(self):
+        templates = ("a photo of a {}.", "{} in the rain", "a small drawing of the old {}, a kind of thing.")
+        classifier = made(TextPrompt, {}, Task(NAMES[:4], templates))
+        original, features = towers.original("clip"), features_of(classifier)
+        with torch.no_grad():
+            each = [
+                unit(original.encode_text(classifier.backbone.tokenize([t.format(n) for n in NAMES[:4]])))
+                for t in templates
+            ]
+            expected = original.logit_scale.exp() * unit(features) @ unit(sum(each) / 3).T
+            assert towers.relative(classifier(features), expected) <= 1e-5
+            assert towers.relative(made(TextPrompt, {})(features), expected) > 1e-3
+
+    def test_own_templates_come_first(self):
+        task = Task(NAMES[:4], ("a photo of a {}.",))
+        given = made(TextPrompt, {"templates": ["{} in the rain"]}, task)
+        expected = made(TextPrompt, {}, Task(NAMES[:4], ("{} in the rain",)))
+        features = features_of(given)
+        assert torch.equal(given(features), expected(features))
+
+    def test_a_class_name_that_does_not_fit(self):
+        with pytest.raises(UserError, match="tokens"):
+            made(TextPrompt, {}, Task(("cat", " ".join(["dog"] * 80))))
+
+
+class TestTextFeaturesAreKept:
+    @pytest.mark.parametrize(("kind", "settings"), [(TextPrompt, {}), (CoOp, {"context_length": 2})])
+    def test_nothing_is_computed_twice_in_evaluation(self, kind, settings, monkeypatch):
+        backbone = towers.backbone()
+        LoRA(rank=2).inject(backbone, ["text.*"])
+        classifier = kind(backbone, TASK, **settings).eval()
+        calls, features = count_encodes(monkeypatch, backbone), features_of(classifier)
+        with torch.no_grad():
+            first = classifier(features)
+            for _ in range(3):
+                assert torch.equal(classifier(features), first)
+            assert len(calls) == 1
+            for parameter in backbone.trainable("text"):
+                parameter.add_(0.1)
+            second = classifier(features)
+            assert len(calls) == 2
+            assert not torch.equal(second, first)
+            if kind is CoOp:
+                classifier.context.add_(0.1)
+                assert not torch.equal(classifier(features), second)
+                assert len(calls) == 3
+
+    def test_frozen_text_is_encoded_once_even_in_training(self, monkeypatch):
+        backbone = towers.backbone()
+        LoRA(rank=2).inject(backbone, ["image.*"])
+        classifier = TextPrompt(backbone, TASK).train()
+        calls = count_encodes(monkeypatch, backbone)
+        for _ in range(3):
+            classifier(features_of(classifier))
+        assert len(calls) == 1
+
+    @pytest.mark.parametrize(("kind", "settings"), [(TextPrompt, {}), (CoOp, {"context_length": 2})])
+    @pytest.mark.parametrize("fused", [False, True])
+    def test_what_is_kept_follows_the_optimizer(self, kind, settings, fused):
+        backbone = towers.backbone()
+        LoRA(rank=2).inject(backbone, ["text.*"])
+        classifier = kind(backbone, TASK, **settings)
+        features = features_of(classifier)
+        optimizer = torch.optim.AdamW([p for p in classifier.parameters() if p.requires_grad], lr=0.1, fused=fused)
+        for _ in range(3):
+            with torch.no_grad():
+                before = classifier.eval()(features)
+            optimizer.zero_grad()
+            sum(classifier.train().losses(features, torch.arange(6) % 4).values()).backward()
+            optimizer.step()
+            with torch.no_grad():
+                after = classifier.eval()(features)
+            assert towers.relative(after, before) > 1e-3
+            assert towers.relative(after, classifier(features)) <= 1e-5
+
+    @pytest.mark.parametrize(("kind", "settings"), [(TextPrompt, {}), (CoOp, {"context_length": 2})])
+    def test_what_dropout_made_in_training_is_not_kept_for_evaluation(self, kind, settings):
+        backbone = towers.backbone()
+        LoRA(rank=2, dropout=0.5).inject(backbone, ["text.*"])
+        with torch.no_grad():
+            for parameter in backbone.trainable("text"):
+                parameter.add_(0.3)
+        classifier = kind(backbone, TASK, **settings)
+        features = features_of(classifier)
+        with torch.no_grad():
+            classifier.train()(features)
+            kept = classifier.eval()(features)
+        assert towers.relative(kept, classifier(features)) <= 1e-5
+
+    @pytest.mark.parametrize("adapter", [LoRA(rank=2), FullTuning()], ids=["LoRA", "FullTuning"])
+    @pytest.mark.parametrize("first", ["adapted", "unadapted"])
+    def test_unadapted_reaches_what_is_kept(self, adapter, first):
+        """Logits of the untouched backbone inside ``unadapted``, of the adapted one outside, whichever comes first."""
+        original = TextPrompt(towers.backbone(), TASK)
+        features = features_of(original)
+        backbone = towers.backbone()
+        adapter.inject(backbone, ["text.*"])
+        with torch.no_grad():
+            for parameter in backbone.trainable("text"):
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        classifier = TextPrompt(backbone, TASK).eval()
+        adapted = classifier(features).detach()
+        with torch.no_grad():
+            expected = original(features)
+            assert towers.relative(adapted, expected) > 1e-3
+            if first == "adapted":
+                classifier(features)
+            with unadapted(backbone):
+                assert torch.equal(classifier(features), expected)
+            assert towers.relative(classifier(features), adapted) <= 1e-5
+            with unadapted(backbone):
+                assert torch.equal(classifier(features), expected)
+
+
+class TestCoOp:
+    def test_a_phrase_as_context_is_that_phrase_as_a_template(self):
+        for name in ("clip", "clip_custom_all", "custom_text_eos"):
+            template = made(TextPrompt, {}, name=name)
+            learned = made(CoOp, {"context_length": 4}, name=name)
+            features = features_of(template)
+            with torch.no_grad():
+                assert towers.relative(learned(features), template(features)) > 1e-3
+                ids = torch.tensor(learned.backbone.token_ids("a photo of a"))
+                learned.context.copy_(learned.backbone.embed_tokens(ids))
+                assert towers.relative(learned(features), template(features)) <= 1e-5
+            assert towers.relative(learned(features), template(features)) <= 1e-5
+
+    @pytest.mark.parametrize("class_specific", [False, True])
+    def test_init_words_are_the_initial_value(self, class_specific):
+        given = made(CoOp, {"init_words": "a photo of a", "class_specific": class_specific})
+        table = towers.original("clip").token_embedding.weight
+        ids = given.backbone.token_ids("a photo of a")
+        expected = table[ids]
+        assert torch.equal(given.context, expected.expand(4, -1, -1) if class_specific else expected)
+        assert given.context.untyped_storage().data_ptr() != given.backbone.clip.token_embedding.weight.data_ptr()
+        features = features_of(given)
+        assert towers.relative(given(features), made(TextPrompt, {})(features)) <= 1e-5
+
+    def test_random_initial_values(self):
+        given = made(CoOp, {"context_length": 60})
+        assert given.context.shape == (60, 32)
+        assert float(given.context.std()) == pytest.approx(0.02, rel=0.1)
+        assert abs(float(given.context.mean())) < 0.003
+        assert made(CoOp, {}).context.shape == (16, 32)
+        specific = made(CoOp, {"context_length": 5, "class_specific": True})
+        assert specific.context.shape == (4, 5, 32)
+
+    @pytest.mark.parametrize("class_specific", [False, True])
+    @pytest.mark.parametrize("length", [1, 3, 4])
+    @pytest.mark.parametrize("position", POSITIONS)
+    def test_equals_a_plain_assembly(self, position, length, class_specific):
+        given = made(CoOp, {"context_length": length, "position": position, "class_specific": class_specific})
+        with torch.no_grad():
+            given.context.normal_()
+        backbone, original = given.backbone, towers.original("clip")
+        table, before = original.token_embedding.weight, {"end": length, "middle": length // 2, "front": 0}[position]
+        rows, ends = [], []
+        for c, name in enumerate(NAMES[:4]):
+            context = given.context[c] if class_specific else given.context
+            word, stop = table[backbone.token_ids(name)], table[backbone.token_ids(".")]
+            start, end = table[[towers.END_OF_TEXT - 1]], table[[towers.END_OF_TEXT]]
+            parts = torch.cat([start, context[:before], word, context[before:], stop, end])
+            ends.append(len(parts) - 1)
+            rows.append(F.pad(parts, (0, 0, 0, 77 - len(parts))))
+        x = torch.stack(rows) + original.positional_embedding
+        x = original.ln_final(original.transformer(x, attn_mask=original.attn_mask))
+        text = x[torch.arange(4), ends] @ original.text_projection
+        features = features_of(given)
+        expected = original.logit_scale.exp() * unit(features) @ unit(text).T
+        logits = given(features)
+        assert given.end.tolist() == ends
+        assert towers.relative(logits, expected) <= 1e-5
+        with torch.no_grad():
+            assert towers.relative(given(features), expected) <= 1e-5
+        upstream = torch.randn(logits.shape)
+        (ours,) = torch.autograd.grad((logits * upstream).sum(), given.context)
+        (theirs,) = torch.autograd.grad((expected * upstream).sum(), given.context)
+        assert towers.relative(ours, theirs) <= 1e-5
+
+    def test_positions_differ_and_share_the_end(self):
+        made_ones = [made(CoOp, {"context_length": 4, "position": p}) for p in POSITIONS]
+        context = torch.randn(4, 32)
+        outputs = []
+        for classifier in made_ones:
+            with torch.no_grad():
+                classifier.context.copy_(context)
+                outputs.append(classifier(features_of(classifier)))
+            assert torch.equal(classifier.end, made_ones[0].end)
+        for a, b in ((0, 1), (0, 2), (1, 2)):
+            assert towers.relative(outputs[a], outputs[b]) > 1e-3
+
+    @pytest.mark.parametrize("name", ["Mr.", "what?", "t-shirt", "R2-D2", "Cat"])
+    @pytest.mark.parametrize("position", POSITIONS)
+    def test_names_with_punctuation_keep_all_their_tokens_together(self, name, position):
+        """The class name stands whole between the halves of the context, whatever its last character is."""
+        given = made(CoOp, {"context_length": 2, "position": position}, Task((name, "dog")))
+        with torch.no_grad():
+            given.context.fill_(9.0)
+            prefix, suffix = given.prompts()
+        prompt = torch.cat([prefix[0], suffix[0, 0]])[: int(given.end[0]) + 1]
+        is_context = (prompt == 9.0).all(-1).tolist()
+        word = given.backbone.embed_tokens(torch.tensor(given.backbone.token_ids(name)))
+        first = is_context.index(True)
+        at = {"end": first + 2, "middle": first + 1, "front": 1}[position]
+        assert sum(is_context) == 2
+        assert is_context[at - 1] == (position != "front")
+        merged = position == "end" or not name[-1].isalnum()  # punctuation may join the sentence's full stop in one token
+        inside = len(word) - 1 if merged else len(word)
+        assert torch.equal(prompt[at : at + inside], word[:inside])
+        if position != "end":
+            assert is_context[at + len(word)]
+
+    def test_other_class_names(self):
+        given = made(CoOp, {"context_length": 3})
+        features = features_of(given)
+        with torch.no_grad():
+            before = given(features)
+            context = given.context.clone()
+            given.set_class_names(NAMES)
+            logits = given(features)
+            assert logits.shape == (6, 10)
+            assert torch.equal(given.context, context)
+            assert given.task.class_names == NAMES
+            fresh = made(CoOp, {"context_length": 3}, Task(NAMES))
+            fresh.context.copy_(context)
+            assert torch.equal(fresh(features), logits)
+            torch.testing.assert_close(logits[:, :4], before, rtol=1e-5, atol=1e-5)
+            given.set_class_names(NAMES[:4])
+            assert torch.equal(given(features), before)
+
+    def test_a_class_specific_context_is_bound_to_its_number_of_classes(self):
+        given = made(CoOp, {"context_length": 2, "class_specific": True})
+        features, before = features_of(given), given.task
+        with pytest.raises(UserError, match="4 classes cannot serve 10") as error:
+            given.set_class_names(NAMES)
+        assert "\n" not in str(error.value)
+        assert given.task == before
+        assert given(features).shape == (6, 4)
+
+    @pytest.mark.parametrize(
+        ("settings", "expected"),
+        [
+            ({"init_words": "a photo of a", "context_length": 5}, "4 tokens, but context_length is 5"),
+            ({"context_length": 0}, "context_length is 0"),
+            ({"context_length": -2}, "context_length is -2"),
+            ({"init_words": "  "}, "no token"),
+            ({"context_length": 80}, "tokens"),
+        ],
+    )
+    def test_bad_settings(self, settings, expected):
+        with pytest.raises(UserError) as error:
+            made(CoOp, settings)
+        assert expected in str(error.value)
+        assert "\n" not in str(error.value)
+
+    def test_words_and_the_right_length_agree(self):
+        assert made(CoOp, {"init_words": "a photo of a", "context_length": 4}).context.shape == (4, 32)
+
+    def test_a_class_name_without_tokens(self):
+        with pytest.raises(UserError, match="no token in the class name ''"):
+            made(CoOp, {"context_length": 2}, Task(("cat", "")))
+
+    def test_only_the_context_is_saved(self):
+        given = made(CoOp, {"context_length": 2})
+        assert {n for n in given.state_dict() if not n.startswith("backbone.")} == {"context"}
+
+
+class TestNearestClassMean:
+    def test_agrees_with_nearest_centroid_on_separate_classes(self):
+        given = NearestClassMean(towers.backbone(), Task(NAMES[:5]))
+        centres = 3 * torch.randn(5, 24)
+        label = torch.arange(5).repeat_interleave(8)
+        features = centres[label] + torch.randn(40, 24)
+        given.fit_features(features, label)
+        reference = NearestCentroid().fit(unit(features).numpy(), label.numpy())
+        queries = centres.repeat(20, 1) + torch.randn(100, 24)
+        assert given(queries).argmax(-1).tolist() == reference.predict(unit(queries).numpy()).tolist()
+        torch.testing.assert_close(given.means, unit(torch.tensor(reference.centroids_)).float())
+
+    def test_agrees_with_nearest_centroid_of_unit_length_everywhere(self):
+        given = NearestClassMean(towers.backbone(), Task(NAMES))
+        label = torch.tensor([*range(10), *range(10), 3, 3, 7])
+        features = torch.randn(len(label), 24) * torch.rand(len(label), 1) * 9
+        given.fit_features(features, label)
+        means = torch.stack([unit(features)[label == c].mean(0) for c in range(10)])
+        reference = NearestCentroid().fit(unit(means).numpy(), range(10))
+        queries = torch.randn(200, 24)
+        assert given(queries).argmax(-1).tolist() == reference.predict(unit(queries).numpy()).tolist()
+        torch.testing.assert_close(given(queries), 20 * unit(queries) @ unit(means).T, rtol=1e-5, atol=1e-5)
+
+    def test_scale_and_state(self):
+        given, label = NearestClassMean(towers.backbone(), TASK, scale=5.0), torch.arange(4)
+        features = torch.randn(4, 24)
+        given.fit_features(features, label)
+        torch.testing.assert_close(given(features).diagonal(), torch.full((4,), 5.0))
+        assert "means" in given.state_dict()
+        assert given.closed_form
+
+
+class TestLinearProbe:
+    @pytest.mark.parametrize("normalize", [True, False])
+    def test_one_step_equals_the_formula(self, normalize):
+        given = LinearProbe(towers.backbone(), TASK, normalize=normalize)
+        features, label = torch.randn(5, 24) * 3, torch.tensor([0, 3, 1, 1, 2])
+        assert given(features).abs().max() == 0
+        with torch.no_grad():
+            given.head.weight.normal_()
+            given.head.bias.normal_()
+        weight, bias = given.head.weight.detach().double().clone(), given.head.bias.detach().double().clone()
+        sum(given.losses(features, label).values()).backward()
+        torch.optim.SGD(given.head.parameters(), lr=0.5).step()
+        x = (unit(features) * 24**0.5 if normalize else features).double()
+        z = x @ weight.T + bias
+        residual = (z.softmax(-1) - F.one_hot(label, 4)) / 5
+        torch.testing.assert_close(given.head.weight.double(), weight - 0.5 * residual.T @ x, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(given.head.bias.double(), bias - 0.5 * residual.sum(0), rtol=1e-5, atol=1e-5)

@@ -1,0 +1,416 @@
+"""The command line end to end, in-process: configs, fit → test → resume → predict, and every refusal."""
+
+import csv
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from kshot.cli import config_folder, main
+from kshot.module import FewShotModule
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted(p.relative_to(config_folder()).as_posix() for p in config_folder().rglob("*.yaml"))
+METHODS = [name for name in CONFIGS if name.startswith("methods/")]
+EXPERIMENTS = [name for name in CONFIGS if not name.startswith("methods/")]
+QUICK = ["--trainer.max_epochs", "2", "--trainer.enable_progress_bar", "false", "--data.shots", "2"]
+
+
+def fit(root: Path, *options: str) -> Path:
+    """Runs a short fit of the default config and returns its directory."""
+    before = set(root.glob("*/*"))
+    main(["fit", "--config", "clip_16shot.yaml", *QUICK, "--run.root", str(root), *options])
+    (new,) = set(root.glob("*/*")) - before
+    return new
+
+
+def refused(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
+    """Runs a command line that must fail with exit code 2, and returns its one line."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_code:
+        main(arguments)
+    assert exit_code.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory) -> Path:
+    return fit(tmp_path_factory.mktemp("runs"))
+
+
+def photos(folder: Path, count: int = 5) -> Path:
+    generator = torch.Generator().manual_seed(0)
+    for i in range(count):
+        pixels = torch.randint(0, 256, (40 + i, 48, 3), dtype=torch.uint8, generator=generator)
+        path = folder / f"sub{i % 2}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.numpy()).save(path)
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------------- configs
+
+
+@pytest.mark.parametrize("config", EXPERIMENTS)
+def test_every_config_parses(config, capsys):
+    with pytest.raises(SystemExit) as exit_code:
+        main(["fit", "--config", config, "--print_config"])
+    assert exit_code.value.code == 0
+    assert "class_path: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("config", EXPERIMENTS)
+def test_every_experiment_runs_with_a_small_backbone(config, tmp_path):
+    text = "OpenClip" in (config_folder() / config).read_text()
+    small = ["model", "kshot:glyph_clip", "pretrained", "null"]
+    if not text:
+        small = ["model", "vit_tiny_patch16_224", "weights", "random", "image_size", "32"]
+    overrides = [f"--model.backbone.{a}" if i % 2 == 0 else a for i, a in enumerate(small)]
+    main([
+        *["fit", "--config", config, *overrides, "--data.dataset", "digits", "--data.num_workers", "0"],
+        *["--trainer.fast_dev_run", "true", "--trainer.precision", "32-true", "--run.root", str(tmp_path)],
+    ])
+    assert list(tmp_path.iterdir()) == []  # a fast_dev_run leaves nothing behind
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_layers_over_the_default(method, tmp_path):
+    directory = fit(tmp_path, "--config", method, "--trainer.max_epochs", "2")
+    assert directory.parent.name == f"clip_16shot+{Path(method).stem}"
+    result = json.loads((directory / "result.json").read_text())
+    assert 0 < result["acc"] <= 1
+    assert result["zero_shot_acc"] > 0.6
+    trains = {"methods/zero_shot.yaml": False, "methods/class_mean.yaml": False}.get(method, True)
+    assert (result["trainable_parameters"] > 0) == trains
+
+
+@pytest.mark.parametrize(
+    "name", ["clip_16shot", "clip_16shot.yaml", str(config_folder() / "clip_16shot.yaml"), "methods/lora"]
+)
+def test_config_names_resolve_from_any_directory(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    first = [] if name.startswith("methods") is False else ["--config", "clip_16shot"]
+    with pytest.raises(SystemExit):
+        main(["fit", *first, "--config", name, "--print_config"])
+    assert "kshot:glyph_clip" in capsys.readouterr().out
+
+
+def test_a_local_file_wins_over_configs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    own = (config_folder() / "clip_16shot.yaml").read_text().replace("max_epochs: 40", "max_epochs: 7")
+    Path("clip_16shot.yaml").write_text(own)
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", "clip_16shot.yaml", "--print_config"])
+    assert "max_epochs: 7" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------------- one run
+
+
+def test_fit_leaves_a_complete_record(fitted):
+    result = json.loads((fitted / "result.json").read_text())
+    for name in ("config.yaml", "metrics.csv", "per_class.csv", "split.json", "tuned.safetensors", "checkpoints/last.ckpt"):
+        assert (fitted / name).is_file(), name
+    assert result["trainable_parameters"] == sum(
+        8 * (i + o) for _ in range(6) for i, o in ((192, 192), (192, 192), (192, 192), (192, 768), (768, 192))
+    )
+    assert result["checkpoint_bytes"] == (fitted / "tuned.safetensors").stat().st_size < 4 * result["trainable_parameters"] * 1.1
+    assert result["split"]["counts"] == {"train": 20, "val": 20, "test": 539}
+    assert result["split"]["digest"] == json.loads((fitted / "split.json").read_text())["digest"]
+    rows = list(csv.DictReader((fitted / "per_class.csv").open()))
+    assert [row["class_name"] for row in rows][:2] == ["zero", "one"]
+    mean = sum(float(row["accuracy"]) for row in rows) / 10
+    assert mean == pytest.approx(result["acc_class_mean"], abs=1e-5)
+    assert set(result["seconds"]) == {"start", "fit", "test"}
+    assert result["peak_memory_bytes"] > 1e8
+    assert 0 <= result["ece"] <= 1
+
+
+def test_runs_never_overwrite_each_other(fitted, tmp_path):
+    first = fit(tmp_path)
+    stamp = {p: p.stat().st_mtime_ns for p in first.rglob("*")}
+    second = fit(tmp_path)
+    assert first != second
+    assert {p: p.stat().st_mtime_ns for p in first.rglob("*")} == stamp
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_does_not(fitted, tmp_path):
+    again, other = fit(tmp_path), fit(tmp_path, "--seed_everything", "2")
+    weights = [load_file(d / "tuned.safetensors") for d in (fitted, again, other)]
+    assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+    assert not all(torch.equal(weights[0][k], weights[2][k]) for k in weights[0])
+
+
+def test_the_manifest_of_a_run_is_accepted_as_input(fitted, tmp_path):
+    again = fit(tmp_path, "--data.manifest", str(fitted / "split.json"))
+    digests = [json.loads((d / "result.json").read_text())["split"]["digest"] for d in (fitted, again)]
+    assert digests[0] == digests[1]
+
+
+@pytest.mark.parametrize("file", ["tuned.safetensors", "checkpoints/last.ckpt"])
+def test_test_from_a_checkpoint_gives_the_accuracy_of_fit(fitted, file, tmp_path):
+    main(["test", "--config", str(fitted / "config.yaml"), "--ckpt_path", str(fitted / file), "--run.root", str(tmp_path)])
+    (directory,) = tmp_path.glob("*/*")
+    ours, theirs = (json.loads((d / "result.json").read_text()) for d in (directory, fitted))
+    assert ours["acc"] == theirs["acc"]
+    assert ours["zero_shot_acc"] == theirs["zero_shot_acc"]
+    assert directory.parent.name == "clip_16shot"
+
+
+def test_checkpoints_load_without_unpickling_code_and_hold_no_frozen_weight(fitted):
+    checkpoint = torch.load(fitted / "checkpoints" / "last.ckpt", weights_only=True)
+    assert set(checkpoint["state_dict"]) == set(load_file(fitted / "tuned.safetensors"))
+    assert all(".adapters." in name for name in checkpoint["state_dict"])
+    assert (fitted / "checkpoints" / "last.ckpt").stat().st_size < 3e6
+
+
+def test_the_command_line_wins_over_the_checkpoint(fitted, capsys, tmp_path):
+    line = refused(capsys, [
+        *["test", "--config", "clip_16shot.yaml", "--model.adapter.rank", "3", "--run.root", str(tmp_path)],
+        *["--ckpt_path", str(fitted / "checkpoints" / "last.ckpt")],
+    ])  # fmt: skip
+    assert "(8, 192) there and (3, 192) here" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_validate_reports_the_few_shot_validation_accuracy(fitted, tmp_path, capsys):
+    main([
+        *["validate", "--config", str(fitted / "config.yaml"), "--ckpt_path", str(fitted / "tuned.safetensors")],
+        *["--run.root", str(tmp_path)],
+    ])
+    assert "val/acc" in capsys.readouterr().out
+
+
+def test_predict_labels_a_folder_and_a_list(fitted, tmp_path):
+    folder = photos(tmp_path / "photos")
+    common = ["predict", "--config", "clip_16shot.yaml", "--ckpt_path", str(fitted / "tuned.safetensors")]
+    main([*common, "--images", str(folder), "--run.root", str(tmp_path / "runs"), "--top_k", "3"])
+    (found,) = (tmp_path / "runs").rglob("predictions.csv")
+    rows = list(csv.DictReader(found.open()))
+    assert [row["path"] for row in rows] == sorted(str(p) for p in folder.rglob("*.png"))
+    for row in rows:
+        probabilities = [float(row[f"probability_{i}"]) for i in (1, 2, 3)]
+        assert probabilities == sorted(probabilities, reverse=True)
+        assert 0 < sum(probabilities) <= 1.0001
+    assert list(rows[0]) == [f"{w}{i}" for i in ("", *"123") for w in (("label_", "probability_") if i else ("path",))]
+    one = tmp_path / "one.csv"
+    files = json.dumps([str(p) for p in sorted(folder.rglob("*.png"))[:2]])
+    main([*common, "--images", files, "--out", str(one), "--run.root", str(tmp_path / "runs")])
+    assert len(one.read_text().splitlines()) == 3
+
+
+def test_a_resumed_run_ends_with_the_same_bits(tmp_path, monkeypatch):
+    options = ["--trainer.max_epochs", "4", "--model.adapter.dropout", "0.3", "--run.save_every", "0", "--data.shots", "8"]
+    whole = fit(tmp_path / "whole", *options)
+    start = FewShotModule.on_train_epoch_start
+
+    def power_cut(self):
+        if self.current_epoch == 2:
+            raise RuntimeError("power cut")
+        start(self)
+
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="power cut"):
+        patched.setattr(FewShotModule, "on_train_epoch_start", power_cut)
+        fit(tmp_path / "cut", *options)
+    (cut,) = (tmp_path / "cut").glob("*/*")
+    assert not (cut / "tuned.safetensors").exists()
+    resumed = fit(tmp_path / "resumed", *options, "--ckpt_path", str(cut / "checkpoints" / "last.ckpt"))
+    a, b = (load_file(d / "tuned.safetensors") for d in (whole, resumed))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    losses = [
+        [row["train/loss"] for row in csv.DictReader((d / "metrics.csv").open()) if row["train/loss"]] for d in (whole, resumed)
+    ]
+    assert losses[0][2:] == losses[1]
+
+
+def test_a_full_disk_costs_neither_the_previous_checkpoint_nor_a_traceback(tmp_path, monkeypatch, capsys):
+    save, saved = torch.save, []
+
+    def full(obj, file, *rest, **options):
+        saved.append(file)
+        if len(saved) > 1:
+            Path(file).write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        save(obj, file, *rest, **options)
+
+    monkeypatch.setattr(torch, "save", full)
+    line = refused(capsys, [
+        *["fit", "--config", "clip_16shot.yaml", *QUICK, "--run.root", str(tmp_path), "--run.save_every", "0"],
+    ])  # fmt: skip
+    assert "No space left" in line
+    assert "the one there before is kept" in line
+    (last,) = tmp_path.rglob("last.ckpt")
+    assert torch.load(last, weights_only=True)["epoch"] == 0
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_feature_caching_changes_nothing_but_the_time(tmp_path):
+    common = ["--config", "methods/coop.yaml", "--trainer.max_epochs", "3"]
+    runs = [fit(tmp_path, *common, "--model.cache_features", flag) for flag in ("true", "false")]
+    weights = [load_file(d / "tuned.safetensors") for d in runs]
+    assert all(torch.allclose(weights[0][k], weights[1][k], atol=1e-6) for k in weights[0])
+
+
+def test_recorded_views_are_encoded_once_each(tmp_path, monkeypatch):
+    from kshot.backbones import OpenClip
+
+    encoded, encode = [], OpenClip.encode_normalised
+
+    def count(self, image):
+        encoded.append(len(image))
+        return encode(self, image)
+
+    monkeypatch.setattr(OpenClip, "encode_normalised", count)
+    fit(tmp_path, *["--config", "methods/coop.yaml", "--trainer.max_epochs", "6", "--data.augment", "CropFlip"],
+        *["--data.views", "3", "--run.test", "false"])  # fmt: skip
+    assert sum(encoded) == 3 * 20 + 20 + 2  # three views of 20 shots, 20 validation images, 2 of the preflight
+
+
+def test_image_only_backbone_trains_adapter_and_head(tmp_path):
+    directory = fit(tmp_path, *[
+        "--config", "methods/linear_probe.yaml", "--model.backbone", "Timm", "--model.backbone.model", "vit_tiny_patch16_224",
+        "--model.backbone.weights", "random", "--model.backbone.image_size", "32", "--model.adapter", "LoRA",
+    ])  # fmt: skip
+    result = json.loads((directory / "result.json").read_text())
+    assert result["zero_shot_acc"] is None
+    assert result["method"] == "LinearProbe + LoRA"
+
+
+# ---------------------------------------------------------------------------------------------------- refusals
+
+FIT = ["fit", "--config", "clip_16shot.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["fit", "--config", "clip_16shoot"], "Did you mean 'clip_16shot.yaml'?"),
+        ([*FIT, "--data.dataset", "digts"], "Did you mean 'digits'?"),
+        ([*FIT, "--data.dataset", "no/such/folder"], "no/such/folder"),
+        ([*FIT, "--model.backbone", "OpenCip"], "Did you mean 'OpenClip'?"),
+        ([*FIT, "--model.backbone.model", "kshot:glyph"], "Did you mean 'kshot:glyph_clip'?"),
+        ([*FIT, "--model.backbone.model", "ViT-B-17"], "Did you mean 'ViT-B-16'?"),
+        ([*FIT, "--model.backbone.model", "ViT-B-16"], "no weights named"),
+        ([*FIT, "--model.backbone.model", "ViT-B-16", "--model.backbone.pretrained", "openai"], "use model: ViT-B-16-quickgelu"),
+        ([*FIT, "--model.backbone.model", "ViT-B-16", "--model.backbone.pretrained", "opnai"], "Did you mean 'openai'?"),
+        ([*FIT, "--model.backbone.image_size", "33"], "use 32 or 40"),
+        ([*FIT, "--data.image_size", "64"], "set it on the backbone"),
+        ([*FIT, "--model.adapter", "LoRAA"], "Did you mean 'LoRA'?"),
+        ([*FIT, "--model.adapter.rnak", "3"], "Did you mean 'rank'?"),
+        ([*FIT, "--model.adapter.rank", "many"], "Got value: many"),
+        ([*FIT, "--model.adapter.rank", "0"], "must be at least 1"),
+        ([*FIT, "--model.adapter.rank", "1000"], "larger than the smaller side, 192, of the slot image.0.q"),
+        ([*FIT, "--model.classifier", "CoOpp"], "Did you mean 'CoOp'?"),
+        ([*FIT, "--model.targets", "[image.*.qq]"], "image.0.q, image.0.k"),
+        ([*FIT, "--data.shots", "500"], "--data.allow_fewer true"),
+        ([*FIT, "--data.shots", "0"], "shots"),
+        ([*FIT, "--data.template", "hello"], "{}"),
+        ([*FIT, "--data.shot", "3"], "Did you mean 'shots'?"),
+        ([*FIT, "--fooo", "3"], "'--fooo'"),
+        ([*FIT, "--ckpt_path", "nope.ckpt"], "There is no checkpoint nope.ckpt"),
+        ([*FIT, "--config", "methods/linear_probe.yaml", "--model.adapter", "LoRA", "--model.targets", "[text.2.o]"], "no gradient"),
+        ([*FIT, "--config", "methods/coop.yaml", "--model.classifier.init_words", "a photo of a"], "give one of the two"),
+        ([*FIT, "--config", "methods/coop.yaml", "--model.classifier.context_length", "60"], "the glyph_clip".replace("the ", "")),
+        (
+            [*FIT, "--model.backbone", "Timm", "--model.backbone.model", "vit_tiny_patch16_224", "--model.backbone.weights", "random"],
+            "TextPrompt needs a text tower",
+        ),
+        (["predict", "--config", "clip_16shot.yaml"], "--images"),
+        (["predict", "--config", "clip_16shot.yaml", "--images", "no/such"], "no/such"),
+    ],
+)  # fmt: skip
+def test_a_mistake_gets_one_line_and_writes_nothing(arguments, expected, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert expected in refused(capsys, arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folders_with_mistakes(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("cat", "dog"):
+        photos(tmp_path / "animals" / name, 8)
+    data = [*FIT, "--data.dataset", "animals", "--data.shots", "1", "--trainer.max_epochs", "1"]
+    (tmp_path / "animals" / "bird").mkdir()
+    assert "bird" in refused(capsys, data)
+    (tmp_path / "animals" / "bird").rmdir()
+    photos(tmp_path / "animals" / "Dog_", 4)
+    assert "Dog" in refused(capsys, data)
+    for path in (tmp_path / "animals" / "Dog_").rglob("*.png"):
+        path.unlink()
+    for path in sorted((tmp_path / "animals" / "Dog_").rglob("*"), reverse=True):
+        path.rmdir()
+    (tmp_path / "animals" / "Dog_").rmdir()
+    for path in (tmp_path / "animals").rglob("*.png"):
+        path.write_bytes(path.read_bytes()[:60])
+    assert ".png" in refused(capsys, data)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_checkpoint_of_another_backbone_or_method_is_refused(fitted, capsys, tmp_path):
+    checkpoint = ["--ckpt_path", str(fitted / "tuned.safetensors"), "--run.root", str(tmp_path)]
+    other = ["--model.backbone.model", "ViT-B-32", "--model.backbone.pretrained", "random", "--model.adapter.rank", "8"]
+    assert "belongs to the backbone kshot:glyph_clip" in refused(capsys, ["test", *FIT[1:], *checkpoint, *other])
+    method = ["--config", "methods/coop.yaml"]
+    assert "and the config says CoOp" in refused(capsys, ["test", *FIT[1:], *method, *checkpoint])
+    assert "weights only" in refused(capsys, [*FIT, *checkpoint])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_pickle_is_not_executed(capsys, tmp_path):
+    class Harm:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "harm",)
+
+    torch.save({"state_dict": {}, "x": Harm()}, tmp_path / "evil.ckpt")
+    line = refused(capsys, ["test", *FIT[1:], "--ckpt_path", str(tmp_path / "evil.ckpt")])
+    assert "cannot be read safely" in line or "no checkpoint that can be read safely" in line
+    assert not (tmp_path / "harm").exists()
+
+
+# ---------------------------------------------------------------------------------------------------- as a user
+
+
+def test_the_readme_command_ends_with_the_table(tmp_path):
+    command = [sys.executable, "main.py", "fit", "--config", "clip_16shot.yaml", "--run.root", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    for line in ("zero-shot accuracy", "adapted accuracy", "trainable parameters", "seconds", "results"):
+        assert line in done.stdout
+    result = json.loads(next(tmp_path.rglob("result.json")).read_text())
+    assert result["zero_shot_acc"] >= 0.6
+    assert result["acc"] >= 0.94
+    assert "Epoch 39" in done.stdout + done.stderr  # the progress bar
+
+
+def test_the_readme_test_command_collects():
+    done = subprocess.run([sys.executable, "-m", "pytest", "--collect-only", "-q"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:]
+
+
+def test_short_help_needs_no_torch(capsys):
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "main.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "fit" in done.stdout
+    assert time.perf_counter() - start < 5
+    main([])
+    assert "usage:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["fit", "predict"])
+def test_full_help_lists_options(command, capsys):
+    with pytest.raises(SystemExit) as exit_code:
+        main([command, "--help"])
+    assert exit_code.value.code == 0
+    out = capsys.readouterr().out
+    assert "--run.root" in out
+    assert ("--images" in out) == (command == "predict")

@@ -1,0 +1,96 @@
+"""Imports point one way, and the command line starts without loading torch."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import kshot
+
+ROOT = Path(kshot.__file__).parent
+MODULES = sorted(ROOT.rglob("*.py"))
+
+# What each part of the package may import of the rest of it, itself included.
+ALLOWED = {
+    "__init__": set(),
+    "errors": set(),
+    "slots": {"errors"},
+    "backbones": {"backbones", "slots", "errors"},
+    "adapters": {"adapters", "backbones", "slots", "errors"},
+    "classifiers": {"classifiers", "backbones", "slots", "errors"},
+    "data": {"data", "errors"},
+    "optim": {"errors"},
+}
+ENTRY = {"cli", "commands"}  # nothing below imports these
+LIGHT = {"adapters", "classifiers", "backbones", "slots", "errors"}  # plain torch: no trainer, no command line
+
+
+def part_of(file: Path) -> str:
+    return file.relative_to(ROOT).with_suffix("").parts[0]
+
+
+def imported(file: Path) -> list[str]:
+    """Absolute names of everything a file imports, at whatever depth."""
+    names = []
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file.name}:{node.lineno}: relative import"
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return names
+
+
+def own(file: Path) -> set[str]:
+    """The parts of kshot that a file imports."""
+    return {name.split(".")[1] for name in imported(file) if name.startswith("kshot.")} - {"__version__"}
+
+
+def identify(file: Path) -> str:
+    return file.relative_to(ROOT).as_posix()
+
+
+def test_the_package_is_there():
+    assert {"slots.py", "errors.py", "cli.py", "commands.py"} <= {identify(f) for f in MODULES}
+    assert own(ROOT / "commands.py"), "the reader of imports finds nothing"
+
+
+@pytest.mark.parametrize("file", MODULES, ids=identify)
+def test_imports_point_one_way(file):
+    part = part_of(file)
+    if part in ALLOWED:
+        assert own(file) - ALLOWED[part] == set()
+    if part not in ENTRY:
+        assert own(file) & ENTRY == set()
+
+
+@pytest.mark.parametrize("file", [f for f in MODULES if part_of(f) in LIGHT], ids=identify)
+def test_methods_know_neither_trainer_nor_command_line(file):
+    heavy = {"lightning", "pytorch_lightning", "jsonargparse", "torchmetrics"}
+    assert {name.split(".")[0] for name in imported(file)} & heavy == set()
+
+
+def loaded_by(code: str) -> set[str]:
+    script = f"import sys\n{code}\nprint(*sorted(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
+    return set(result.stdout.split())
+
+
+@pytest.mark.parametrize("code", ["import kshot", "import kshot.cli", "import kshot.errors"])
+def test_starting_up_loads_no_torch(code):
+    modules = loaded_by(code)
+    assert "kshot" in modules
+    assert modules & {"torch", "lightning", "jsonargparse", "numpy", "timm", "open_clip", "torchvision"} == set()
+
+
+def test_short_help_loads_no_torch():
+    modules = loaded_by("from kshot.cli import main\nmain(['--help'])")
+    assert "torch" not in modules
+
+
+def test_methods_load_without_the_trainer():
+    modules = loaded_by("import kshot.adapters, kshot.classifiers, kshot.backbones")
+    assert "torch" in modules
+    assert modules & {"lightning", "pytorch_lightning", "jsonargparse"} == set()

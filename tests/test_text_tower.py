@@ -1,0 +1,218 @@
+"""The packed text tower against open_clip's own full-length computation: outputs, gradients, groups, refusals."""
+
+import pytest
+import torch
+import towers
+from torch import nn
+from towers import WITH_PROMPTS, WITH_TEXT
+
+from kshot.adapters import LoRA
+from kshot.classifiers import CoOp, Task
+from kshot.errors import UserError
+
+LONG = " ".join(["photo"] * 70)
+PROMPTS = {
+    "equal lengths": ["a photo of a cat.", "a photo of a dog.", "a photo of a bat."],
+    "different lengths": [
+        "a photo of a cat.",
+        "a photo of a very small yellow bird, a kind of animal.",
+        "a photo of a x",
+    ],
+    "one prompt": ["a photo of a cat."],
+    "all alike": ["a photo of a cat.", "a photo of a cat."],
+    "one continues another": ["a photo of a", "a photo of a cat", "a photo of a cat in the rain"],
+    "long shared prefix": [f"{LONG} {name}" for name in ("cat", "dog", "yellow bird", "x")],
+    "nothing but the start token shared": ["cat", "a dog", "two birds in a tree"],
+    "empty": ["", "cat"],
+    "full length": [" ".join(["photo"] * 75), " ".join(["photo"] * 74 + ["cat"]), "cat"],
+}
+CAUSAL_LAYOUTS = pytest.mark.parametrize("name", WITH_PROMPTS)
+
+
+def folded(name, backbone):
+    """The library's own model with the adapters of a backbone folded into its weights."""
+    original = towers.original(name)
+    ours, theirs = getattr(backbone.clip, "text", backbone.clip), getattr(original, "text", original)
+    with torch.no_grad():
+        for mine, block in zip(ours.transformer.resblocks, theirs.transformer.resblocks, strict=True):
+            block.attn.in_proj_weight.copy_(mine.attn.qkv.effective_weight())
+            block.attn.out_proj.weight.copy_(mine.attn.o.effective_weight())
+            block.mlp.c_fc.weight.copy_(mine.mlp.c_fc.effective_weight())
+            block.mlp.c_proj.weight.copy_(mine.mlp.c_proj.effective_weight())
+    return original.requires_grad_(False)
+
+
+def with_text_adapters(name):
+    backbone = towers.backbone(name)
+    LoRA(rank=2).inject(backbone, ["text.*"])
+    with torch.no_grad():
+        for parameter in backbone.trainable("text"):
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return backbone
+
+
+def straightforward(original, prefix, suffix, end):
+    """Every prompt by itself at the model's full length, padded, through the library's blocks and causal mask."""
+    text = getattr(original, "text", original)
+    groups, classes = suffix.shape[:2]
+    x = torch.cat([prefix[:, None].expand(-1, classes, -1, -1), suffix], 2).flatten(0, 1)
+    x = nn.functional.pad(x, (0, 0, 0, 77 - x.shape[1])) + text.positional_embedding
+    x = text.ln_final(text.transformer(x, attn_mask=text.attn_mask))
+    x = x.unflatten(0, (groups, classes))[:, torch.arange(classes), end]
+    if text.text_projection is None:
+        return x
+    return text.text_projection(x) if isinstance(text.text_projection, nn.Linear) else x @ text.text_projection
+
+
+@pytest.mark.parametrize("prompts", PROMPTS)
+@CAUSAL_LAYOUTS
+def test_tokens_equal_the_full_length_computation(name, prompts):
+    backbone, original = towers.backbone(name), towers.original(name)
+    tokens = backbone.tokenize(PROMPTS[prompts])
+    with torch.no_grad():
+        expected = original.encode_text(tokens)
+        assert towers.relative(backbone.encode_tokens(tokens), expected) <= 1e-5
+    backbone.train()
+    assert towers.relative(backbone.encode_tokens(tokens), expected) <= 1e-5
+
+
+@pytest.mark.parametrize("prompts", PROMPTS)
+@pytest.mark.parametrize("name", ["clip", "clip_custom_all", "custom_text_eos"])
+def test_the_same_with_text_adapters(name, prompts):
+    backbone = with_text_adapters(name)
+    original, tokens = folded(name, backbone), backbone.tokenize(PROMPTS[prompts])
+    with torch.no_grad():
+        plain = towers.original(name).encode_text(tokens)
+        expected = original.encode_text(tokens)
+        assert towers.relative(expected, plain) > 1e-2
+        assert towers.relative(backbone.encode_tokens(tokens), expected) <= 1e-5
+    assert towers.relative(backbone.encode_tokens(tokens), expected) <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["not_causal", "class_token", "siglip"])
+def test_adapters_reach_text_towers_without_prompts(name):
+    backbone = with_text_adapters(name)
+    tokens = towers.texts(backbone)
+    with torch.no_grad():
+        expected = folded(name, backbone).encode_text(tokens)
+        assert towers.relative(backbone.encode_tokens(tokens), expected) <= 1e-5
+    assert towers.relative(backbone.encode_tokens(tokens), expected) <= 1e-5
+
+
+def test_tokens_of_prompts_in_any_order():
+    backbone = towers.backbone()
+    tokens = backbone.tokenize(PROMPTS["different lengths"])
+    order = torch.tensor([2, 0, 1])
+    assert towers.relative(backbone.encode_tokens(tokens[order]), backbone.encode_tokens(tokens)[order]) <= 1e-6
+
+
+@pytest.mark.parametrize("prompts", PROMPTS)
+def test_the_end_is_where_the_library_pools(prompts):
+    for name in ("clip", "eos", "custom_text_eos"):
+        backbone = towers.backbone(name)
+        tokens = backbone.tokenize(PROMPTS[prompts])
+        expected = [row.index(towers.END_OF_TEXT) for row in tokens.tolist()]
+        assert backbone.end_of_text(tokens).tolist() == expected
+        assert [len(backbone.token_ids(t)) + 1 for t in PROMPTS[prompts]] == expected
+
+
+SHAPES = {  # groups, prefix, classes, suffix
+    "one group": (1, 5, 3, 6),
+    "groups": (2, 4, 3, 5),
+    "start token alone": (2, 1, 2, 9),
+    "one class": (3, 6, 1, 4),
+    "one suffix token": (2, 7, 3, 1),
+    "full length": (1, 17, 2, 60),
+}
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["frozen", "adapted"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", ["clip", "clip_custom_all", "custom_text"])
+def test_gradients_equal_the_straightforward_form(name, shape, adapted):
+    backbone = with_text_adapters(name) if adapted else towers.backbone(name)
+    original = folded(name, backbone)
+    groups, p, classes, s = SHAPES[shape]
+    width = backbone.text_width
+    prefix = torch.randn(groups, p, width, requires_grad=True)
+    suffix = torch.randn(groups, classes, s, width, requires_grad=True)
+    end = p + torch.arange(classes) % s
+    given, expected = backbone.encode_embeddings(prefix, suffix, end), straightforward(original, prefix, suffix, end)
+    assert given.shape == (groups, classes, backbone.feature_dim)
+    assert towers.relative(given, expected) <= 1e-5
+    upstream = torch.randn_like(expected)
+    ours = torch.autograd.grad((given * upstream).sum(), [prefix, suffix])
+    theirs = torch.autograd.grad((expected * upstream).sum(), [prefix, suffix])
+    for a, b in zip(ours, theirs, strict=True):
+        assert towers.relative(a, b) <= 1e-5
+    for c, last in enumerate(end.tolist()):  # what stands behind the end has no say
+        assert ours[1][:, c, last - p + 1 :].abs().sum() == 0
+        assert ours[1][:, c, last - p].abs().min() > 0
+
+
+def test_adapter_gradients_equal_the_full_length_computation():
+    backbone = with_text_adapters("clip")
+    tokens = backbone.tokenize(PROMPTS["different lengths"])
+    parameters = backbone.trainable("text")
+    upstream = torch.randn(3, backbone.feature_dim)
+    ours = torch.autograd.grad((backbone.encode_tokens(tokens) * upstream).sum(), parameters)
+    theirs = torch.autograd.grad((backbone.clip.encode_text(tokens) * upstream).sum(), parameters)
+    assert len(parameters) == 2 * 2 * 6
+    for a, b in zip(ours, theirs, strict=True):
+        assert towers.relative(a, b) <= 1e-5
+
+
+@CAUSAL_LAYOUTS
+def test_two_groups_equal_two_calls(name):
+    backbone = towers.backbone(name)
+    prefix, suffix = torch.randn(2, 4, backbone.text_width), torch.randn(2, 3, 5, backbone.text_width)
+    end = torch.tensor([4, 8, 6])
+    together = backbone.encode_embeddings(prefix, suffix, end)
+    for g in range(2):
+        alone = backbone.encode_embeddings(prefix[g : g + 1], suffix[g : g + 1], end)
+        assert towers.relative(together[g : g + 1], alone) <= 1e-5
+    assert towers.relative(together[0], together[1]) > 1e-2
+
+
+@pytest.mark.parametrize("name", ["clip", "clip_custom_all"])
+def test_bfloat16_autocast_is_as_close_as_the_library(name):
+    backbone, original = towers.backbone(name), towers.original(name)
+    tokens = backbone.tokenize(PROMPTS["different lengths"])
+    with torch.no_grad():
+        exact = original.encode_text(tokens)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            theirs = towers.relative(original.encode_text(tokens), exact)
+            assert towers.relative(backbone.encode_tokens(tokens), exact) <= max(2 * theirs, 0.02)
+
+
+@pytest.mark.parametrize("name", WITH_TEXT)
+def test_towers_without_prompts_refuse_coop(name):
+    backbone = towers.backbone(name)
+    task = Task(("cat", "dog"))
+    if towers.LAYOUTS[name].prompts:
+        assert backbone.supports_prompts
+        assert CoOp(backbone, task, context_length=2)(torch.randn(1, backbone.feature_dim)).shape == (1, 2)
+        return
+    assert backbone.supports_prompts is False
+    with pytest.raises(UserError) as error:
+        CoOp(backbone, task)
+    message = str(error.value)
+    assert "\n" not in message
+    assert "CoOp" in message
+    assert backbone.name in message
+
+
+def test_a_prompt_that_is_too_long_is_named_with_its_count():
+    backbone = towers.backbone()
+    text = " ".join(["photo"] * 76)
+    backbone.tokenize([" ".join(["photo"] * 75)])
+    with pytest.raises(UserError) as error:
+        backbone.tokenize(["a cat", text])
+    message = str(error.value)
+    assert "\n" not in message
+    assert text in message
+    assert "78 tokens" in message
+    assert "77" in message
+    with pytest.raises(UserError, match="78 tokens"):
+        CoOp(backbone, Task(("cat", "dog")), context_length=74)
+    CoOp(backbone, Task(("cat", "dog")), context_length=73)
