@@ -11,9 +11,12 @@ Compared in each case, in turns within one process, with the same random weights
 A training step is a forward pass and a backward pass to the input (and to the LoRA); an evaluation is a forward pass
 without gradients. The target is un-fused / fused <= 1.03.
 
+In bf16 on a CPU both parts of the library's attention are slow: ``nn.MultiheadAttention`` hands its input projection
+transposed tokens, which torch then multiplies with one copy of the weight a token position, and the fused kernel is slow.
+
 The second table times the two ways to compute attention itself by sequence length, torch's
-``scaled_dot_product_attention`` against two plain products. It justifies the rule in ``kshot.backbones.attention.attend``;
-``rule`` is the time of what that rule chooses over the time of the faster of the two.
+``scaled_dot_product_attention`` against two plain products. It justifies the rule in
+``kshot.backbones.attention.attend``; ``rule`` is the time of what it chooses over the time of the faster of the two.
 """
 
 import argparse
@@ -81,7 +84,13 @@ def towers_of_timm(model: str, size: int, batch: int) -> Case:
     plain, adapted = (build(lambda: Timm(model, "random", size)) for _ in range(2))
     LoRA(rank=8).inject(adapted, ["image.*.[qv]"])
     adapted.eval().to(DEVICE)
-    return torch.randn(batch, 3, size, size), original, plain.encode_normalised, adapted.encode_normalised, adapted.trainable("image")
+    return (
+        torch.randn(batch, 3, size, size),
+        original,
+        plain.encode_normalised,
+        adapted.encode_normalised,
+        adapted.trainable("image"),
+    )
 
 
 CASES: dict[str, Callable[[], Case]] = {
@@ -116,13 +125,20 @@ def compare_towers(name: str, case: Case, dtype: str, seconds: float) -> list[di
 
     rows = []
     for kind, calls in {
-        "train": {"fused": lambda: step(fused, []), "unfused": lambda: step(unfused, []), "lora": lambda: step(lora, trained)},
-        "eval": {"fused": lambda: evaluate(fused), "unfused": lambda: evaluate(unfused), "lora": lambda: evaluate(lora)},
+        "train": {
+            "fused": lambda: step(fused, []),
+            "unfused": lambda: step(unfused, []),
+            "lora": lambda: step(lora, trained),
+        },
+        "eval": {
+            "fused": lambda: evaluate(fused),
+            "unfused": lambda: evaluate(unfused),
+            "lora": lambda: evaluate(lora),
+        },
     }.items():
-        a, b = calls["fused"](), calls["unfused"]()
+        a, b, _ = (call() for call in calls.values())  # now all are warm
         _, features = difference(b[0], a[0]) if kind == "train" else difference(b, a)
         gradient = difference(b[1], a[1])[1] if kind == "train" else math.nan
-        calls["lora"]()  # now all are warm
         times = interleave(calls, seconds if kind == "train" else seconds / 2, warm_up=0)
         cost, spread = ratio(times["unfused"], times["fused"])
         rows.append({
@@ -150,7 +166,9 @@ def compare_lengths(lengths: list[int], tokens: int, heads: int, seconds: float)
         for length in lengths:
             batch = max(1, tokens // length)
             shape = (batch, length, heads, 64)
-            q, k, v = (torch.randn(shape, device=DEVICE, dtype=DTYPES[dtype]).transpose(1, 2).requires_grad_() for _ in "qkv")
+            q, k, v = (
+                torch.randn(shape, device=DEVICE, dtype=DTYPES[dtype]).transpose(1, 2).requires_grad_() for _ in "qkv"
+            )
             towards = torch.randn_like(q)
 
             for kind in ("train", "eval"):
@@ -160,7 +178,7 @@ def compare_lengths(lengths: list[int], tokens: int, heads: int, seconds: float)
                         y = attention(q, k, v, None)  # noqa: B023  called within this round of the loop
                     return torch.autograd.grad(y, [q, k, v], towards)[0] if train else y  # noqa: B023
 
-                calls = {"sdpa": lambda: run(F.scaled_dot_product_attention), "explicit": lambda: run(explicit)}  # noqa: B023
+                calls = {"sdpa": lambda: run(F.scaled_dot_product_attention), "explicit": lambda: run(explicit)}
                 largest, _ = difference(calls["explicit"](), calls["sdpa"]())
                 times = interleave(calls, seconds, least=5, warm_up=2)
                 value, spread = ratio(times["sdpa"], times["explicit"])
@@ -186,8 +204,12 @@ def same_path(q: Tensor, k: Tensor, v: Tensor) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=8.0, help="time for one case, dtype and training step")
-    parser.add_argument("--only", default="", help="run the cases whose name contains this; 'lengths' for the second table")
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="precisions of the first table")
+    parser.add_argument(
+        "--only", default="", help="run the cases whose name contains this; 'lengths' for the second table"
+    )
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="precisions of the first table"
+    )
     parser.add_argument("--lengths", nargs="+", type=int, default=[17, 50, 197, 257, 577], help="of the second table")
     parser.add_argument("--tokens", type=int, default=1600, help="tokens in a batch of the second table")
     parser.add_argument("--heads", type=int, default=12, help="heads of 64 in the second table")
@@ -205,12 +227,19 @@ def main() -> None:
                 rows += compare_towers(name, case, dtype, options.seconds)
     if rows:
         print_table(f"un-fused against fused (target <= {TARGET}); differences relative to the largest value", rows)
-        missed = [f"{r['case']} {r['dtype']} {r['step']}: {r['unfused/fused']} ± {r['±']}" for r in rows if r["unfused/fused"] > TARGET]
+        missed = [
+            f"{r['case']} {r['dtype']} {r['step']}: {r['unfused/fused']} ± {r['±']}"
+            for r in rows
+            if r["unfused/fused"] > TARGET
+        ]
         print("\nall within the target" if not missed else "\nabove the target:\n" + "\n".join(missed))
         write_csv(options.out, rows)
     if options.only in "lengths":
         rows = compare_lengths(options.lengths, options.tokens, options.heads, options.seconds / 8)
-        print_table(f"scaled_dot_product_attention against two products (explicit up to {LONGEST_UNFUSED} in bf16 on a CPU)", rows)
+        print_table(
+            f"scaled_dot_product_attention against two products (explicit up to {LONGEST_UNFUSED} in bf16 on a CPU)",
+            rows,
+        )
         write_csv(options.out.with_name(f"{options.out.stem}_lengths.csv"), rows)
 
 

@@ -54,9 +54,8 @@ class Clock(Callback):
         self.losses.append(float(outputs["loss"]))
         self.inputs.add("features" if batch.input.ndim == 2 else "images")
 
-    on_validation_batch_start = lambda self, trainer, pl_module, batch, *_: self.inputs.add(  # noqa: E731
-        "features" if batch.input.ndim == 2 else "images"
-    )
+    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):  # noqa: ARG002
+        self.inputs.add("features" if batch.input.ndim == 2 else "images")
 
     def on_train_epoch_end(self, trainer, pl_module):  # noqa: ARG002  validation is over by then
         self.epochs.append(now() - self.started)
@@ -119,7 +118,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=["folder", "digits"], help="run one of the two cases")
     parser.add_argument("--model", default="ViT-B-32", help="an architecture of open_clip, for the folder of images")
-    parser.add_argument("--shots", type=int, default=16, help="images a class; there are ten classes")
+    parser.add_argument("--shots", type=int, default=8, help="images a class; there are ten classes")
     parser.add_argument("--size", type=int, default=224, help="side of the generated images")
     parser.add_argument("--epochs", type=int, default=2, help="of a run on the folder")
     parser.add_argument("--digits-epochs", type=int, default=6, help="of a run on the digits")
@@ -137,9 +136,13 @@ def main() -> None:
     if options.only != "digits":
         with tempfile.TemporaryDirectory() as folder:
             generate(Path(folder), options.shots, options.size)
-            rows.append(compare(f"{options.model}, folder", OpenClip(options.model, "random"), folder, options, options.epochs))
+            rows.append(
+                compare(f"{options.model}, folder", OpenClip(options.model, "random"), folder, options, options.epochs)
+            )
     if options.only != "folder":
-        rows.append(compare("glyph_clip, digits", OpenClip("kshot:glyph_clip"), "digits", options, options.digits_epochs))
+        rows.append(
+            compare("glyph_clip, digits", OpenClip("kshot:glyph_clip"), "digits", options, options.digits_epochs)
+        )
     print_table("a CoOp epoch with images encoded in every step and with cached features", rows)
     if options.only != "digits":
         value = rows[0]["ratio"]

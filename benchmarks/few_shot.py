@@ -42,11 +42,9 @@ def run_method(config: str, method: str, cells: list[tuple[int, int]], extra: li
 
     for shots, seed in cells:
         with tempfile.TemporaryDirectory() as folder:
-            cli = run(
-                ["fit", "--config", config, "--config", f"methods/{method}.yaml", "--data.shots", str(shots)]
-                + ["--data.split_seed", str(seed), "--seed_everything", str(seed), "--run.root", folder]
-                + ["--trainer.enable_progress_bar", "false", *extra]
-            )
+            arguments = ["fit", "--config", config, "--config", f"methods/{method}.yaml", "--data.shots", str(shots)]
+            arguments += ["--data.split_seed", str(seed), "--seed_everything", str(seed), "--run.root", folder]
+            cli = run([*arguments, "--trainer.enable_progress_bar", "false", *extra])
             result = json.loads((cli.directory / "result.json").read_text())
         row = {name: result.get(name) for name in FIELDS}
         row |= {
@@ -83,7 +81,9 @@ def print_table(rows: list[dict[str, str]], label: str) -> None:
     for method in dict.fromkeys(row["method"] for row in rows):
         cells = []
         for k in shots:
-            found = by_cell[method, k] or (by_cell[method, min(s for m, s in by_cell if m == method)] if method in ONCE else [])
+            found = by_cell[method, k] or (
+                by_cell[method, min(s for m, s in by_cell if m == method)] if method in ONCE else []
+            )
             accuracy = [100 * float(row["acc"]) for row in found]
             spread = f" ± {statistics.stdev(accuracy):.1f}" if len(accuracy) > 1 and method not in ONCE else ""
             cells.append(f"{statistics.mean(accuracy):.1f}{spread}" if accuracy else "–")
@@ -112,12 +112,16 @@ def main() -> None:
     label = options.label or Path(options.config).stem
     options.out.parent.mkdir(parents=True, exist_ok=True)
     if options.one_method:
-        done = {(r["method"], int(r["shots"]), int(r["seed"])) for r in rows_of(options.out) if r["config"] == label}
         (method,) = options.methods
-        cells = [(k, s) for k in options.shots for s in options.seeds if (method, k, s) not in done]
-        run_method(options.config, method, cells[:1] if method in ONCE and not done & {
-            (method, k, s) for k in options.shots for s in options.seeds
-        } else ([] if method in ONCE else cells), extra, options.out, label)
+        done = {
+            (int(r["shots"]), int(r["seed"]))
+            for r in rows_of(options.out)
+            if (r["config"], r["method"]) == (label, method)
+        }
+        cells = [(k, s) for k in options.shots for s in options.seeds]
+        if method in ONCE:
+            cells = [] if done.intersection(cells) else cells[:1]
+        run_method(options.config, method, [c for c in cells if c not in done], extra, options.out, label)
         return
     for method in options.methods:
         command = [sys.executable, __file__, "--one-method", "--config", options.config, "--methods", method]

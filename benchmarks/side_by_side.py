@@ -124,4 +124,10 @@ def print_table(title: str, rows: list[dict[str, object]]) -> None:
     """Prints rows as a Markdown table."""
     print(f"\n{title}\n\n| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
     for row in rows:
-        print("| " + " | ".join(f"{v:.3g}" if isinstance(v, float) and abs(v) < 0.1 else f"{v:.3f}".rstrip("0").rstrip(".") if isinstance(v, float) else str(v) for v in row.values()) + " |")
+        print("| " + " | ".join(map(shown, row.values())) + " |")
+
+
+def shown(value: object) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.3g}" if abs(value) < 0.1 else f"{value:.3f}".rstrip("0").rstrip(".")

@@ -23,7 +23,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from side_by_side import RESULTS, difference, interleave, machine, milliseconds, peak_megabytes, print_table, ratio, write_csv
+from side_by_side import (
+    RESULTS,
+    difference,
+    interleave,
+    machine,
+    milliseconds,
+    peak_megabytes,
+    print_table,
+    ratio,
+    write_csv,
+)
 from torch import Tensor
 
 from kshot.backbones import OpenClip
@@ -136,7 +146,9 @@ def main() -> None:
     print(machine())
     rows = [compare(options, "CoOp step", classes) for classes in options.classes]
     rows.append(compare(options, "zero-shot", max(options.classes)))
-    print_table(f"text tower of {options.model}, {options.context} context tokens (target: full / kshot >= {TARGET:g})", rows)
+    print_table(
+        f"text tower of {options.model}, {options.context} context tokens (target: full / kshot >= {TARGET:g})", rows
+    )
     missed = [f"{r['case']}, {r['classes']} classes: {r['full/kshot']}" for r in rows if r["full/kshot"] < TARGET]
     print("\nall reach the target" if not missed else "\nbelow the target:\n" + "\n".join(missed))
     write_csv(options.out, rows)

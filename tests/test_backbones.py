@@ -219,10 +219,10 @@ def test_a_tower_that_trains_keeps_its_randomness(name):
 
 NOT_ALLOWED = torch.ones(5, 5, dtype=torch.bool).triu(1)  # True is where torch's own layer does not attend
 MASKS = {
-    "none": lambda heads: None,  # noqa: ARG005
-    "additive": lambda heads: torch.randn(5, 5),  # noqa: ARG005
+    "none": lambda heads: None,
+    "additive": lambda heads: torch.randn(5, 5),
     "additive_each_head": lambda heads: torch.randn(heads, 5, 5),
-    "boolean": lambda heads: NOT_ALLOWED,  # noqa: ARG005
+    "boolean": lambda heads: NOT_ALLOWED,
     "boolean_each_head": lambda heads: NOT_ALLOWED.expand(heads, 5, 5),
 }
 

@@ -379,7 +379,9 @@ class TestCoOp:
         at = {"end": first + 2, "middle": first + 1, "front": 1}[position]
         assert sum(is_context) == 2
         assert is_context[at - 1] == (position != "front")
-        merged = position == "end" or not name[-1].isalnum()  # punctuation may join the sentence's full stop in one token
+        merged = (
+            position == "end" or not name[-1].isalnum()
+        )  # punctuation may join the sentence's full stop in one token
         inside = len(word) - 1 if merged else len(word)
         assert torch.equal(prompt[at : at + inside], word[:inside])
         if position != "end":

@@ -397,7 +397,7 @@ class TestLightning:
 
     def test_a_resumed_run_is_bit_identical(self, tmp_path):
         class Save(Callback):
-            def on_train_epoch_end(self, trainer, pl_module):  # noqa: ARG002
+            def on_train_epoch_end(self, trainer, pl_module):
                 if trainer.current_epoch == 0:
                     trainer.save_checkpoint(tmp_path / "first.ckpt")
 

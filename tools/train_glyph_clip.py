@@ -16,6 +16,7 @@ import math
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -102,7 +103,7 @@ def draw_glyphs() -> list[Glyph]:
         font = ImageFont.truetype(str(path), 96)
         for code in FT2Font(str(path)).get_charmap():
             name = unicodedata.name(chr(code), "")
-            if "CIRCLED" in name or "PARENTHESIZED" in name or "FULL STOP" in name and chr(code) != ".":
+            if "CIRCLED" in name or "PARENTHESIZED" in name or ("FULL STOP" in name and chr(code) != "."):
                 continue
             sign = unicodedata.normalize("NFKC", chr(code))
             if sign not in wanted:
@@ -148,7 +149,9 @@ def degrade(ink: Tensor, random: torch.Generator) -> Tensor:
     shape = torch.stack([1 / width, shear, torch.zeros(n), 1 / height], -1).view(n, 2, 2)
     shift = uniform(-0.06, 0.06, 2, 1)
     scale = GLYPH_SIZE / (GLYPH_SIZE + 24)
-    grid = F.affine_grid(torch.cat([scale * shape @ rotation, shift], -1), [n, 1, GLYPH_SIZE, GLYPH_SIZE], align_corners=False)
+    grid = F.affine_grid(
+        torch.cat([scale * shape @ rotation, shift], -1), [n, 1, GLYPH_SIZE, GLYPH_SIZE], align_corners=False
+    )
     # Elastic: smooth displacement fields of two wave lengths bend the strokes as a hand does.
     for cells, strength in ((4, 0.13), (7, 0.05)):
         field = torch.randn(n, 2, cells, cells, generator=random) * uniform(0.2, 1.0, 1, 1, 1) * strength
@@ -257,7 +260,7 @@ def short_merges(sentences: Sequence[str]) -> list[str]:
         piece = "".join(full.byte_encoder[b] for b in word.encode())
         parts = [*piece[:-1], piece[-1] + "</w>"]
         while len(parts) > 1:  # replays the merging of one word and notes each merge
-            ranked = [(full.bpe_ranks.get(pair, math.inf), pair) for pair in zip(parts, parts[1:], strict=False)]
+            ranked = [(full.bpe_ranks.get(pair, math.inf), pair) for pair in pairwise(parts)]
             rank, pair = min(ranked)
             if rank == math.inf:
                 break

@@ -36,7 +36,9 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     except (OSError, RuntimeError, SafetensorError) as error:  # torch's and safetensors' ways to report a full disk
         before = "the one there before is kept" if path.exists() else "there was none before"
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"Could not write {path} ({reason}); {before}. If the disk is full, free some and resume.") from error
+        raise UserError(
+            f"Could not write {path} ({reason}); {before}. If the disk is full, free some and resume."
+        ) from error
     finally:
         with suppress(OSError):
             beside.unlink(missing_ok=True)

@@ -82,4 +82,3 @@ def main(arguments: list[str] | None = None) -> None:
 def seconds_since_start() -> float:
     """Seconds since the command line was imported."""
     return time.time() - START
-

@@ -107,9 +107,12 @@ def explain(message: str) -> str:
         r"Problem with given class_path '([\w.]+)'(?::\s*(?:No module|Import|module|Not a|\[?'?No))", message
     )
     if bad_class:
-        kinds = [k for k in re.findall(r'Parser key "(\w+)"', message) if k in KINDS] or [w for w in KINDS if w in where]
+        kinds = [k for k in re.findall(r'Parser key "(\w+)"', message) if k in KINDS] or [
+            w for w in KINDS if w in where
+        ]
         if kinds:
-            return f"Unknown {kinds[-1]} {bad_class[-1]!r}. {nearest_first(bad_class[-1], [c.__name__ for c in subclasses(KINDS[kinds[-1]])])}"
+            known = [c.__name__ for c in subclasses(KINDS[kinds[-1]])]
+            return f"Unknown {kinds[-1]} {bad_class[-1]!r}. {nearest_first(bad_class[-1], known)}"
         return f"Unknown class {bad_class[-1]!r} for {where}."
     value = re.findall(r"(Expected a[^\n]*?Got value: [^\n]*)", message)
     if value:
@@ -118,20 +121,30 @@ def explain(message: str) -> str:
     option = re.findall(r"[Uu]nrecognized arguments?: (--[\w.]+)|Option '([\w.]+)' is not accepted", message)
     if option:
         name = next(filter(None, option[-1]))
-        classes = [FewShotModule, FewShotDataModule, RunOptions, Trainer, *(c for k in KINDS.values() for c in subclasses(k))]
-        options = {o for c in classes for o in options_of(c)} | {"ckpt_path", "images", "top_k", "out", "config"}
-        return f"Unknown option {name!r}. {nearest_first(name.lstrip('-').rsplit('.', 1)[-1], options, shown=3)}"
+        classes = [
+            FewShotModule,
+            FewShotDataModule,
+            RunOptions,
+            Trainer,
+            *(c for k in KINDS.values() for c in subclasses(k)),
+        ]
+        every = {o for c in classes for o in options_of(c)} | {"ckpt_path", "images", "top_k", "out", "config"}
+        return f"Unknown option {name!r}. {nearest_first(name.lstrip('-').rsplit('.', 1)[-1], every, shown=3)}"
     lines = [line.strip(" -") for line in message.splitlines() if line.strip(" -")]
-    inner_lines = [line for line in lines if not line.startswith(("Given value", "Subtypes", "Errors", "Does not validate"))]
+    inner_lines = [
+        line for line in lines if not line.startswith(("Given value", "Subtypes", "Errors", "Does not validate"))
+    ]
     return re.sub(r'^Parser key "config": ', "", " ".join(inner_lines))[:600]
 
 
 def subclasses(base: type) -> list[type]:
     """All concrete subclasses that kshot defines."""
-    found = set(base.__subclasses__())
-    while more := {s for c in found for s in c.__subclasses__()} - found:
-        found |= more
-    return [c for c in found if not inspect.isabstract(c) and c.__module__.startswith("kshot.")]
+    found: list[type] = []
+    for child in base.__subclasses__():
+        if not inspect.isabstract(child) and child.__module__.startswith("kshot."):
+            found.append(child)
+        found += subclasses(child)
+    return found
 
 
 def options_of(target: Callable[..., Any]) -> list[str]:
@@ -148,7 +161,9 @@ class ConfigByName(ActionConfigFile):
             found = next((c for c in candidates if c.is_file()), None)
             if found is None:
                 known = [str(p.relative_to(config_folder())) for p in sorted(config_folder().rglob("*.yaml"))]
-                parser.error(f"There is no config {values!r}, neither here nor in configs/. {nearest_first(values, known)}")
+                parser.error(
+                    f"There is no config {values!r}, neither here nor in configs/. {nearest_first(values, known)}"
+                )
             values = str(found)
         super().__call__(parser, cfg, values, option_string)
 
@@ -217,7 +232,9 @@ class FewShotCLI(LightningCLI):
         if subcommand == "predict":
             parser.add_argument("--images", type=list[str] | str, help="A folder, an image, or a list of them.")
             parser.add_argument("--top_k", type=int, default=5, help="Labels a row, best first.")
-            parser.add_argument("--out", type=str | None, default=None, help="CSV file; by default in the run directory.")
+            parser.add_argument(
+                "--out", type=str | None, default=None, help="CSV file; by default in the run directory."
+            )
         return parser
 
     def _parse_ckpt_path(self) -> None:
@@ -231,7 +248,7 @@ class FewShotCLI(LightningCLI):
         size = self.model.backbone.image_size
         if self.datamodule.image_size not in (None, size):
             raise UserError(
-                f"data.image_size is {self.datamodule.image_size}, but the backbone takes {size}: set it on the backbone."
+                f"data.image_size is {self.datamodule.image_size}, the backbone takes {size}: set it on the backbone."
             )
         self.datamodule.image_size = size
 
@@ -240,7 +257,10 @@ class FewShotCLI(LightningCLI):
         configured = self._get(self.config_init, "trainer", default={})
         self.resume_file = ResumeFile(self.options.save_every)
         callbacks = [*(configured.get("callbacks") or []), self.resume_file]
-        if not any(isinstance(c, TQDMProgressBar) for c in callbacks) and configured.get("enable_progress_bar") is not False:
+        if (
+            not any(isinstance(c, TQDMProgressBar) for c in callbacks)
+            and configured.get("enable_progress_bar") is not False
+        ):
             callbacks.append(Progress(leave=False))
         plugins = configured.get("plugins") or []
         plugins = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpoints()]

@@ -73,11 +73,13 @@ class FewShotModule(pl.LightningModule):
         self.preflight_done = False
         classes = len(class_names)
         self.accuracy = MulticlassAccuracy(classes, average="micro")  # of the validation shots
-        self.test_metrics = MetricCollection({
-            "acc": MulticlassAccuracy(classes, average="micro"),
-            "acc_class_mean": MulticlassAccuracy(classes, average="macro"),
-            "f1_macro": MulticlassF1Score(classes, average="macro"),
-        })
+        self.test_metrics = MetricCollection(
+            {
+                "acc": MulticlassAccuracy(classes, average="micro"),
+                "acc_class_mean": MulticlassAccuracy(classes, average="macro"),
+                "f1_macro": MulticlassF1Score(classes, average="macro"),
+            }
+        )
         self.class_accuracy = MulticlassAccuracy(classes, average="none")
         self.calibration = MulticlassCalibrationError(classes, n_bins=15)
         self.zero_shot_accuracy = MulticlassAccuracy(classes, average="micro")

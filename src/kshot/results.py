@@ -81,9 +81,7 @@ def write_per_class(path: Path, class_names: Sequence[str], accuracy: Sequence[f
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["label", "class_name", "accuracy"])
-        writer.writerows(
-            (i, name, f"{a:.6f}") for i, (name, a) in enumerate(zip(class_names, accuracy, strict=True))
-        )
+        writer.writerows((i, name, f"{a:.6f}") for i, (name, a) in enumerate(zip(class_names, accuracy, strict=True)))
 
 
 def write_predictions(
@@ -106,10 +104,10 @@ def write_predictions(
         writer.writerow(["path", *(f"{word}_{i + 1}" for i in range(k) for word in ("label", "probability"))])
         for positions, probabilities in batches:
             values, labels = probabilities.topk(k, dim=-1)
-            for position, ranked, probability in zip(
-                positions.tolist(), labels.tolist(), values.tolist(), strict=True
-            ):
-                cells = [x for label, p in zip(ranked, probability, strict=True) for x in (class_names[label], f"{p:.6f}")]
+            for position, ranked, probability in zip(positions.tolist(), labels.tolist(), values.tolist(), strict=True):
+                cells = [
+                    x for label, p in zip(ranked, probability, strict=True) for x in (class_names[label], f"{p:.6f}")
+                ]
                 writer.writerow([paths[position], *cells])
                 rows += 1
     return rows

@@ -1,8 +1,8 @@
 """Slots: the named, frozen projections that adapters attach to.
 
-A *projection* is one frozen product ``y = x Wᵀ + b``. Its output rows may be divided into parts, as the fused q, k, v of
-attention are; each part is a *slot* with a canonical name such as ``image.3.q``. Whatever module a backbone's library
-used, an adapter sees the same four things: in, out, weight and bias.
+A *projection* is one frozen product ``y = x Wᵀ + b``. Its output rows may be divided into parts, as the fused q, k, v
+of attention are; each part is a *slot* with a canonical name such as ``image.3.q``. Whatever module a backbone's
+library used, an adapter sees the same four things: in, out, weight and bias.
 
 How a slot runs is decided here and nowhere else:
 
@@ -80,7 +80,7 @@ class AdapterLayer(nn.Module, ABC):
         """The adapted weight W', (out, in)."""
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """The adapted output, (..., out), from the input x, (..., in), and the frozen output y = x Wᵀ + b, (..., out)."""
+        """The adapted output, (..., out), from the input x, (..., in), and the frozen output y = x Wᵀ + b."""
         return y + F.linear(x, self.effective_weight() - self.slot.weight)
 
 
@@ -143,12 +143,12 @@ class Projection(nn.Module):
         """Maps x, (..., in), to one tensor a part, (..., rows of the part)."""
         layers = self.layers() if self.enabled else {}
         if not layers:
-            return F.linear(x, self.weight, self.bias).split(list(self.sizes.values()), dim=-1)
+            return torch.split(F.linear(x, self.weight, self.bias), list(self.sizes.values()), dim=-1)
         if not torch.is_grad_enabled() and all(v.mergeable and not v.training for v in layers.values()):
             weight = self._merged.get([self.weight, *self.adapters.parameters()], self.effective_weight)
-            return F.linear(x, weight, self.bias).split(list(self.sizes.values()), dim=-1)
+            return torch.split(F.linear(x, weight, self.bias), list(self.sizes.values()), dim=-1)
         frozen = F.linear(x, self.effective_weight(only_materialised=True), self.bias)
-        outputs = frozen.split(list(self.sizes.values()), dim=-1)
+        outputs = torch.split(frozen, list(self.sizes.values()), dim=-1)
         return tuple(
             layers[part](x, y) if part in layers and not layers[part].materialised else y
             for part, y in zip(self.sizes, outputs, strict=True)

@@ -66,7 +66,9 @@ def select(named: Mapping[str, T], patterns: Sequence[str], what: str) -> dict[s
         if not any(fnmatchcase(name, pattern) for name in named):
             names = list(named)
             some = ", ".join([*names[:6], "...", *names[-2:]] if len(names) > 8 else names) or "none"
-            raise UserError(f"The target pattern {pattern!r} matches none of the {len(names)} {what}, which are: {some}.")
+            raise UserError(
+                f"The target pattern {pattern!r} matches none of the {len(names)} {what}, which are: {some}."
+            )
     return {name: value for name, value in named.items() if any(fnmatchcase(name, p) for p in patterns)}
 
 

@@ -50,7 +50,9 @@ class LoRA(SlotAdapter):
     def wrap(self, slot: Slot, shared: nn.Module | None) -> LoRALayer:  # noqa: ARG002
         smaller = min(slot.in_features, slot.out_features)
         if self.rank > smaller:
-            raise UserError(f"LoRA: rank {self.rank} is larger than the smaller side, {smaller}, of the slot {slot.name}.")
+            raise UserError(
+                f"LoRA: rank {self.rank} is larger than the smaller side, {smaller}, of the slot {slot.name}."
+            )
         return LoRALayer(slot, self)
 
 

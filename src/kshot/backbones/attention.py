@@ -133,9 +133,11 @@ class DropInAttention(Attention):
     def __init__(self, qkv: Projection, o: Projection, heads: int, dropout: float = 0.0) -> None:
         super().__init__(qkv, o, heads, dropout=dropout, true_blocks=True)
 
-    def forward(self, x: Tensor, key: Any = None, value: Any = None, attn_mask: Any = None, **_: Any) -> Any:
+    def forward(  # type: ignore[override]  # the library's blocks call with key and value in second and third place
+        self, x: Tensor, key: Any = None, value: Any = None, attn_mask: Any = None, **_: Any
+    ) -> Any:
         """Returns (output, None); key and value must be the queries themselves."""
-        assert key is None or key is x, "self-attention only"
+        assert key is None or (key is x and value is x), "self-attention only"
         return super().forward(x, attn_mask=attn_mask), None
 
 

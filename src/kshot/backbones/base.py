@@ -29,7 +29,9 @@ class Backbone(nn.Module, ABC):
     std: Tensor
     trainable_towers = False
 
-    def __init__(self, name: str, image_size: int, feature_dim: int, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(
+        self, name: str, image_size: int, feature_dim: int, mean: Sequence[float], std: Sequence[float]
+    ) -> None:
         super().__init__()
         self.name, self.image_size, self.feature_dim = name, image_size, feature_dim
         self.weight_sha256 = ""
@@ -177,7 +179,9 @@ def require_prompts(backbone: Backbone, who: str) -> VisionLanguageBackbone:
     """
     text = require_text(backbone, who)
     if not text.supports_prompts:
-        raise UserError(f"{who} learns prompt embeddings, which the text tower of {text.name} cannot take (not causal).")
+        raise UserError(
+            f"{who} learns prompt embeddings, which the text tower of {text.name} cannot take (not causal)."
+        )
     return text
 
 
@@ -187,7 +191,9 @@ def sha256_of(model: nn.Module) -> str:
     for name, tensor in sorted(model.state_dict().items()):
         value = tensor.detach().cpu().contiguous()
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
-        digest.update(value.view(torch.uint8).numpy().data if value.ndim else value.reshape(1).view(torch.uint8).numpy())
+        digest.update(
+            value.view(torch.uint8).numpy().data if value.ndim else value.reshape(1).view(torch.uint8).numpy()
+        )
     return digest.hexdigest()
 
 

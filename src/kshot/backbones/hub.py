@@ -49,8 +49,8 @@ def answers(endpoint: str, timeout: float) -> bool:
 def out_of_reach(what: str, setting: str, error: Exception) -> str:
     """One line for weights that are neither in the cache nor to be had."""
     return (
-        f"{what} are not in the cache and could not be fetched ({first_line(error)}). With a network, run once; without "
-        f"one, point HF_HUB_CACHE at a filled cache or set {setting} to a local file."
+        f"{what} are not in the cache and could not be fetched ({first_line(error)}). With a network, run once; "
+        f"without one, point HF_HUB_CACHE at a filled cache or set {setting} to a local file."
     )
 
 

@@ -127,8 +127,8 @@ class OpenClip(VisionLanguageBackbone):
             needed = len(self.token_ids(text)) + 2
             if needed > self.context_length:
                 raise UserError(
-                    f"The prompt {text!r} takes {needed} tokens, and {self.name} reads {self.context_length}: shorten the "
-                    "class name or the template."
+                    f"The prompt {text!r} takes {needed} tokens, and {self.name} reads {self.context_length}: shorten "
+                    "the class name or the template."
                 )
         return cast(Tensor, self.tokenizer(list(texts)))
 
@@ -138,8 +138,8 @@ class OpenClip(VisionLanguageBackbone):
     def end_of_text(self, tokens: Tensor) -> Tensor:
         if self._pool == "argmax":
             return tokens.argmax(-1)
-        end = getattr(self._text, "text_eos_id", getattr(self._text, "eos_id", None))
-        return (tokens == end).int().argmax(-1)
+        end = int(getattr(self._text, "text_eos_id", getattr(self._text, "eos_id", -1)))
+        return tokens.eq(end).int().argmax(-1)
 
     def encode_tokens(self, tokens: Tensor) -> Tensor:
         if not self.supports_prompts:
@@ -154,10 +154,12 @@ class OpenClip(VisionLanguageBackbone):
         text = self._text
         (groups, p, width), (classes, s) = prefix.shape, suffix.shape[1:3]
         positions = text.positional_embedding
-        x = torch.cat([
-            (prefix + positions[:p]).reshape(groups * p, width),
-            (suffix + positions[p : p + s]).reshape(groups * classes * s, width),
-        ])  # (tokens, width): every layer but attention treats tokens alike, so a shared prefix is there once
+        x = torch.cat(
+            [
+                (prefix + positions[:p]).reshape(groups * p, width),
+                (suffix + positions[p : p + s]).reshape(groups * classes * s, width),
+            ]
+        )  # (tokens, width): every layer but attention treats tokens alike, so a shared prefix is there once
         layout = PackedText(groups, p, classes, s)
         for block in text.transformer.resblocks:
             attended = cast(Attention, block.attn).packed(block.ln_1(x), layout)
@@ -210,8 +212,8 @@ def check_weights_named(model: str, pretrained: str | None, named: bool) -> None
     tags = open_clip.list_pretrained_tags_by_model(model.replace("/", "-"))
     if pretrained is None:
         raise UserError(
-            f"Backbone {model}: no weights named. Set pretrained to a tag ({', '.join(tags) or 'none published'}), a file, "
-            "or 'random'."
+            f"Backbone {model}: no weights named. Set pretrained to a tag ({', '.join(tags) or 'none published'}), a "
+            "file, or 'random'."
         )
     if pretrained == "random" or Path(pretrained).is_file():
         return

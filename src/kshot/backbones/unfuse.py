@@ -53,7 +53,9 @@ def unfuse_open_clip(blocks: Iterable[nn.Module], tower: str) -> dict[str, Slot]
             block.attn = DropInAttention(qkv, o, attention.num_heads, dropout=attention.dropout)
         else:
             if attention.logit_scale is not None:
-                raise UserError(f"Block {i} of the {tower} tower uses scaled cosine attention, which has no slots here.")
+                raise UserError(
+                    f"Block {i} of the {tower} tower uses scaled cosine attention, which has no slots here."
+                )
             block.attn = Attention(
                 qkv,
                 o,
@@ -81,7 +83,7 @@ def unfuse_timm(blocks: Iterable[nn.Module], tower: str) -> dict[str, Slot]:
         attention: Any = block.attn
         qkv: nn.Linear | None = getattr(attention, "qkv", None)
         if qkv is not None:
-            bias = qkv.bias
+            bias: Tensor | None = qkv.bias
             if getattr(attention, "q_bias", None) is not None:  # EVA and DINOv3 keep q and v biases apart, k has none
                 bias = torch.cat([attention.q_bias, attention.k_bias, attention.v_bias])
                 attention.q_bias = attention.k_bias = attention.v_bias = None

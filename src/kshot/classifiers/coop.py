@@ -99,9 +99,9 @@ class CoOp(Classifier):
         if before == length:
             suffix = rest
         else:
-            suffix = torch.stack([
-                torch.cat([rest[c, :n], second[c], rest[c, n:]]) for c, n in enumerate(self.name_lengths)
-            ])
+            suffix = torch.stack(
+                [torch.cat([rest[c, :n], second[c], rest[c, n:]]) for c, n in enumerate(self.name_lengths)]
+            )
         if self.class_specific:
             return start, torch.cat([first, suffix], 1).unsqueeze(0)
         return torch.cat([start, self.context[None, :before]], 1), suffix.unsqueeze(0)
