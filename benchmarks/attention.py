@@ -2,6 +2,8 @@
 
     python benchmarks/attention.py
 
+(Four minutes on one idle core; two with ``--batch 4``.)
+
 Compared in each case, in turns within one process, with the same random weights, all frozen:
 
 * fused: the model as open_clip or timm builds it, untouched;
@@ -12,7 +14,7 @@ A training step is a forward pass and a backward pass to the input (and to the L
 without gradients. The target is un-fused / fused <= 1.03.
 
 In bf16 on a CPU both parts of the library's attention are slow: ``nn.MultiheadAttention`` hands its input projection
-transposed tokens, which torch then multiplies with one copy of the weight a token position, and the fused kernel is slow.
+transposed tokens, for which torch (2.15) copies the weight and calls ``bmm``, and the fused kernel is slow itself.
 
 The second table times the two ways to compute attention itself by sequence length, torch's
 ``scaled_dot_product_attention`` against two plain products. It justifies the rule in
@@ -93,13 +95,18 @@ def towers_of_timm(model: str, size: int, batch: int) -> Case:
     )
 
 
-CASES: dict[str, Callable[[], Case]] = {
-    "ViT-B-32 image 224, batch 16": lambda: towers_of_clip("ViT-B-32", "random", 16, text=False),
-    "ViT-B-32 text 77, batch 16": lambda: towers_of_clip("ViT-B-32", "random", 16, text=True),
-    f"{DINO} 112, batch 16": lambda: towers_of_timm(DINO, 112, 16),
-    "glyph_clip image 32, batch 32": lambda: towers_of_clip("kshot:glyph_clip", None, 32, text=False),
-    "glyph_clip text 40, batch 32": lambda: towers_of_clip("kshot:glyph_clip", None, 32, text=True),
-}
+def cases(batch: int) -> dict[str, Callable[[], Case]]:
+    return {
+        f"ViT-B-32 image 224, batch {batch}": lambda: towers_of_clip("ViT-B-32", "random", batch, text=False),
+        f"ViT-B-32 text 77, batch {batch}": lambda: towers_of_clip("ViT-B-32", "random", batch, text=True),
+        f"{DINO} 112, batch {batch}": lambda: towers_of_timm(DINO, 112, batch),
+        f"glyph_clip image 32, batch {2 * batch}": lambda: towers_of_clip(
+            "kshot:glyph_clip", None, 2 * batch, text=False
+        ),
+        f"glyph_clip text 40, batch {2 * batch}": lambda: towers_of_clip(
+            "kshot:glyph_clip", None, 2 * batch, text=True
+        ),
+    }
 
 
 def autocast(dtype: str) -> contextlib.AbstractContextManager[object]:
@@ -162,12 +169,12 @@ def explicit(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 def compare_lengths(lengths: list[int], tokens: int, heads: int, seconds: float) -> list[dict[str, object]]:
     """The two ways over sequence lengths, with as many sequences as give about ``tokens`` tokens."""
     rows = []
-    for dtype in DTYPES:
+    for dtype, torch_dtype in DTYPES.items():
         for length in lengths:
             batch = max(1, tokens // length)
             shape = (batch, length, heads, 64)
             q, k, v = (
-                torch.randn(shape, device=DEVICE, dtype=DTYPES[dtype]).transpose(1, 2).requires_grad_() for _ in "qkv"
+                torch.randn(shape, device=DEVICE, dtype=torch_dtype).transpose(1, 2).requires_grad_() for _ in "qkv"
             )
             towards = torch.randn_like(q)
 
@@ -186,7 +193,8 @@ def compare_lengths(lengths: list[int], tokens: int, heads: int, seconds: float)
                 rows.append({
                     "dtype": dtype, "length": length, "batch": batch, "heads": heads, "step": kind,
                     "sdpa_ms": milliseconds(times["sdpa"]), "explicit_ms": milliseconds(times["explicit"]),
-                    "sdpa/explicit": round(value, 3), "±": round(spread, 3), "chosen": "sdpa" if uses_sdpa else "explicit",
+                    "sdpa/explicit": round(value, 3), "±": round(spread, 3),
+                    "chosen": "sdpa" if uses_sdpa else "explicit",
                     "rule": round(max(1.0, value if uses_sdpa else 1 / value), 3), "max_diff": largest,
                 })  # fmt: skip
     return rows
@@ -203,13 +211,14 @@ def same_path(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=8.0, help="time for one case, dtype and training step")
+    parser.add_argument("--seconds", type=float, default=6.0, help="time for one case, dtype and training step")
     parser.add_argument(
         "--only", default="", help="run the cases whose name contains this; 'lengths' for the second table"
     )
     parser.add_argument(
         "--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="precisions of the first table"
     )
+    parser.add_argument("--batch", type=int, default=16, help="of the first table; the small CLIP takes twice as many")
     parser.add_argument("--lengths", nargs="+", type=int, default=[17, 50, 197, 257, 577], help="of the second table")
     parser.add_argument("--tokens", type=int, default=1600, help="tokens in a batch of the second table")
     parser.add_argument("--heads", type=int, default=12, help="heads of 64 in the second table")
@@ -220,7 +229,7 @@ def main() -> None:
     logging.disable(logging.WARNING)  # that weights are random
     print(machine())
     rows = []
-    for name, build in CASES.items():
+    for name, build in cases(options.batch).items():
         if options.only in name:
             case = build()
             for dtype in options.dtypes:

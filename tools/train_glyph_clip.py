@@ -7,6 +7,9 @@ degraded as a cheap scanner would; every caption states some of what is true of 
 seven", "a bold serif capital letter a"). An image and a caption are a pair when all that the caption says is true of
 the image, so one batch holds many pairs per row and the contrastive loss spreads its target over all of them.
 The handwritten digits on which the result is judged are never trained on.
+
+Measured with seed 1 (the default), bfloat16, one core for training and one for drawing: 3,500 steps in 40 minutes,
+77.5 % zero-shot on all 1,797 scans of scikit-learn's digits with "a photo of the digit {}.".
 """
 
 import argparse

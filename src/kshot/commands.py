@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import torch
 from jsonargparse import ActionConfigFile
+from jsonargparse._deprecated import JsonargparseDeprecationWarning
 from lightning.pytorch.callbacks import Checkpoint, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger
@@ -36,6 +37,8 @@ KINDS: dict[str, type] = {"backbone": Backbone, "adapter": Adapter, "classifier"
 def run(arguments: list[str]) -> FewShotCLI:
     """Runs a command line and returns what it built."""
     settle_chatter()
+    if str(Path.cwd()) not in sys.path:  # a user's own classes lie where the user stands
+        sys.path.insert(0, str(Path.cwd()))
     argv, sys.argv = sys.argv, sys.argv[:1]  # Lightning warns when both its arguments and sys.argv hold something
     try:
         return FewShotCLI(
@@ -74,7 +77,7 @@ def settle_chatter() -> None:
         ".*srun.*",
     ):
         warnings.filterwarnings("ignore", message=message)
-    warnings.filterwarnings("ignore", module="jsonargparse")
+    warnings.filterwarnings("ignore", category=JsonargparseDeprecationWarning)  # Lightning 2.6 calls what 5.0 drops
 
 
 class Parser(LightningArgumentParser):
@@ -140,7 +143,8 @@ def explain(message: str) -> str:
 def subclasses(base: type) -> list[type]:
     """All concrete subclasses that kshot defines."""
     found: list[type] = []
-    for child in base.__subclasses__():
+    children: list[type] = base.__subclasses__()
+    for child in children:
         if not inspect.isabstract(child) and child.__module__.startswith("kshot."):
             found.append(child)
         found += subclasses(child)
@@ -280,7 +284,8 @@ class FewShotCLI(LightningCLI):
         self.directory = results.new_directory(Path(self.options.root), name)
         config = self.config[str(self.subcommand)]
         config["run"]["name"] = name  # so that the saved file, given again, adds to the same folder
-        self._parser(self.subcommand).save(config, self.directory / "config.yaml", skip_none=False, skip_check=True)
+        file = self.directory / "config.yaml"
+        self._parser(self.subcommand).save(config, file, skip_none=False, skip_validation=True)
         self.trainer.loggers = [*self.trainer.loggers, *loggers(self.directory)]
         self.resume_file.folder = self.directory / "checkpoints"
         if self.subcommand != "predict":

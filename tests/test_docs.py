@@ -1,0 +1,58 @@
+"""The code on the documentation pages runs, and what it defines works through ``class_path``."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from kshot.cli import main
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def my_package(tmp_path, monkeypatch) -> Path:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "extending.md").read_text(), re.DOTALL)
+    assert len(blocks) == 3
+    (tmp_path / "my_package.py").write_text("\n".join(blocks))
+    monkeypatch.syspath_prepend(tmp_path)
+    sys.modules.pop("my_package", None)
+    yield tmp_path
+    sys.modules.pop("my_package", None)
+
+
+@pytest.mark.parametrize(
+    ("options", "method", "trainable"),
+    [
+        (["--model.adapter", "my_package.RowScale"], "TextPrompt + RowScale", 6 * (3 * 192 + 768 + 192)),
+        (["--model.classifier", "my_package.CosineHead", "--model.adapter", "null"], "CosineHead", 10 * 128),
+        (
+            [
+                *["--model.backbone", "my_package.OneLayer", "--model.classifier", "LinearProbe"],
+                *["--model.adapter.rank", "2", "--model.targets", "[image.0.fc1]"],
+            ],
+            "LinearProbe + LoRA",
+            2 * (3 + 8) + 10 * 9,
+        ),
+    ],
+)
+def test_the_examples_work_by_class_path(my_package, options, method, trainable, monkeypatch):
+    monkeypatch.chdir(my_package)
+    main(["fit", "--config", "clip_16shot.yaml", "--trainer.max_epochs", "2", "--data.shots", "2", *options])
+    result = json.loads(next(my_package.rglob("result.json")).read_text())
+    assert result["method"] == method
+    assert result["trainable_parameters"] == trainable
+
+
+def test_links_in_the_pages_lead_somewhere():
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "data_splits" / "README.md"]:
+        for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_readme_names_every_method_config():
+    readme = (ROOT / "README.md").read_text()
+    for config in (ROOT / "configs" / "methods").glob("*.yaml"):
+        assert f"methods/{config.name}" in readme
