@@ -172,23 +172,26 @@ class FewShotModule(pl.LightningModule):
         if not self.preflight_done:
             self.preflight()
         data = cast("FewShotDataModule | None", getattr(self.trainer, "datamodule", None))
-        if data is None:
-            return
-        if self.classifier.closed_form or (self.cache_features and self.has_frozen_images() and not self.closed_form):
-            views = data.train_views()
-            if views:
-                features = [self.encode_all(data.eval_order_train_dataloader(view)) for view in range(views)]
-                data.replace_train_inputs(torch.stack([f for f, _ in features]).cpu())
-                if self.classifier.closed_form:
-                    labels = torch.cat([label for _, label in features])
-                    self.classifier.fit_features(torch.cat([f for f, _ in features]), labels)
-            elif self.classifier.closed_form:
-                self.classifier.fit_features(*self.encode_all(data.eval_order_train_dataloader(0)))
-            validation = data.val_dataloader()
-            if validation:
-                data.replace_val_inputs(self.encode_all(validation)[0].cpu())
+        if data is not None:
+            self.keep_features(data)
+        self.train()  # Lightning trains in the modes it finds, and the backbone was built in evaluation mode
         if self.closed_form:
             self.trainer.should_stop = True
+
+    def keep_features(self, data: FewShotDataModule) -> None:
+        """Replaces the images of a frozen tower by their features, view by view, and solves a closed form from them."""
+        closed = self.classifier.closed_form
+        if not closed and (self.closed_form or not self.cache_features or not self.has_frozen_images()):
+            return
+        views = data.train_views()  # 0 when every epoch has views of its own
+        encoded = [self.encode_all(data.eval_order_train_dataloader(view)) for view in range(views or int(closed))]
+        if closed:
+            self.classifier.fit_features(torch.cat([f for f, _ in encoded]), torch.cat([label for _, label in encoded]))
+        if views:
+            data.replace_train_inputs(torch.stack([f for f, _ in encoded]).cpu())
+        validation = data.val_dataloader()
+        if validation:
+            data.replace_val_inputs(self.encode_all(validation)[0].cpu())
 
     @torch.no_grad()
     def encode_all(self, loader: Any) -> tuple[Tensor, Tensor]:

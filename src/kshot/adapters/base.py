@@ -25,6 +25,8 @@ class Adapter(ABC):
     def inject(self, backbone: Backbone, targets: Sequence[str]) -> None:
         """Makes the targets of a backbone trainable in this method's way.
 
+        New layers start in training mode, as modules do: call ``backbone.eval()`` before measuring.
+
         Args:
             backbone: is changed in place; everything else in it stays frozen.
             targets: ``fnmatch`` patterns on names.

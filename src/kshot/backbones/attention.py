@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from kshot.slots import Projection
 
-# In bfloat16 on a CPU, torch's fused kernel is 2 to 9 times slower forward and backward than two plain products, up to
-# lengths where their scores no longer fit the cache (benchmarks/attention.py). In float32 it is as fast or faster.
+# In bfloat16 on a CPU, torch's fused kernel is 2.7 to 7 times slower than two plain products forward and backward, and
+# 1.3 to 2 times slower forward alone, at lengths 17 to 577 (benchmarks/attention.py); in float32 it is the faster one.
+# The limit bounds memory for the scores.
 LONGEST_UNFUSED = 1024
 
 
