@@ -221,7 +221,7 @@ class FewShotModule(pl.LightningModule):
         loss = sum(terms.values(), torch.zeros((), device=self.device))
         if not torch.isfinite(loss):
             raise UserError(
-                f"The loss is {float(loss)} at step {self.global_step}: lower model.optimizer.lr, or compute in "
+                f"The loss is {loss.item()} at step {self.global_step}: lower model.optimizer.lr, or compute in "
                 "--trainer.precision 32-true or bf16-mixed."
             )
         self.log("train/loss", loss, prog_bar=True, on_step=False, on_epoch=True, batch_size=len(batch.label))

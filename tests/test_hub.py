@@ -1,0 +1,73 @@
+"""Weights that cannot be had get one clear line, quickly, and never a random model."""
+
+import logging
+import socket
+import time
+
+import pytest
+from huggingface_hub import constants
+
+from kshot.backbones import OpenClip, Timm
+from kshot.backbones.hub import quiet_hub
+from kshot.errors import UserError
+
+
+@pytest.fixture
+def no_network(monkeypatch, tmp_path):
+    def refuse(*_, **__):
+        raise OSError("Name or service not known")
+
+    for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("build", "setting"),
+    [
+        (lambda: OpenClip("ViT-B-16-quickgelu", "openai"), "set pretrained to a local file"),
+        (lambda: OpenClip("hf-hub:nobody/nothing"), "set pretrained to a local file"),
+        (lambda: Timm("vit_small_patch14_dinov2.lvd142m"), "set weights to a local file"),
+    ],
+)
+def test_a_hub_out_of_reach(build, setting, no_network):
+    start = time.perf_counter()
+    with pytest.raises(UserError) as error:
+        build()
+    message = str(error.value)
+    assert "\n" not in message
+    assert "HF_HUB_CACHE" in message
+    assert setting in message
+    assert time.perf_counter() - start < 20  # the libraries' own retries take most of a minute
+
+
+@pytest.mark.usefixtures("no_network")
+def test_settings_are_restored_whatever_happens():
+    def fail():
+        with quiet_hub():
+            assert constants.HF_HUB_OFFLINE
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert not constants.HF_HUB_OFFLINE
+    assert logging.root.manager.disable == 0
+
+
+def test_a_proxy_is_trusted_to_reach_the_hub(no_network, monkeypatch):
+    monkeypatch.setenv("HTTPS_PROXY", "http://proxy:3128")
+    with quiet_hub():
+        assert not constants.HF_HUB_OFFLINE
+
+
+def test_local_weights_need_no_hub(no_network, tmp_path):
+    import timm
+    import torch
+    from safetensors.torch import save_file
+
+    vit = timm.create_model("test_vit", num_classes=0)
+    save_file(vit.state_dict(), tmp_path / "vit.safetensors")
+    backbone = Timm("test_vit", weights=str(tmp_path / "vit.safetensors"))
+    assert torch.equal(backbone.vit.cls_token, vit.cls_token)

@@ -1,0 +1,79 @@
+"""The schedule against its closed form, and that only what trains is optimised."""
+
+import math
+
+import pytest
+import torch
+
+from kshot.adapters import LoRA
+from kshot.backbones import OpenClip
+from kshot.classifiers import CoOp, LinearProbe, NearestClassMean, TextPrompt
+from kshot.module import FewShotModule
+from kshot.optim import WarmupCosine
+
+NAMES = ["zero", "one", "two"]
+
+
+@pytest.mark.parametrize(("total", "warmup", "floor"), [(10, 0, 0.0), (20, 5, 0.0), (7, 3, 0.1)])
+def test_warmup_cosine(total, warmup, floor):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.2)
+    schedule = WarmupCosine(optimizer, total_steps=total, warmup_steps=warmup, floor=floor)
+    for step in range(total + 1):
+        if step < warmup:
+            expected = 0.2 * (step + 1) / (warmup + 1)
+        else:
+            progress = (step - warmup) / (total - warmup)
+            expected = 0.2 * (floor + (1 - floor) * (1 + math.cos(math.pi * progress)) / 2)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(expected, abs=1e-12)
+        optimizer.step()
+        schedule.step()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.2 * floor, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("classifier", "adapter", "closed"),
+    [
+        (TextPrompt, None, True),
+        (NearestClassMean, None, True),
+        (LinearProbe, None, False),
+        (CoOp, None, False),
+        (TextPrompt, LoRA(rank=2), False),
+        (CoOp, LoRA(rank=2), False),
+    ],
+)
+def test_what_trains(classifier, adapter, closed):
+    module = FewShotModule(OpenClip("kshot:glyph_clip"), classifier, NAMES, adapter=adapter)
+    module.preflight()
+    assert module.closed_form == closed
+    optimizer = module.configure_optimizers()
+    trained = {id(p) for p in module.parameters() if p.requires_grad}
+    if closed:
+        assert optimizer is None
+        assert not trained
+    else:
+        assert {id(p) for group in optimizer.param_groups for p in group["params"]} == trained
+    saved = module.tuned_state()
+    assert sum(value.numel() for value in saved.values()) < 200_000
+    assert trained == {id(module.get_parameter(name)) for name in saved if name != "classifier.means"}
+    assert module.has_frozen_images() == (adapter is None)
+
+
+def test_every_trainable_tensor_without_a_gradient_is_found():
+    module = FewShotModule(
+        OpenClip("kshot:glyph_clip"), LinearProbe, NAMES, adapter=LoRA(rank=2), targets=["*.0.[qkv]"]
+    )
+    with pytest.raises(
+        Exception, match=r"6 trainable tensors get no gradient, among them classifier\.backbone\.clip\.trans"
+    ):
+        module.preflight()
+
+
+def test_a_loss_that_is_not_finite_stops():
+    module = FewShotModule(OpenClip("kshot:glyph_clip"), LinearProbe, NAMES)
+    module.classifier.head.weight.data.fill_(float("nan"))
+    from kshot.data import Batch
+    from kshot.errors import UserError
+
+    batch = Batch(torch.randn(2, 128), torch.tensor([0, 1]), torch.tensor([0, 1]))
+    with pytest.raises(UserError, match="loss is nan"):
+        module.training_step(batch, 0)
