@@ -1,7 +1,9 @@
 """The code on the documentation pages runs, and what it defines works through ``class_path``."""
 
+import csv
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -44,6 +46,17 @@ def test_the_examples_work_by_class_path(my_package, options, method, trainable,
     result = json.loads(next(my_package.rglob("result.json")).read_text())
     assert result["method"] == method
     assert result["trainable_parameters"] == trainable
+
+
+def test_the_table_of_the_readme_can_be_made(tmp_path):
+    command = [sys.executable, "benchmarks/few_shot.py", "--methods", "class_mean", "--shots", "1", "--seeds", "1", "2"]
+    command += ["--out", str(tmp_path / "rows.csv")]
+    for _ in range(2):  # the second call finds the rows and runs nothing
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        rows = list(csv.DictReader((tmp_path / "rows.csv").open()))
+        assert [row["seed"] for row in rows] == ["1", "2"]
+        assert re.search(r"\| class_mean \| \d\d\.\d ± \d+\.\d \| 0 \|", done.stdout)
 
 
 def test_links_in_the_pages_lead_somewhere():

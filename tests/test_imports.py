@@ -23,7 +23,7 @@ ALLOWED = {
     "data": {"data", "errors"},
     "optim": {"errors"},
 }
-ENTRY = {"cli", "commands"}  # nothing below imports these
+ENTRY = {"cli", "commands", "parser"}  # nothing below imports these
 LIGHT = {"adapters", "classifiers", "backbones", "slots", "errors"}  # plain torch: no trainer, no command line
 
 
