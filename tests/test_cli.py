@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from kshot.cli import config_folder, main
+from kshot.cli import main
 from kshot.module import FewShotModule
+from kshot.parser import config_folder
 
 ROOT = Path(__file__).parents[1]
 TINY_VIT = ["--model.backbone", "Timm", "--model.backbone.model", "test_vit", "--model.backbone.weights", "random"]

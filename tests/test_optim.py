@@ -77,3 +77,22 @@ def test_a_loss_that_is_not_finite_stops():
     batch = Batch(torch.randn(2, 128), torch.tensor([0, 1]), torch.tensor([0, 1]))
     with pytest.raises(UserError, match="loss is nan"):
         module.training_step(batch, 0)
+
+
+def test_a_frozen_text_tower_is_encoded_once_in_training(monkeypatch):
+    calls, encode = [], OpenClip.encode_tokens
+
+    def count(self, tokens):
+        calls.append(len(tokens))
+        return encode(self, tokens)
+
+    monkeypatch.setattr(OpenClip, "encode_tokens", count)
+    targets = ["image.*.q"]
+    module = FewShotModule(OpenClip("kshot:glyph_clip"), TextPrompt, NAMES, adapter=LoRA(rank=2), targets=targets)
+    optimizer = module.configure_optimizers()
+    module.train()
+    for _ in range(3):
+        features = module.backbone.encode_image(torch.rand(2, 3, 32, 32))
+        module.losses(features, torch.tensor([0, 1]))["cross_entropy"].backward()
+        optimizer.step()
+    assert calls == [3]

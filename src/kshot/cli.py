@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import dataclass
-from pathlib import Path
 
-START = time.time()
+STARTED = time.time()
 USAGE = """\
 usage: python main.py {fit,validate,test,predict} --config NAME [--config METHOD ...] [options]
 
@@ -31,29 +29,6 @@ def wants_short_help(arguments: list[str]) -> bool:
     return arguments in ([], ["-h"], ["--help"])
 
 
-def config_folder() -> Path:
-    """The folder ``configs``, in a checkout or in an installed package."""
-    installed = Path(__file__).parent / "configs"
-    return installed if installed.is_dir() else Path(__file__).parents[2] / "configs"
-
-
-@dataclass
-class RunOptions:
-    """Where a run keeps its files, and whether fit ends with a test.
-
-    Args:
-        root: folder of all runs.
-        name: folder of this kind of run; by default the names of its configs.
-        save_every: seconds between files to resume from, written at ends of epochs.
-        test: test after fit.
-    """
-
-    root: str = "runs"
-    name: str | None = None
-    save_every: float = 10.0
-    test: bool = True
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line; a user's mistake ends with one line and exit code 2."""
     given = sys.argv[1:] if arguments is None else arguments
@@ -65,7 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         from kshot.commands import run
 
-        run(given)
+        run(given, STARTED)
     except Exception as error:
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, UserError):  # jsonargparse wraps what a constructor raises
@@ -77,8 +52,3 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
-
-
-def seconds_since_start() -> float:
-    """Seconds since the command line was imported."""
-    return time.time() - START

@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jsonargparse._deprecated import JsonargparseDeprecationWarning
@@ -20,15 +20,21 @@ from lightning.pytorch.trainer import Trainer
 import kshot.optim  # noqa: F401  its classes resolve by their short names once imported
 from kshot import __version__, results
 from kshot.checkpoint import AtomicCheckpoints, write_tensors
-from kshot.cli import RunOptions, seconds_since_start
 from kshot.data.datamodule import FewShotDataModule
 from kshot.errors import UserError
 from kshot.module import FewShotModule
 from kshot.parser import ConfigByName, Parser
+from kshot.results import RunOptions
 
 
-def run(arguments: list[str]) -> FewShotCLI:
-    """Runs a command line and returns what it built."""
+def run(arguments: list[str], started: float | None = None) -> FewShotCLI:
+    """Runs a command line and returns what it built.
+
+    Args:
+        arguments: as after ``python main.py``.
+        started: when the process began, in seconds since the epoch; by default now.
+    """
+    FewShotCLI.started = time.time() if started is None else started
     settle_chatter()
     if str(Path.cwd()) not in sys.path:  # a user's own classes lie where the user stands
         sys.path.insert(0, str(Path.cwd()))
@@ -111,6 +117,7 @@ class FewShotCLI(LightningCLI):
 
     model: FewShotModule
     datamodule: FewShotDataModule
+    started: ClassVar[float]
     directory: Path | None = None
 
     # ------------------------------------------------------------------------------------------------ parsing
@@ -194,7 +201,7 @@ class FewShotCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Reads the images and tries one step before anything is written."""
-        self.seconds = {"start": seconds_since_start()}
+        self.seconds = {"start": time.time() - self.started}
         self.check_checkpoint()
         self.datamodule.setup("fit")
         self.model.preflight()
@@ -215,7 +222,7 @@ class FewShotCLI(LightningCLI):
 
     def before_test(self) -> None:
         """Opens the run directory."""
-        self.seconds = {"start": seconds_since_start()}
+        self.seconds = {"start": time.time() - self.started}
         self.check_checkpoint()
         self.open_directory()
         self.clock = time.time()

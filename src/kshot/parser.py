@@ -16,10 +16,10 @@ from lightning.pytorch.trainer import Trainer
 from kshot.adapters import Adapter
 from kshot.backbones import Backbone
 from kshot.classifiers import Classifier
-from kshot.cli import RunOptions, config_folder
 from kshot.data.datamodule import FewShotDataModule
 from kshot.errors import nearest_first
 from kshot.module import FewShotModule
+from kshot.results import RunOptions
 
 KINDS: dict[str, type] = {"backbone": Backbone, "adapter": Adapter, "classifier": Classifier}
 
@@ -98,6 +98,12 @@ def subclasses(base: type) -> list[type]:
 def options_of(target: Callable[..., Any]) -> list[str]:
     """Names of the arguments that a user can give to a class."""
     return [p for p in inspect.signature(target).parameters if p not in ("self", "backbone", "task")]
+
+
+def config_folder() -> Path:
+    """The folder ``configs``, in a checkout or in an installed package."""
+    installed = Path(__file__).parent / "configs"
+    return installed if installed.is_dir() else Path(__file__).parents[2] / "configs"
 
 
 class ConfigByName(ActionConfigFile):

@@ -8,6 +8,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,23 @@ from torch import Tensor
 from kshot import __version__
 
 LIBRARIES = ("torch", "lightning", "open_clip_torch", "timm", "torchvision", "torchmetrics", "jsonargparse")
+
+
+@dataclass
+class RunOptions:
+    """Where a run keeps its files, and whether fit ends with a test.
+
+    Args:
+        root: folder of all runs.
+        name: folder of this kind of run; by default the names of its configs.
+        save_every: seconds between files to resume from, written at ends of epochs.
+        test: test after fit.
+    """
+
+    root: str = "runs"
+    name: str | None = None
+    save_every: float = 10.0
+    test: bool = True
 
 
 def new_directory(root: Path, name: str) -> Path:

@@ -42,7 +42,8 @@ class Memo(Generic[T]):
     def get(self, sources: Iterable[Tensor], compute: Callable[[], T]) -> T:
         """Returns the kept value, or computes it anew outside autograd, autocast and inference mode."""
         now = list(sources)
-        state = (Memo.optimizer_steps, *((t._version, t.device, t.dtype) for t in now))
+        steps = Memo.optimizer_steps if any(t.requires_grad for t in now) else None
+        state = (steps, *((t._version, t.device, t.dtype) for t in now))
         same = len(now) == len(self._sources) and all(a is b for a, b in zip(now, self._sources, strict=True))
         if not same or state != self._state:
             device = now[0].device.type if now else "cpu"
