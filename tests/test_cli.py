@@ -429,6 +429,15 @@ def test_the_readme_command_ends_with_the_table(tmp_path):
     assert "Epoch 39" in done.stdout + done.stderr  # the progress bar
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["lora", "coop", "class_mean"])
+def test_methods_run_on_a_gpu(method, tmp_path):
+    directory = fit(tmp_path, "--config", f"methods/{method}.yaml", "--trainer.accelerator", "gpu")
+    result = json.loads((directory / "result.json").read_text())
+    assert result["device"] != "cpu"
+    assert result["acc"] > 0.5
+
+
 def test_the_readme_test_command_collects():
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "--collect-only", "-q"], cwd=ROOT, capture_output=True, text=True

@@ -62,6 +62,15 @@ def test_a_proxy_is_trusted_to_reach_the_hub(no_network, monkeypatch):
         assert not constants.HF_HUB_OFFLINE
 
 
+@pytest.mark.network
+def test_published_weights_load(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    clip, dino = OpenClip("ViT-B-32-quickgelu", "openai"), Timm("vit_small_patch14_dinov2.lvd142m")
+    assert clip.supports_prompts
+    assert float(clip.logit_scale) == pytest.approx(100, rel=1e-3)
+    assert (clip.image_size, dino.image_size, dino.feature_dim) == (224, 224, 384)
+
+
 def test_local_weights_need_no_hub(no_network, tmp_path):
     import timm
     import torch
