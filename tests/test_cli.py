@@ -271,6 +271,11 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path, monkeypatch):
     assert losses[0][2:] == losses[1]
 
 
+def test_a_run_counted_in_steps_leaves_its_last_step(tmp_path):
+    directory = fit(tmp_path, "--trainer.max_epochs", "null", "--trainer.max_steps", "5", "--run.save_every", "1000")
+    assert torch.load(directory / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 5
+
+
 def test_a_full_disk_costs_neither_the_previous_checkpoint_nor_a_traceback(tmp_path, monkeypatch, capsys):
     save, saved = torch.save, []
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from jsonargparse._deprecated import JsonargparseDeprecationWarning
-from lightning.pytorch.callbacks import Checkpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.trainer import Trainer
@@ -92,7 +92,9 @@ class ResumeFile(Checkpoint):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:  # noqa: ARG002
         """Writes the file when it is due."""
-        last = trainer.max_epochs is not None and trainer.current_epoch + 1 >= trainer.max_epochs
+        last = (
+            0 < (trainer.max_epochs or 0) <= trainer.current_epoch + 1 or 0 < trainer.max_steps <= trainer.global_step
+        )
         if self.folder is not None and (last or time.monotonic() - self.written >= self.seconds):
             trainer.save_checkpoint(self.folder / "last.ckpt")
             self.written = time.monotonic()
@@ -167,9 +169,8 @@ class FewShotCLI(LightningCLI):
         configured = self._get(self.config_init, "trainer", default={})
         self.resume_file = ResumeFile(self.options.save_every)
         callbacks = [*(configured.get("callbacks") or []), self.resume_file]
-        if (
-            not any(isinstance(c, TQDMProgressBar) for c in callbacks)
-            and configured.get("enable_progress_bar") is not False
+        if configured.get("enable_progress_bar") is not False and not any(
+            isinstance(c, ProgressBar) for c in callbacks
         ):
             callbacks.append(Progress(leave=False))
         plugins = configured.get("plugins") or []
