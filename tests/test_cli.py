@@ -450,6 +450,12 @@ def test_the_readme_test_command_collects():
     assert done.returncode == 0, done.stdout[-2000:]
 
 
+def test_an_unknown_command_names_those_there_are(capsys):
+    line = refused(capsys, ["fitt", "--config", "clip_16shot.yaml"])
+    for command in ("fit", "validate", "test", "predict"):
+        assert command in line
+
+
 def test_short_help_needs_no_torch(capsys):
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "main.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
