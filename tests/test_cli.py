@@ -198,6 +198,14 @@ def test_checkpoints_load_without_unpickling_code_and_hold_no_frozen_weight(fitt
     assert (fitted / "checkpoints" / "last.ckpt").stat().st_size < 3e6
 
 
+def test_a_checkpoint_rebuilds_its_module_in_a_script(fitted):
+    module = FewShotModule.load_from_checkpoint(fitted / "checkpoints" / "last.ckpt", map_location="cpu")
+    assert module.method == "TextPrompt + LoRA"
+    tuned = load_file(fitted / "tuned.safetensors")
+    assert all(torch.equal(value, tuned[name]) for name, value in module.tuned_state().items())
+    assert module(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+
+
 def test_the_command_line_wins_over_the_checkpoint(fitted, capsys, tmp_path):
     line = refused(capsys, [
         *["test", "--config", "clip_16shot.yaml", "--model.adapter.rank", "3", "--run.root", str(tmp_path)],
@@ -359,6 +367,7 @@ REFUSALS = {
     "--config methods/linear_probe.yaml --model.adapter LoRA --model.targets [text.2.o]": "no gradient",
     "--config methods/coop.yaml --model.classifier.init_words photo": "give one of the two",
     "--config methods/coop.yaml --model.classifier.context_length 60": "kshot:glyph_clip reads 40",
+    "--model.classifier NearestClassMean": "NearestClassMean + LoRA would leave LoRA untrained",
     " ".join(TINY_VIT): "TextPrompt needs a text tower",
 }
 

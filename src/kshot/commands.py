@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from jsonargparse._deprecated import JsonargparseDeprecationWarning
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.trainer import Trainer
@@ -111,9 +112,7 @@ class Progress(TQDMProgressBar):
 
     def init_validation_tqdm(self) -> Any:
         """A bar that is not drawn within fit, and drawn for ``validate``."""
-        bar = super().init_validation_tqdm()
-        bar.disable = bar.disable or self.trainer.state.fn == "fit"
-        return bar
+        return Tqdm(disable=True) if self.trainer.state.fn == "fit" else super().init_validation_tqdm()
 
 
 class FewShotCLI(LightningCLI):

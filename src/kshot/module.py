@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim import AdamW
@@ -60,13 +62,19 @@ class FewShotModule(pl.LightningModule):
         cache_features: bool = True,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(ignore=["backbone", "classifier", "adapter", "optimizer", "schedule"])
+        if _given_hyperparameters.get() is not None:  # the command line's plain config; in a script these are modules
+            self.save_hyperparameters()
         self.strict_loading = False  # only trainable tensors are saved; on_load_checkpoint compares the names itself
         task = Task(tuple(class_names), tuple(templates))
         self.adapter = adapter
         if adapter is not None:
             adapter.inject(backbone, list(targets))
         self.classifier: Classifier = classifier(backbone=backbone, task=task)
+        if adapter is not None and self.classifier.closed_form:
+            raise UserError(
+                f"{type(self.classifier).__name__} has a closed form and takes no gradient step: {self.method} would "
+                f"leave {type(adapter).__name__} untrained: use LinearProbe or TextPrompt, or adapter: null."
+            )
         self.optimizer_factory, self.schedule_factory = optimizer, schedule
         self.cache_features = cache_features
         self.run_seed = torch.initial_seed()
@@ -312,4 +320,7 @@ class FewShotModule(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint of another backbone, method or task."""
+        warnings.filterwarnings(
+            "ignore", message="Found keys that are in the model state dict but not in the checkpoint"
+        )
         check_fits(checkpoint.get(HEADER, {}), self.header(), checkpoint["state_dict"], self.tuned_state())
