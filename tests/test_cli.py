@@ -377,7 +377,7 @@ REFUSALS = {
     [
         *(([*FIT, *options.split()], expected) for options, expected in REFUSALS.items()),
         (["predict", "--config", "clip_16shot.yaml"], "--images"),
-        (["predict", "--config", "clip_16shot.yaml", "--images", "no/such"], "no/such"),
+        (["predict", *FIT[1:], "--config", "methods/zero_shot.yaml", "--images", "no/such"], "no/such"),
     ],
 )
 def test_a_mistake_gets_one_line_and_writes_nothing(arguments, expected, capsys, tmp_path, monkeypatch):
@@ -415,6 +415,39 @@ def test_a_checkpoint_of_another_backbone_or_method_is_refused(fitted, capsys, t
     assert "and the config says CoOp" in refused(capsys, ["test", *FIT[1:], *method, *checkpoint])
     assert "weights only" in refused(capsys, [*FIT, *checkpoint])
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["test", "validate", "predict"])
+@pytest.mark.parametrize("method", ["lora", "class_mean"])
+def test_measuring_what_was_never_trained_is_refused(command, method, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = [command, "--config", "clip_16shot.yaml", "--config", f"methods/{method}.yaml"]
+    images = ["--images", str(ROOT)] if command == "predict" else []
+    assert "has learnt nothing yet" in refused(capsys, [*arguments, *images])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_zero_shot_needs_no_checkpoint(tmp_path):
+    folder = photos(tmp_path / "photos", 2)
+    common = [
+        "--config",
+        "clip_16shot.yaml",
+        "--config",
+        "methods/zero_shot.yaml",
+        "--run.root",
+        str(tmp_path / "runs"),
+    ]
+    main(["predict", *common, "--images", str(folder)])
+    assert len(next((tmp_path / "runs").rglob("predictions.csv")).read_text().splitlines()) == 3
+
+
+def test_a_place_that_cannot_be_written_gets_one_line(fitted, capsys, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    assert "choose another --run.root" in refused(capsys, [*FIT, *QUICK, "--run.root", str(tmp_path / "file")])
+    common = ["--config", "clip_16shot.yaml", "--ckpt_path", str(fitted / "tuned.safetensors")]
+    images = ["--images", str(photos(tmp_path / "photos", 1)), "--out", str(tmp_path / "file" / "out.csv")]
+    line = refused(capsys, ["predict", *common, *images, "--run.root", str(tmp_path / "runs")])
+    assert "Could not write" in line
 
 
 def test_a_pickle_is_not_executed(capsys, tmp_path):

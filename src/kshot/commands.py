@@ -20,7 +20,7 @@ from lightning.pytorch.trainer import Trainer
 
 import kshot.optim  # noqa: F401  its classes resolve by their short names once imported
 from kshot import __version__, results
-from kshot.checkpoint import AtomicCheckpoints, write_tensors
+from kshot.checkpoint import AtomicCheckpoints, write_atomically, write_tensors
 from kshot.data.datamodule import FewShotDataModule
 from kshot.errors import UserError
 from kshot.module import FewShotModule
@@ -284,15 +284,23 @@ class FewShotCLI(LightningCLI):
         if self.directory is None:
             return
         path = Path(self.config["predict"]["out"] or self.directory / "predictions.csv")
-        flat: Sequence[Any] = batches
-        rows = results.write_predictions(
-            path, self.datamodule.predict_paths, flat, self.datamodule.class_names, self.config["predict"]["top_k"]
+        paths, names, top_k = (
+            self.datamodule.predict_paths,
+            self.datamodule.class_names,
+            self.config["predict"]["top_k"],
         )
-        print(f"{rows} images labelled: {path}")
+        flat: Sequence[Any] = batches
+        write_atomically(path, lambda file: results.write_predictions(file, paths, flat, names, top_k))
+        print(f"{len(paths)} images labelled: {path}")
 
     def check_checkpoint(self) -> None:
         """Raises UserError for a checkpoint that is missing or does not fit, before anything is written."""
         path = self.config[str(self.subcommand)].get("ckpt_path")
+        if not path and self.subcommand != "fit" and self.model.tuned_state():
+            raise UserError(
+                f"{self.model.method} has learnt nothing yet: give {self.subcommand} the --ckpt_path of a run, such as "
+                "runs/NAME/001/tuned.safetensors, or a method that trains nothing: --config methods/zero_shot.yaml."
+            )
         if path and path not in ("best", "last"):
             checkpoint = AtomicCheckpoints().load_checkpoint(path)
             if self.subcommand == "fit" and "optimizer_states" not in checkpoint:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from kshot import __version__
+from kshot.errors import UserError
 
 LIBRARIES = ("torch", "lightning", "open_clip_torch", "timm", "torchvision", "torchmetrics", "jsonargparse")
 
@@ -39,9 +40,16 @@ class RunOptions:
 
 
 def new_directory(root: Path, name: str) -> Path:
-    """Makes ``root/name/NNN``, the next number that is free; an existing directory is never taken."""
+    """Makes ``root/name/NNN``, the next number that is free; an existing directory is never taken.
+
+    Raises:
+        UserError: the folder cannot be made.
+    """
     parent = root / name
-    parent.mkdir(parents=True, exist_ok=True)
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"Runs cannot be kept in {parent} ({error}): choose another --run.root.") from error
     number = max((int(p.name) for p in parent.iterdir() if p.name.isdigit()), default=0)
     while True:
         number += 1
@@ -104,8 +112,8 @@ def write_per_class(path: Path, class_names: Sequence[str], accuracy: Sequence[f
 
 def write_predictions(
     path: Path, paths: Sequence[str], batches: Iterable[tuple[Tensor, Tensor]], class_names: Sequence[str], top_k: int
-) -> int:
-    """Writes ``path,label_1,probability_1,...`` rows, best first, and returns how many.
+) -> None:
+    """Writes ``path,label_1,probability_1,...`` rows, best first.
 
     Args:
         path: the CSV file.
@@ -115,8 +123,6 @@ def write_predictions(
         top_k: labels a row, at most the number of classes.
     """
     k = min(top_k, len(class_names))
-    rows = 0
-    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["path", *(f"{word}_{i + 1}" for i in range(k) for word in ("label", "probability"))])
@@ -127,8 +133,6 @@ def write_predictions(
                     x for label, p in zip(ranked, probability, strict=True) for x in (class_names[label], f"{p:.6f}")
                 ]
                 writer.writerow([paths[position], *cells])
-                rows += 1
-    return rows
 
 
 def print_table(title: str, rows: Sequence[tuple[str, str]]) -> None:
