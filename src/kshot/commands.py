@@ -36,7 +36,6 @@ def run(arguments: list[str], started: float | None = None) -> FewShotCLI:
         started: when the process began, in seconds since the epoch; by default now.
     """
     FewShotCLI.started = time.time() if started is None else started
-    FewShotCLI.wanted = arguments[0] if arguments and arguments[0] in LightningCLI.subcommands() else None
     settle_chatter()
     if str(Path.cwd()) not in sys.path:  # a user's own classes lie where the user stands
         sys.path.insert(0, str(Path.cwd()))
@@ -121,16 +120,9 @@ class FewShotCLI(LightningCLI):
     model: FewShotModule
     datamodule: FewShotDataModule
     started: ClassVar[float]
-    wanted: ClassVar[str | None] = None
     directory: Path | None = None
 
     # ------------------------------------------------------------------------------------------------ parsing
-
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """The command that was asked for alone, since the parser of each takes a third of a second to build."""
-        every: dict[str, set[str]] = LightningCLI.subcommands()
-        return every if FewShotCLI.wanted is None else {FewShotCLI.wanted: every[FewShotCLI.wanted]}
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """A parser that finds configs by name and says so in its help."""
