@@ -44,17 +44,17 @@ class Clock(Callback):
     def on_fit_start(self, trainer, pl_module):  # noqa: ARG002  runs before the module's hook, which fills the cache
         self.started = now()
 
-    def on_train_start(self, trainer, pl_module):  # noqa: ARG002
+    def on_train_start(self, trainer, pl_module):  # noqa: ARG002  Lightning's signature
         self.fill = now() - self.started
 
-    def on_train_epoch_start(self, trainer, pl_module):  # noqa: ARG002
+    def on_train_epoch_start(self, trainer, pl_module):  # noqa: ARG002  Lightning's signature
         self.started = now()
 
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):  # noqa: ARG002
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):  # noqa: ARG002  Lightning's signature
         self.losses.append(float(outputs["loss"]))
         self.inputs.add("features" if batch.input.ndim == 2 else "images")
 
-    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):  # noqa: ARG002
+    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):  # noqa: ARG002  Lightning's signature
         self.inputs.add("features" if batch.input.ndim == 2 else "images")
 
     def on_train_epoch_end(self, trainer, pl_module):  # noqa: ARG002  validation is over by then

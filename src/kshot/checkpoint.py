@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kshot.errors import UserError
+from kshot.errors import UserError, first_line
 
 HEADER = "kshot"  # key of the checkpoint's description, in both kinds of file
 
@@ -35,9 +35,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         beside.replace(path)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch's and safetensors' ways to report a full disk
         before = "the one there before is kept" if path.exists() else "there was none before"
-        reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"Could not write {path} ({reason}); {before}. If the disk is full, free some and resume."
+            f"Could not write {path} ({first_line(error)}); {before}. If the disk is full, free some and resume."
         ) from error
     finally:
         with suppress(OSError):
@@ -71,9 +70,8 @@ class AtomicCheckpoints(TorchCheckpointIO):
             loaded: dict[str, Any] = torch.load(file, map_location=map_location or "cpu", weights_only=True)
         except UserError:
             raise
-        except Exception as error:
-            reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
-            raise UserError(f"{file} is no checkpoint that can be read safely: {reason}") from error
+        except Exception as error:  # a broken file may raise anything in a reader
+            raise UserError(f"{file} is no checkpoint that can be read safely: {first_line(error)}") from error
         return loaded
 
 
@@ -93,7 +91,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         metadata = file.metadata() or {}
         if HEADER not in metadata:
             raise UserError(f"{path} was not written by kshot: its header names no method.")
-        return {name: file.get_tensor(name) for name in file.keys()}, json.loads(metadata[HEADER])  # noqa: SIM118
+        return {name: file.get_tensor(name) for name in file.keys()}, json.loads(metadata[HEADER])  # noqa: SIM118  no mapping
 
 
 def check_fits(

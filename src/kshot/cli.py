@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
         from kshot.commands import run
 
         run(given, STARTED)
-    except Exception as error:
+    except Exception as error:  # raised again unless a UserError is behind it
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, UserError):  # jsonargparse wraps what a constructor raises
             cause = cause.__cause__ or cause.__context__

@@ -92,7 +92,7 @@ class ResumeFile(Checkpoint):
         self.seconds = seconds
         self.written = time.monotonic()
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:  # noqa: ARG002
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:  # noqa: ARG002  Lightning's signature
         """Writes the file when it is due."""
         last = (
             0 < (trainer.max_epochs or 0) <= trainer.current_epoch + 1 or 0 < trainer.max_steps <= trainer.global_step

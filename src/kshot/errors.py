@@ -1,4 +1,4 @@
-"""One exception for what a user can put right, and the wording of near misses."""
+"""One exception for what a user can put right, and the wording of near misses and of other errors' reasons."""
 
 import difflib
 from collections.abc import Iterable
@@ -21,3 +21,9 @@ def nearest_first(name: str, options: Iterable[str], shown: int = 12) -> str:
     ordered = close + [option for option in known if option not in close]
     listed = ", ".join(ordered[:shown]) + (f" and {len(ordered) - shown} more" if len(ordered) > shown else "")
     return (f"Did you mean {close[0]!r}? " if close else "") + f"There are: {listed}."
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, shortened, or its type where there is no message."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:160] if lines else type(error).__name__

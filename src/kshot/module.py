@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
@@ -18,6 +17,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibratio
 
 from kshot import __version__
 from kshot.adapters import Adapter, SlotAdapter, unadapted
+from kshot.adapters.base import derived_seed
 from kshot.backbones import Backbone, VisionLanguageBackbone
 from kshot.checkpoint import HEADER, check_fits
 from kshot.classifiers import Classifier, ClassifierFactory, Task, TextPrompt
@@ -216,10 +216,9 @@ class FewShotModule(pl.LightningModule):
 
     def on_train_epoch_start(self) -> None:
         """Makes the chance in an epoch depend on the seed and the epoch alone, so that a resumed run is the same."""
-        digest = hashlib.sha256(f"{self.run_seed}/{self.current_epoch}".encode()).digest()
-        torch.manual_seed(int.from_bytes(digest[:7], "little"))
+        torch.manual_seed(derived_seed(self.run_seed, self.current_epoch))
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:  # noqa: ARG002
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:  # noqa: ARG002  Lightning's signature
         """One step on a few images.
 
         Raises:
@@ -245,7 +244,7 @@ class FewShotModule(pl.LightningModule):
         features = self.features_of(batch)
         return features, cast(Tensor, self.classifier(features)).float()
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002  Lightning's signature
         """Counts correct validation shots."""
         _, logits = self.logits_of(batch)
         self.accuracy(logits, batch.label)
@@ -260,7 +259,7 @@ class FewShotModule(pl.LightningModule):
             with unadapted(backbone), torch.no_grad():
                 self.zero_shot_text = TextFeatures(backbone, task.class_names, task.templates).encode()
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
+    def test_step(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002  Lightning's signature
         """Counts what is right with the adapted and with the untouched backbone."""
         features, logits = self.logits_of(batch)
         self.test_metrics.update(logits, batch.label)
@@ -284,7 +283,7 @@ class FewShotModule(pl.LightningModule):
         for metric in (self.test_metrics, self.class_accuracy, self.calibration, self.zero_shot_accuracy):
             metric.reset()
 
-    def predict_step(self, batch: Batch, batch_idx: int) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+    def predict_step(self, batch: Batch, batch_idx: int) -> tuple[Tensor, Tensor]:  # noqa: ARG002  Lightning's signature
         """Positions, (B,), and class probabilities, (B, classes)."""
         _, logits = self.logits_of(batch)
         return batch.index.cpu(), logits.softmax(-1).cpu()

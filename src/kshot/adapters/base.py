@@ -39,7 +39,7 @@ class Adapter(ABC):
 class SlotAdapter(Adapter):
     """A method that puts one layer on each targeted slot: all but full tuning and its relatives."""
 
-    def prepare(self, slots: Mapping[str, Slot]) -> nn.Module | None:  # noqa: ARG002
+    def prepare(self, slots: Mapping[str, Slot]) -> nn.Module | None:  # noqa: ARG002  for subclasses
         """Makes what all layers share, such as random bases; None when nothing is shared."""
         return None
 
@@ -47,7 +47,7 @@ class SlotAdapter(Adapter):
     def wrap(self, slot: Slot, shared: nn.Module | None) -> AdapterLayer:
         """Makes the layer for one slot."""
 
-    def penalty(self, layers: Iterable[AdapterLayer]) -> Tensor | None:  # noqa: ARG002
+    def penalty(self, layers: Iterable[AdapterLayer]) -> Tensor | None:  # noqa: ARG002  for subclasses
         """A term that the method adds to the loss, or None."""
         return None
 
@@ -80,5 +80,9 @@ def generator_for(name: str) -> torch.Generator:
     It depends on the run's seed and the name alone, so that two backbones, or two target lists, start a slot alike, and
     the global random state is not touched.
     """
-    digest = hashlib.sha256(f"{torch.initial_seed()}/{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+    return torch.Generator().manual_seed(derived_seed(torch.initial_seed(), name))
+
+
+def derived_seed(seed: int, purpose: object) -> int:
+    """A seed for one purpose within a run: a function of the run's seed and the purpose's name alone."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{purpose}".encode()).digest()[:7], "little")

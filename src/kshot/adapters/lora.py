@@ -47,7 +47,7 @@ class LoRA(SlotAdapter):
         alpha = self.rank if self.alpha is None else self.alpha
         return alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
 
-    def wrap(self, slot: Slot, shared: nn.Module | None) -> LoRALayer:  # noqa: ARG002
+    def wrap(self, slot: Slot, shared: nn.Module | None) -> LoRALayer:  # noqa: ARG002  shares nothing
         smaller = min(slot.in_features, slot.out_features)
         if self.rank > smaller:
             raise UserError(

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from urllib.parse import urlsplit
 
+from kshot.errors import first_line
+
 
 @contextmanager
 def quiet_hub(timeout: float = 3.0) -> Iterator[None]:
@@ -52,9 +54,3 @@ def out_of_reach(what: str, setting: str, error: Exception) -> str:
         f"{what} are not in the cache and could not be fetched ({first_line(error)}). With a network, run once; "
         f"without one, point HF_HUB_CACHE at a filled cache or set {setting} to a local file."
     )
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, shortened, or its type."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:160] if lines else type(error).__name__

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from kshot.backbones.attention import Attention, PackedText
 from kshot.backbones.base import VisionLanguageBackbone, check_image_size, sha256_of
-from kshot.backbones.hub import first_line, out_of_reach, quiet_hub
+from kshot.backbones.hub import out_of_reach, quiet_hub
 from kshot.backbones.unfuse import unfuse_open_clip, unfuse_timm
-from kshot.errors import UserError, nearest_first
+from kshot.errors import UserError, first_line, nearest_first
 from kshot.slots import Slot
 
 WEIGHTS = Path(__file__).parents[1] / "weights"  # model folders that kshot carries
@@ -56,7 +56,7 @@ class OpenClip(VisionLanguageBackbone):
                     pretrained_image=False,
                     pretrained_text=False,
                 )
-        except Exception as error:
+        except Exception as error:  # hubs and loaders raise what they like
             raise weights_error(model, pretrained, error) from error
         size = clip.visual.image_size
         statistics = clip.visual.preprocess_cfg

@@ -9,9 +9,9 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from kshot.backbones.base import Backbone, check_image_size, sha256_of
-from kshot.backbones.hub import first_line, out_of_reach, quiet_hub
+from kshot.backbones.hub import out_of_reach, quiet_hub
 from kshot.backbones.unfuse import unfuse_timm
-from kshot.errors import UserError, nearest_first
+from kshot.errors import UserError, first_line, nearest_first
 
 
 class Timm(Backbone):
@@ -81,7 +81,7 @@ def create(model: str, weights: str, options: dict[str, Any]) -> Any:
             return timm.create_model(model, pretrained=weights != "random", **options)
     except TypeError as error:
         raise UserError(f"{model} is no vision transformer with free image size ({first_line(error)}).") from error
-    except Exception as error:
+    except Exception as error:  # hubs and loaders raise what they like
         if weights == "pretrained":
             raise UserError(out_of_reach(f"The weights of {model}", "weights", error)) from error
         raise UserError(f"The weights in {weights} do not fit {model}: {first_line(error)}") from error
