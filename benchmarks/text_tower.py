@@ -38,7 +38,7 @@ from torch import Tensor
 
 from kshot.backbones import OpenClip
 from kshot.classifiers import CoOp, Task
-from kshot.cli import config_folder
+from kshot.files import packaged_folder
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WAYS = ("full", "short", "kshot")
@@ -46,7 +46,7 @@ TARGET = 8.0
 
 
 def class_names(count: int) -> tuple[str, ...]:
-    path = config_folder().parent / "data_splits" / "split_zhou_Caltech101.json.gz"
+    path = packaged_folder("data_splits") / "split_zhou_Caltech101.json.gz"
     rows = json.loads(gzip.decompress(path.read_bytes()))["train"]
     names = dict(sorted({label: name.replace("_", " ") for _, label, name in rows}.items()))
     assert count <= len(names), f"there are {len(names)} class names"

@@ -19,7 +19,7 @@ from kshot.adapters import Adapter, FullTuning, LoRA, SlotAdapter, unadapted
 from kshot.backbones import Backbone
 from kshot.backbones.base import sha256_of
 from kshot.errors import UserError
-from kshot.slots import AdapterLayer
+from kshot.layers import AdapterLayer
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,13 @@ CASES: dict[str, dict[str, Case]] = {
         "lora": Case({"rank": 2}, lambda s, i, o: s.rank * (i + o)),
         "lora_stabilised": Case({"rank": 4, "alpha": 3, "rank_stabilised": True}, lambda s, i, o: s.rank * (i + o)),
     },
+    "DoRA": {"dora": Case({"rank": 2, "alpha": 4}, lambda s, i, o: s.rank * (i + o) + o)},
+    "PiSSA": {"pissa": Case({"rank": 2}, lambda s, i, o: s.rank * (i + o), random=False)},
+    "LoRAXS": {
+        "lora_xs": Case({"rank": 4}, lambda s, i, o: s.rank**2, random=False),
+        "lora_xs_drawn": Case({"rank": 4, "init_std": 1e-5}, lambda s, i, o: s.rank**2),
+        "lora_xs_saved": Case({"rank": 4, "save_factors": True}, lambda s, i, o: s.rank**2, random=False),
+    },
 }
 BAD: dict[str, list[dict[str, Any]]] = {
     "LoRA": [
@@ -56,6 +63,15 @@ BAD: dict[str, list[dict[str, Any]]] = {
         {"dropout": 1.0},
         {"dropout": -0.1},
         {"dropout": float("nan")},
+    ],
+    "DoRA": [{"rank": 0}, {"alpha": 0.0}, {"alpha": -1.0}, {"alpha": float("inf")}, {"dropout": 1.0}],
+    "PiSSA": [{"rank": 0}, {"alpha": 0.0}, {"alpha": float("nan")}, {"dropout": -0.1}],
+    "LoRAXS": [
+        {"rank": 0},
+        {"alpha": -1.0},
+        {"init_std": -1e-5},
+        {"init_std": float("nan")},
+        {"init_std": float("inf")},
     ],
 }
 

@@ -1,5 +1,6 @@
 """Checkpoints: a failed write costs nothing, a file runs no code, and what does not fit is refused with a reason."""
 
+import json
 import pickle
 import resource
 from pathlib import Path
@@ -7,7 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from kshot.checkpoint import AtomicCheckpoints, check_fits, read_tensors, write_atomically, write_tensors
+from kshot.checkpoint import (
+    AtomicCheckpoints,
+    check_origin,
+    check_tensors,
+    first_difference,
+    read_tensors,
+    write_tensors,
+)
 from kshot.errors import UserError
 
 HEADER = {
@@ -30,94 +38,29 @@ def one_line(error) -> str:
     return message
 
 
-class TestAtomicWrite:
-    def test_writes_and_makes_folders(self, tmp_path):
-        path = tmp_path / "a" / "b" / "last.ckpt"
-        write_atomically(path, lambda file: file.write_bytes(b"new"))
-        assert path.read_bytes() == b"new"
-        write_atomically(path, lambda file: file.write_bytes(b"newer"))
-        assert path.read_bytes() == b"newer"
-        assert files(path.parent) == ["last.ckpt"]
+@pytest.mark.parametrize("kind", ["ckpt", "safetensors"])
+def test_a_disk_that_is_really_full(tmp_path, kind):
+    """The libraries' own writers, under a limit on the size of files: whatever they raise ends as one line."""
+    path = tmp_path / f"last.{kind}"
 
-    def test_the_old_file_stands_until_the_new_one_is_whole(self, tmp_path):
-        path = tmp_path / "last.ckpt"
-        path.write_bytes(b"old")
+    def write(tensors):
+        if kind == "ckpt":
+            AtomicCheckpoints().save_checkpoint({"state_dict": tensors}, path)
+        else:
+            write_tensors(path, tensors, HEADER)
 
-        def write(file):
-            assert file.parent == path.parent  # a rename between disks is no rename
-            file.write_bytes(b"new")
-            assert path.read_bytes() == b"old"
-
-        write_atomically(path, write)
-        assert path.read_bytes() == b"new"
-
-    @pytest.mark.parametrize("before", [None, b"old"])
-    @pytest.mark.parametrize(
-        "error",
-        [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed writing file data/0")],
-    )
-    def test_a_full_disk(self, tmp_path, before, error):
-        path = tmp_path / "last.ckpt"
-        if before:
-            path.write_bytes(before)
-
-        def write(file):
-            file.write_bytes(b"half of it")
-            raise error
-
+    write({"a": torch.ones(3)})
+    before = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
+    try:
         with pytest.raises(UserError) as raised:
-            write_atomically(path, write)
-        message = one_line(raised)
-        assert str(path) in message
-        assert str(error) in message
-        assert ("kept" in message) == (before is not None)
-        assert files(tmp_path) == (["last.ckpt"] if before else [])
-        if before:
-            assert path.read_bytes() == before
-
-    @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, SystemExit])
-    def test_any_other_interruption(self, tmp_path, error):
-        path = tmp_path / "last.ckpt"
-        path.write_bytes(b"old")
-
-        def write(file):
-            file.write_bytes(b"half of it")
-            raise error
-
-        with pytest.raises(error):
-            write_atomically(path, write)
-        assert files(tmp_path) == ["last.ckpt"]
-        assert path.read_bytes() == b"old"
-
-    def test_a_folder_that_cannot_be_made(self, tmp_path):
-        (tmp_path / "file").write_bytes(b"")
-        with pytest.raises(UserError) as raised:
-            write_atomically(tmp_path / "file" / "last.ckpt", lambda file: file.write_bytes(b"new"))
-        assert "last.ckpt" in one_line(raised)
-
-    @pytest.mark.parametrize("kind", ["ckpt", "safetensors"])
-    def test_a_disk_that_is_really_full(self, tmp_path, kind):
-        """The libraries' own writers, under a limit on the size of files: whatever they raise ends as one line."""
-        path = tmp_path / f"last.{kind}"
-
-        def write(tensors):
-            if kind == "ckpt":
-                AtomicCheckpoints().save_checkpoint({"state_dict": tensors}, path)
-            else:
-                write_tensors(path, tensors, HEADER)
-
-        write({"a": torch.ones(3)})
-        before = path.read_bytes()
-        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
-        try:
-            with pytest.raises(UserError) as raised:
-                write({"a": torch.ones(1 << 20)})
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        assert str(path) in one_line(raised)
-        assert path.read_bytes() == before
-        assert files(tmp_path) == [path.name]
+            write({"a": torch.ones(1 << 20)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert str(path) in one_line(raised)
+    assert path.read_bytes() == before
+    assert files(tmp_path) == [path.name]
 
 
 class TestTensors:
@@ -223,13 +166,18 @@ def tensors(*names, shape=(2,)):
 
 class TestFits:
     def refused(self, saved=("a",), wanted=("a",), **changes) -> str:
+        def check():
+            check_origin(HEADER | changes, HEADER)
+            check_tensors(tensors(*saved), tensors(*wanted))
+
         with pytest.raises(UserError) as raised:
-            check_fits(HEADER | changes, HEADER, tensors(*saved), tensors(*wanted))
+            check()
         return one_line(raised)
 
     def test_what_fits(self):
-        check_fits(dict(HEADER), HEADER, tensors("a", "b"), tensors("b", "a"))
-        check_fits(HEADER | {"split": {"seed": 3}, "kshot": "0.0.1"}, HEADER, tensors("a"), tensors("a"))
+        check_origin(dict(HEADER), HEADER)
+        check_origin(HEADER | {"split": {"seed": 3}, "kshot": "0.0.1"}, HEADER)
+        check_tensors(tensors("a", "b"), tensors("b", "a"))
 
     def test_another_backbone(self):
         message = self.refused(backbone="ResNet", backbone_sha256="b" * 64)
@@ -260,10 +208,39 @@ class TestFits:
     def test_other_shapes(self):
         saved, wanted = tensors("a", "b", shape=(2, 3)), tensors("a") | tensors("b", shape=(2, 3))
         with pytest.raises(UserError) as raised:
-            check_fits(HEADER, HEADER, saved, wanted)
+            check_tensors(saved, wanted)
         assert "a is (2, 3) there and (2,) here" in one_line(raised)
+
+    def test_another_setting_of_the_adapter(self):
+        own = HEADER | {"adapter": {"rank": 8, "alpha": None, "dropout": 0.1, "scale": 1.0}}
+        check_origin(own | {"adapter": own["adapter"] | {"dropout": 0.0, "path": "factorised"}}, own)
+        for name, value in (("rank", 4), ("alpha", 16.0), ("scale", 2.0)):
+            with pytest.raises(UserError, match=rf"adapter has {name} {value}, .* {own['adapter'][name]}\.") as raised:
+                check_origin(own | {"adapter": own["adapter"] | {name: value}}, own)
+            one_line(raised)
+
+    def test_another_basis(self):
+        own = HEADER | {"frozen": [{"A": {"seed": 1, "shape": (3, 4), "checksum": "ab"}, "svd": {"image.0.q": 0.5}}]}
+        theirs = json.loads(json.dumps(own))
+        check_origin(theirs, own)
+        theirs["frozen"][0]["svd"]["image.0.q"] = 0.5001
+        check_origin(theirs, own)
+        theirs["frozen"][0]["svd"]["image.0.q"] = 0.6
+        with pytest.raises(UserError, match=r"svd\.image\.0\.q 0\.6, .* 0\.5"):
+            check_origin(theirs, own)
+        theirs["frozen"][0] |= {"svd": own["frozen"][0]["svd"], "A": {"seed": 2, "shape": [3, 4], "checksum": "ab"}}
+        with pytest.raises(UserError, match=r"A\.seed 2, .* 1"):
+            check_origin(theirs, own)
+        with pytest.raises(UserError):
+            check_origin(own | {"frozen": []}, own)
+
+    def test_where_data_differs(self):
+        assert first_difference({"a": [1, {"b": 2}]}, {"a": [1, {"b": 3}]}) == ("a.b", 2, 3)
+        assert first_difference({"a": 1}, {}) == ("a", 1, None)
+        assert first_difference([1.0], [1.0000001]) is None
+        assert first_difference([1, 2], [1]) == ("", [1, 2], [1])
 
     def test_no_header_at_all(self):
         with pytest.raises(UserError) as raised:
-            check_fits({}, HEADER, tensors("a"), tensors("a"))
+            check_origin({}, HEADER)
         one_line(raised)

@@ -13,12 +13,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from kshot.cli import main
+from kshot.files import packaged_folder
 from kshot.module import FewShotModule
-from kshot.parser import config_folder
 
 ROOT = Path(__file__).parents[1]
 TINY_VIT = ["--model.backbone", "Timm", "--model.backbone.model", "test_vit", "--model.backbone.weights", "random"]
-CONFIGS = sorted(p.relative_to(config_folder()).as_posix() for p in config_folder().rglob("*.yaml"))
+FOLDER = packaged_folder("configs")
+CONFIGS = sorted(p.relative_to(FOLDER).as_posix() for p in FOLDER.rglob("*.yaml"))
 METHODS = [name for name in CONFIGS if name.startswith("methods/")]
 EXPERIMENTS = [name for name in CONFIGS if not name.startswith("methods/")]
 QUICK = ["--trainer.max_epochs", "2", "--trainer.enable_progress_bar", "false", "--data.shots", "2"]
@@ -72,7 +73,7 @@ def test_every_config_parses(config, capsys):
 
 @pytest.mark.parametrize("config", EXPERIMENTS)
 def test_every_experiment_runs_with_a_small_backbone(config, tmp_path):
-    text = "OpenClip" in (config_folder() / config).read_text()
+    text = "OpenClip" in (FOLDER / config).read_text()
     small = ["model", "kshot:glyph_clip", "pretrained", "null", "image_size", "null"]
     if not text:
         small = ["model", "test_vit", "weights", "random", "image_size", "null"]
@@ -97,9 +98,7 @@ def test_every_method_layers_over_the_default(method, tmp_path):
     assert (result["trainable_parameters"] > 0) == trains
 
 
-@pytest.mark.parametrize(
-    "name", ["clip_16shot", "clip_16shot.yaml", str(config_folder() / "clip_16shot.yaml"), "methods/lora"]
-)
+@pytest.mark.parametrize("name", ["clip_16shot", "clip_16shot.yaml", str(FOLDER / "clip_16shot.yaml"), "methods/lora"])
 def test_config_names_resolve_from_any_directory(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     first = [] if name.startswith("methods") is False else ["--config", "clip_16shot"]
@@ -110,7 +109,7 @@ def test_config_names_resolve_from_any_directory(name, tmp_path, monkeypatch, ca
 
 def test_a_local_file_wins_over_configs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    own = (config_folder() / "clip_16shot.yaml").read_text().replace("max_epochs: 40", "max_epochs: 7")
+    own = (FOLDER / "clip_16shot.yaml").read_text().replace("max_epochs: 40", "max_epochs: 7")
     Path("clip_16shot.yaml").write_text(own)
     with pytest.raises(SystemExit):
         main(["fit", "--config", "clip_16shot.yaml", "--print_config"])
@@ -211,7 +210,7 @@ def test_the_command_line_wins_over_the_checkpoint(fitted, capsys, tmp_path):
         *["test", "--config", "clip_16shot.yaml", "--model.adapter.rank", "3", "--run.root", str(tmp_path)],
         *["--ckpt_path", str(fitted / "checkpoints" / "last.ckpt")],
     ])  # fmt: skip
-    assert "(8, 192) there and (3, 192) here" in line
+    assert "adapter has rank 8, and the config's has 3" in line
     assert list(tmp_path.iterdir()) == []
 
 
@@ -302,6 +301,17 @@ def test_a_full_disk_costs_neither_the_previous_checkpoint_nor_a_traceback(tmp_p
     assert "the one there before is kept" in line
     (last,) = tmp_path.rglob("last.ckpt")
     assert torch.load(last, weights_only=True)["epoch"] == 0
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_a_disk_too_full_for_the_split_gets_one_line(tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    line = refused(capsys, ["fit", "--config", "clip_16shot.yaml", *QUICK, "--run.root", str(tmp_path)])
+    assert "split.json" in line
+    assert "No space left" in line
     assert not list(tmp_path.rglob("*.partial"))
 
 

@@ -11,10 +11,11 @@ from data_fixtures import image_folder, rows_of, save_image, split_file
 from PIL import Image
 
 from kshot.data import sources
-from kshot.data.catalogue import CATALOGUE, DatasetEntry, load_split, open_images, splits_folder
+from kshot.data.catalogue import CATALOGUE, DatasetEntry, load_split, open_images
 from kshot.data.sources import ImageFiles, TorchvisionArrays, digits_split_rows
 from kshot.data.splits import check_distinct, split_bytes
 from kshot.errors import UserError
+from kshot.files import packaged_folder
 
 every_entry = pytest.mark.parametrize("name", CATALOGUE)
 SHIPPED = [name for name, entry in CATALOGUE.items() if entry.split]
@@ -103,7 +104,7 @@ def test_images_are_found_in_every_known_layout(name, tmp_path):
 
 
 def test_digits_json_is_made_from_scikit_learn():
-    assert (splits_folder() / "digits.json").read_bytes() == split_bytes(digits_split_rows(), "index")
+    assert (packaged_folder("data_splits") / "digits.json").read_bytes() == split_bytes(digits_split_rows(), "index")
 
 
 def test_digits_images():

@@ -187,7 +187,7 @@ class TestStoredImages:
 
 class TestEpochSampler:
     def test_every_position_once_and_another_order_each_epoch(self):
-        sampler = EpochSampler(20, seed=1, views=1)
+        sampler = EpochSampler(range(20), seed=1, views=1)
         orders = []
         for epoch in range(3):
             sampler.set_epoch(epoch)
@@ -196,11 +196,11 @@ class TestEpochSampler:
         assert orders[0] != orders[1] != orders[2]
         sampler.set_epoch(1)
         assert [position for position, _ in sampler] == orders[1]
-        assert list(EpochSampler(20, seed=2, views=1)) != list(EpochSampler(20, seed=1, views=1))
+        assert list(EpochSampler(range(20), seed=2, views=1)) != list(EpochSampler(range(20), seed=1, views=1))
 
     @pytest.mark.parametrize(("views", "expected"), [(1, [0, 0, 0, 0]), (3, [0, 1, 2, 0]), (0, [0, 1, 2, 3])])
     def test_views(self, views, expected):
-        sampler = EpochSampler(2, seed=1, views=views)
+        sampler = EpochSampler(range(2), seed=1, views=views)
         seen = []
         for epoch in range(4):
             sampler.set_epoch(epoch)

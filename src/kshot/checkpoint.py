@@ -3,44 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from kshot.errors import UserError, first_line
+from kshot.files import write_atomically
 
 HEADER = "kshot"  # key of the checkpoint's description, in both kinds of file
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes beside a file and renames, so that the file is either the old one or the new one.
-
-    Raises:
-        UserError: the disk refused; what was there before is untouched.
-    """
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(beside)
-        with beside.open("rb+") as file:
-            os.fsync(file.fileno())
-        beside.replace(path)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch's and safetensors' ways to report a full disk
-        before = "the one there before is kept" if path.exists() else "there was none before"
-        raise UserError(
-            f"Could not write {path} ({first_line(error)}); {before}. If the disk is full, free some and resume."
-        ) from error
-    finally:
-        with suppress(OSError):
-            beside.unlink(missing_ok=True)
+TRAINING = "kshot_training"  # key of what only a resumed run needs
+INDIFFERENT = {"dropout", "path"}  # settings that change how a method trains or runs, not what it learnt
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
@@ -94,10 +73,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return {name: file.get_tensor(name) for name in file.keys()}, json.loads(metadata[HEADER])  # noqa: SIM118  no mapping
 
 
-def check_fits(
-    header: Mapping[str, Any], own: Mapping[str, Any], saved: Mapping[str, Tensor], wanted: Mapping[str, Tensor]
-) -> None:
-    """Refuses a checkpoint of another model, method or task.
+def check_origin(header: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Refuses a checkpoint of another backbone, method, setting, frozen basis or task.
 
     Raises:
         UserError: says what differs.
@@ -116,6 +93,35 @@ def check_fits(
             f"The checkpoint tells {len(names)} classes apart ({', '.join(names[:3])}, ...), and the config "
             f"{len(own['class_names'])} ({', '.join(own['class_names'][:3])}, ...)."
         )
+    for key, what in (("adapter", "adapter"), ("frozen", "frozen basis")):
+        if header.get(key) is not None:
+            difference = first_difference(header[key], json.loads(json.dumps(own[key])))
+            if difference is not None:
+                where, there, here = difference
+                raise UserError(f"The checkpoint's {what} has {where} {there}, and the config's has {here}.")
+
+
+def first_difference(there: Any, here: Any, where: str = "") -> tuple[str, Any, Any] | None:
+    """Where two pieces of plain data differ first, and how; floats may differ by a thousandth."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        for key in sorted((there.keys() | here.keys()) - INDIFFERENT):
+            found = first_difference(there.get(key), here.get(key), f"{where}.{key}".lstrip("."))
+            if found is not None:
+                return found
+        return None
+    if isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
+        return next(filter(None, (first_difference(a, b, where) for a, b in zip(there, here, strict=True))), None)
+    if isinstance(there, float) and isinstance(here, float) and math.isclose(there, here, rel_tol=1e-3, abs_tol=1e-3):
+        return None
+    return None if there == here else (where, there, here)
+
+
+def check_tensors(saved: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """Refuses tensors that are missing, unknown or of another shape.
+
+    Raises:
+        UserError: names one of each.
+    """
     reasons = [
         f"{len(names)} {word}, such as {names[0]}"
         for word, names in (("missing", sorted(wanted.keys() - saved)), ("unknown", sorted(saved.keys() - wanted)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import time
 import warnings
@@ -20,9 +21,10 @@ from lightning.pytorch.trainer import Trainer
 
 import kshot.optim  # noqa: F401  its classes resolve by their short names once imported
 from kshot import __version__, results
-from kshot.checkpoint import AtomicCheckpoints, write_atomically, write_tensors
+from kshot.checkpoint import AtomicCheckpoints, write_tensors
 from kshot.data.datamodule import FewShotDataModule
 from kshot.errors import UserError
+from kshot.files import write_atomically
 from kshot.module import FewShotModule
 from kshot.parser import ConfigByName, Parser
 from kshot.results import RunOptions
@@ -205,7 +207,7 @@ class FewShotCLI(LightningCLI):
         self.seconds = {"start": time.time() - self.started}
         self.check_checkpoint()
         self.datamodule.setup("fit")
-        self.model.preflight()
+        self.model.preflight(planned_steps(self.trainer, len(self.datamodule.train_dataloader())), self.datamodule)
         self.open_directory()
         self.clock = time.time()
 
@@ -214,8 +216,15 @@ class FewShotCLI(LightningCLI):
         self.seconds["fit"] = time.time() - self.clock
         if self.trainer.interrupted:
             raise KeyboardInterrupt
+        self.unrounded: float | None = None
+        lossy = [shared for shared in self.model.shared if shared.lossy]
+        if lossy and self.options.test:
+            self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
+            self.unrounded = float(self.trainer.callback_metrics["test/acc"])
+        for shared in lossy:
+            shared.round_to_stored()
         if self.directory is not None:
-            write_tensors(self.directory / "tuned.safetensors", self.model.tuned_state(), self.model.header())
+            write_tensors(self.directory / "tuned.safetensors", self.model.stored_state(), self.model.header())
         if self.options.test:
             self.clock = time.time()
             self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
@@ -243,11 +252,19 @@ class FewShotCLI(LightningCLI):
                 ("zero-shot accuracy", "needs a text tower" if zero_shot is None else f"{zero_shot:.1%}"),
                 ("adapted accuracy", f"{result['acc']:.1%}"),
                 ("trainable parameters", f"{trainable:,} of {result['total_parameters']:,}"),
+                *self.step_size(result["adapter"]),
                 ("seconds", ", ".join(f"{name} {value:.1f}" for name, value in self.seconds.items())),
                 ("peak memory", results.megabytes(result["peak_memory_bytes"])),
                 ("results", str(self.directory)),
             ],
         )
+
+    @staticmethod
+    def step_size(adapter: dict[str, Any] | None) -> list[tuple[str, str]]:
+        """A row with what decides the size of an update together: alpha, scale and learning rate."""
+        named = {name: (adapter or {}).get(name) for name in ("alpha", "scale", "lr")}
+        given = [f"{name} {value:.4g}" for name, value in named.items() if value is not None]
+        return [("update", ", ".join(given))] if adapter and given else []
 
     def before_validate(self) -> None:
         """Reads the validation images before anything is written."""
@@ -306,8 +323,11 @@ class FewShotCLI(LightningCLI):
         assert directory is not None
         tuned = directory / "tuned.safetensors"
         config = self.config[str(self.subcommand)]
+        rates = [group.get("initial_lr", group["lr"]) for o in self.trainer.optimizers for group in o.param_groups]
+        adapter = model.header()["adapter"]
         return {
             "method": model.method,
+            "adapter": None if adapter is None else adapter | {"lr": max(rates, default=None)},
             "backbone": model.backbone.name,
             "backbone_sha256": model.backbone.weight_sha256,
             "dataset": data.dataset_name,
@@ -317,6 +337,7 @@ class FewShotCLI(LightningCLI):
             "acc_class_mean": metrics["test/acc_class_mean"],
             "f1_macro": metrics["test/f1_macro"],
             "ece": metrics["test/ece"],
+            "acc_unrounded": getattr(self, "unrounded", None),
             "zero_shot_acc": metrics.get("test/zero_shot_acc"),
             "per_class": "per_class.csv",
             "selection": "none",
@@ -330,6 +351,16 @@ class FewShotCLI(LightningCLI):
             "versions": results.versions(),
             "git_commit": results.git_commit(),
         }
+
+
+def planned_steps(trainer: Trainer, batches: int) -> int:
+    """Optimizer steps that a run will take over so many batches an epoch, or -1 for no end."""
+    limit = trainer.limit_train_batches
+    batches = min(batches, limit) if isinstance(limit, int) else int(batches * (1.0 if limit is None else limit))
+    each = math.ceil(batches / trainer.accumulate_grad_batches)
+    counts = [each * trainer.max_epochs] if trainer.max_epochs not in (None, -1) else []
+    counts += [trainer.max_steps] if trainer.max_steps != -1 else []
+    return min(counts, default=-1)
 
 
 def loggers(directory: Path) -> list[Logger]:

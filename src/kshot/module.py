@@ -10,22 +10,22 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import AdamW
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError, MulticlassF1Score
 
 from kshot import __version__
-from kshot.adapters import Adapter, SlotAdapter, unadapted
+from kshot.adapters import Adapter, SearchProblem, Shared, unadapted
 from kshot.adapters.base import derived_seed
 from kshot.backbones import Backbone, VisionLanguageBackbone
-from kshot.checkpoint import HEADER, check_fits
+from kshot.checkpoint import HEADER, TRAINING, check_origin, check_tensors
 from kshot.classifiers import Classifier, ClassifierFactory, Task, TextPrompt
 from kshot.classifiers.base import cosine_logits
 from kshot.classifiers.zero_shot import TextFeatures
 from kshot.errors import UserError
+from kshot.layers import AdapterLayer
 from kshot.optim import OptimizerFactory, ScheduleFactory
-from kshot.slots import AdapterLayer
 
 if TYPE_CHECKING:
     from kshot.data.datamodule import Batch, FewShotDataModule
@@ -43,6 +43,7 @@ class FewShotModule(pl.LightningModule):
         targets: patterns that choose what the adapter changes, ``image.*.[qv]``.
         optimizer: for the trainable parameters.
         schedule: of the learning rate, per step; None keeps it constant.
+        head_lr: learning rate of the classifier's own tensors; None takes the optimizer's.
         cache_features: run an image tower that nothing trains once per image and keep the features.
 
     Raises:
@@ -59,6 +60,7 @@ class FewShotModule(pl.LightningModule):
         targets: Sequence[str] = ("*.[qkv]",),
         optimizer: OptimizerFactory = AdamW,
         schedule: ScheduleFactory | None = None,
+        head_lr: float | None = None,
         cache_features: bool = True,
     ) -> None:
         super().__init__()
@@ -73,9 +75,10 @@ class FewShotModule(pl.LightningModule):
         if adapter is not None and self.classifier.closed_form:
             raise UserError(
                 f"{type(self.classifier).__name__} has a closed form and takes no gradient step: {self.method} would "
-                f"leave {type(adapter).__name__} untrained: use LinearProbe or TextPrompt, or adapter: null."
+                f"leave {type(adapter).__name__} untrained: use LinearProbe, TextPrompt or NearestClassMean with "
+                "trainable: true, or adapter: null."
             )
-        self.optimizer_factory, self.schedule_factory = optimizer, schedule
+        self.optimizer_factory, self.schedule_factory, self.head_lr = optimizer, schedule, head_lr
         self.cache_features = cache_features
         self.run_seed = torch.initial_seed()
         self.preflight_done = False
@@ -96,6 +99,15 @@ class FewShotModule(pl.LightningModule):
     def backbone(self) -> Backbone:
         """The backbone, which the classifier owns."""
         return self.classifier.backbone
+
+    @property
+    def shared(self) -> list[Shared]:
+        """What the adapter's layers share, with the method's hooks."""
+        return [cast(Shared, module) for module in self.backbone.shared]
+
+    def adapter_layers(self) -> dict[str, AdapterLayer]:
+        """The adapter layers by module name."""
+        return {name: module for name, module in self.named_modules() if isinstance(module, AdapterLayer)}
 
     @property
     def method(self) -> str:
@@ -126,26 +138,38 @@ class FewShotModule(pl.LightningModule):
     def losses(self, features: Tensor, label: Tensor) -> dict[str, Tensor]:
         """The classifier's terms and the adapter's penalty."""
         terms = self.classifier.losses(features, label)
-        if isinstance(self.adapter, SlotAdapter):
-            penalty = self.adapter.penalty([m for m in self.modules() if isinstance(m, AdapterLayer)])
+        for shared in self.shared:
+            penalty = shared.penalty()
             if penalty is not None:
                 terms["penalty"] = penalty
         return terms
+
+    def loss_of(self, batch: Batch) -> Tensor:
+        """The training loss of a batch: a scalar."""
+        return sum(self.losses(self.features_of(batch), batch.label).values(), torch.zeros((), device=self.device))
 
     def forward(self, image: Tensor) -> Tensor:
         """Logits, (B, classes), of images, (B, 3, H, W), uint8 or in [0, 1]."""
         logits: Tensor = self.classifier(self.backbone.encode_image(image))
         return logits
 
-    def preflight(self) -> None:
-        """Runs one step on noise and checks that a gradient reaches every trainable tensor.
+    def preflight(self, steps: int, data: FewShotDataModule | None = None) -> None:
+        """Plans the method's schedule, runs one step on noise, and checks that a gradient reaches what trains.
+
+        Args:
+            steps: optimizer steps in the run.
+            data: of the run, already set up.
 
         Raises:
-            UserError: names the tensors that nothing would train.
+            UserError: names the tensors that nothing would train, or what does not fit into the run.
         """
         self.preflight_done = True
         if self.closed_form:
             return
+        for shared in self.shared:
+            shared.plan(steps)
+            if shared.searches and data is not None:
+                data.train_halves()
         noise = torch.Generator().manual_seed(0)
         size = self.backbone.image_size
         image = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8, generator=noise).to(self.device)
@@ -168,35 +192,88 @@ class FewShotModule(pl.LightningModule):
         parameters = [p for p in self.parameters() if p.requires_grad]
         if not parameters:
             return None
-        optimizer = self.optimizer_factory(params=parameters)
+        optimizer = self.optimizer_factory(params=self.parameter_groups(parameters))
         if self.schedule_factory is None:
             return optimizer
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = self.schedule_factory(optimizer=optimizer, total_steps=steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def parameter_groups(self, parameters: Sequence[nn.Parameter]) -> Any:
+        """The parameters by role: weight decay spares what does not start from no change, a head may have its rate."""
+        layers = self.adapter_layers().values()
+        spared = {id(p) for v in layers for name, p in v.named_parameters(recurse=False) if name in v.undecayed}
+        inside = {id(p) for p in self.backbone.parameters()}
+        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        for p in parameters:
+            own_rate = self.head_lr is not None and id(p) not in inside
+            groups.setdefault((id(p) in spared, own_rate), []).append(p)
+        if list(groups) == [(False, False)]:
+            return parameters
+        return [
+            {"params": group}
+            | ({"weight_decay": 0.0} if undecayed else {})
+            | ({"lr": self.head_lr} if own_rate else {})
+            for (undecayed, own_rate), group in groups.items()
+        ]
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        """One step, and what the method does after it."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        for shared in self.shared:
+            shared.after_step(self.trainer.global_step + 1, [getattr(optimizer, "optimizer", optimizer)])
+
     def on_fit_start(self) -> None:
-        """Checks the gradients, keeps the features of a frozen tower, and solves what has a closed form."""
-        if not self.preflight_done:
-            self.preflight()
+        """Checks the gradients, keeps a frozen tower's features, and solves or searches what comes before training."""
         data = cast("FewShotDataModule | None", getattr(self.trainer, "datamodule", None))
+        if not self.preflight_done:
+            self.preflight(int(self.trainer.estimated_stepping_batches), data)
         if data is not None:
             self.keep_features(data)
         self.train()  # Lightning trains in the modes it finds, and the backbone was built in evaluation mode
         if self.closed_form:
             self.trainer.should_stop = True
+        elif data is not None and self.trainer.ckpt_path is None:
+            self.search(data)
+
+    def search(self, data: FewShotDataModule) -> None:
+        """Lets the method decide what to train, on two halves of the shots; the run trains it from fresh values."""
+        for shared in self.shared:
+            if not shared.searches:
+                continue
+            train, val = (map(self.on_device, half) for half in data.train_halves())
+            problem = SearchProblem(
+                train,
+                val,
+                self.loss_of,
+                optimizer=lambda chosen: self.optimizer_factory(params=self.parameter_groups(list(chosen))),
+                parameters=[p for p in self.parameters() if p.requires_grad],
+                steps=int(self.trainer.estimated_stepping_batches),
+            )
+            torch.manual_seed(derived_seed(self.run_seed, "search"))
+            with self.trainer.precision_plugin.forward_context():
+                replaced = shared.search(problem)
+            if replaced:
+                self.trainer.strategy.setup_optimizers(self.trainer)
+
+    def on_device(self, batch: Batch) -> Batch:
+        """The batch where this module is."""
+        return batch._replace(input=batch.input.to(self.device), label=batch.label.to(self.device))
 
     def keep_features(self, data: FewShotDataModule) -> None:
-        """Replaces the images of a frozen tower by their features, view by view, and solves a closed form from them."""
-        closed = self.classifier.closed_form
-        if not closed and (self.closed_form or not self.cache_features or not self.has_frozen_images()):
-            return
-        views = data.train_views()  # 0 when every epoch has views of its own
-        encoded = [self.encode_all(data.eval_order_train_dataloader(view)) for view in range(views or int(closed))]
-        if closed:
+        """Gives the classifier the features it starts from, and replaces a frozen tower's images by their features."""
+        keep = self.classifier.closed_form or (
+            self.cache_features and self.has_frozen_images() and not self.closed_form
+        )
+        start = self.classifier.from_features and (self.classifier.closed_form or self.trainer.ckpt_path is None)
+        views = data.train_views() if keep else 0  # 0 also when every epoch has views of its own
+        encoded = [self.encode_all(data.eval_order_train_dataloader(view)) for view in range(views or int(start))]
+        if start:
             self.classifier.fit_features(torch.cat([f for f, _ in encoded]), torch.cat([label for _, label in encoded]))
         if views:
             data.replace_train_inputs(torch.stack([f for f, _ in encoded]).cpu())
+        if not keep:
+            return
         validation = data.val_dataloader()
         if validation:
             data.replace_val_inputs(self.encode_all(validation)[0].cpu())
@@ -209,8 +286,9 @@ class FewShotModule(pl.LightningModule):
         features, labels = [], []
         with self.trainer.precision_plugin.forward_context():
             for batch in loader:
-                features.append(self.features_of(batch._replace(input=batch.input.to(self.device))).float())
-                labels.append(batch.label.to(self.device))
+                here = self.on_device(batch)
+                features.append(self.features_of(here).float())
+                labels.append(here.label)
         self.train(was_training)
         return torch.cat(features), torch.cat(labels)
 
@@ -300,6 +378,17 @@ class FewShotModule(pl.LightningModule):
         }
         return {name: value for name, value in self.state_dict().items() if name not in frozen}
 
+    def stored_state(self) -> dict[str, Tensor]:
+        """The same as the small file holds it: methods may store coefficients in fewer bits."""
+        state = self.tuned_state()
+        for name, layer in self.adapter_layers().items():
+            stored = layer.stored()
+            if stored is not None:
+                for own, _ in layer.named_parameters():
+                    state.pop(f"{name}.{own}", None)
+                state |= {f"{name}.{own}": tensor for own, tensor in stored.items()}
+        return state
+
     def header(self) -> dict[str, Any]:
         """What a checkpoint says of itself, and what a loaded one is compared with."""
         data = getattr(self._trainer, "datamodule", None) if self._trainer is not None else None
@@ -308,6 +397,8 @@ class FewShotModule(pl.LightningModule):
             "backbone": self.backbone.name,
             "backbone_sha256": self.backbone.weight_sha256,
             "class_names": list(self.classifier.task.class_names),
+            "adapter": None if self.adapter is None else self.adapter.settings(),
+            "frozen": [shared.fingerprint() for shared in self.shared],
             "split": data.split_info() if data is not None else None,
             "kshot": __version__,
         }
@@ -316,10 +407,20 @@ class FewShotModule(pl.LightningModule):
         """Leaves the frozen weights out."""
         checkpoint["state_dict"] = self.tuned_state()
         checkpoint[HEADER] = self.header()
+        checkpoint[TRAINING] = [shared.training_state() for shared in self.shared]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses a checkpoint of another backbone, method or task."""
+        """Refuses a checkpoint of another backbone, method, basis or task, and takes on the shapes of this one."""
         warnings.filterwarnings(
             "ignore", message="Found keys that are in the model state dict but not in the checkpoint"
         )
-        check_fits(checkpoint.get(HEADER, {}), self.header(), checkpoint["state_dict"], self.tuned_state())
+        header, saved = checkpoint.get(HEADER, {}), checkpoint["state_dict"]
+        check_origin(header, self.header())
+        for name, layer in self.adapter_layers().items():
+            own = {key.removeprefix(f"{name}."): saved.pop(key) for key in list(saved) if key.startswith(f"{name}.")}
+            own = layer.from_stored(own)
+            layer.fit_shapes(own)
+            saved |= {f"{name}.{key}": tensor for key, tensor in own.items()}
+        check_tensors(saved, self.tuned_state())
+        for shared, state in zip(self.shared, checkpoint.get(TRAINING, []), strict=False):  # none in the small file
+            shared.load_training_state(state)

@@ -18,6 +18,7 @@ from kshot.backbones import Backbone
 from kshot.classifiers import Classifier
 from kshot.data.datamodule import FewShotDataModule
 from kshot.errors import nearest_first
+from kshot.files import packaged_folder
 from kshot.module import FewShotModule
 from kshot.results import RunOptions
 
@@ -100,21 +101,16 @@ def options_of(target: Callable[..., Any]) -> list[str]:
     return [p for p in inspect.signature(target).parameters if p not in ("self", "backbone", "task")]
 
 
-def config_folder() -> Path:
-    """The folder ``configs``, in a checkout or in an installed package."""
-    installed = Path(__file__).parent / "configs"
-    return installed if installed.is_dir() else Path(__file__).parents[2] / "configs"
-
-
 class ConfigByName(ActionConfigFile):
     """Reads ``--config NAME`` as a path first, then as ``configs/NAME`` and ``configs/NAME.yaml``."""
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         if isinstance(values, str) and "\n" not in values and ":" not in values and not Path(values).is_file():
-            candidates = [config_folder() / values, config_folder() / f"{values}.yaml"]
+            folder = packaged_folder("configs")
+            candidates = [folder / values, folder / f"{values}.yaml"]
             found = next((c for c in candidates if c.is_file()), None)
             if found is None:
-                known = [str(p.relative_to(config_folder())) for p in sorted(config_folder().rglob("*.yaml"))]
+                known = [str(p.relative_to(folder)) for p in sorted(folder.rglob("*.yaml"))]
                 parser.error(
                     f"There is no config {values!r}, neither here nor in configs/. {nearest_first(values, known)}"
                 )

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, is_dataclass
 from fnmatch import fnmatchcase
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from kshot.backbones.base import Backbone
 from kshot.errors import UserError
-from kshot.slots import AdapterLayer, Slot
+from kshot.layers import AdapterLayer, Path
+from kshot.slots import Slot
 
 T = TypeVar("T")
 
@@ -35,27 +39,154 @@ class Adapter(ABC):
             UserError: a pattern matches nothing.
         """
 
+    def settings(self) -> dict[str, Any]:
+        """The settings in plain data, with the scale that follows from them, for the record of a run."""
+        given: dict[str, Any] = asdict(self) if is_dataclass(self) else {}
+        scale = getattr(self, "scale", None)
+        return given | ({} if scale is None else {"scale": scale})
 
+    def require(self, name: str, holds: bool, what: str) -> None:
+        """Refuses a setting.
+
+        Raises:
+            UserError: ``holds`` is False; ``what`` completes "rank is 0, and must ...".
+        """
+        if not holds:
+            raise UserError(f"{type(self).__name__}: {name} is {getattr(self, name)}, and must {what}.")
+
+
+class Shared(nn.Module):
+    """What the layers of a method share, and what the method does beside them while a run trains.
+
+    Frozen bases, a rank budget, or a search: the run calls the hooks below, so that none of it can be forgotten. It
+    lies in ``backbone.shared``; layers refer to it without owning it.
+
+    Attributes:
+        searches: whether :meth:`search` has something to decide, for which the shots must be split in two.
+        lossy: whether the small file holds the coefficients in fewer bits than they were trained in.
+    """
+
+    searches = False
+    lossy = False
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What coefficients mean nothing without, such as seed, generator and checksum of a basis, in plain data.
+
+        A checkpoint carries it, and is refused where it differs.
+        """
+        return {}
+
+    def penalty(self) -> Tensor | None:
+        """A term that the method adds to the loss, or None."""
+        return None
+
+    def plan(self, steps: int) -> None:
+        """Hears how many optimizer steps the run has, before it starts.
+
+        Raises:
+            UserError: what the method has to do does not fit into them.
+        """
+
+    def search(self, problem: SearchProblem) -> bool:  # noqa: ARG002  for subclasses
+        """Decides what is to be trained, before the run trains it; True when trainable tensors were replaced."""
+        return False
+
+    def after_step(self, step: int, optimizers: Sequence[Optimizer]) -> None:
+        """Follows an optimizer step, with gradients still there; ``step`` counts from 1."""
+
+    def training_state(self) -> dict[str, Any]:
+        """What a resumed run needs beside the trained tensors."""
+        return {}
+
+    def load_training_state(self, state: Mapping[str, Any]) -> None:
+        """Takes up what :meth:`training_state` gave."""
+
+    def round_to_stored(self) -> None:
+        """Rounds what was learnt to the precision in which it is stored."""
+
+
+@dataclass(frozen=True)
+class SearchProblem:
+    """What a method may use to decide what to train: the run's loss on two disjoint halves of the shots.
+
+    Attributes:
+        train: endless batches of one half.
+        val: endless batches of the other.
+        loss: of a batch, with the graph.
+        optimizer: makes the run's optimizer for parameters.
+        parameters: all that train.
+        steps: optimizer steps in the run.
+    """
+
+    train: Iterator[Any]
+    val: Iterator[Any]
+    loss: Callable[[Any], Tensor]
+    optimizer: Callable[[Iterable[nn.Parameter]], Optimizer]
+    parameters: Sequence[nn.Parameter]
+    steps: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class SlotAdapter(Adapter):
-    """A method that puts one layer on each targeted slot: all but full tuning and its relatives."""
+    """A method that puts one layer on each targeted slot: all but full tuning and its relatives.
 
-    def prepare(self, slots: Mapping[str, Slot]) -> nn.Module | None:  # noqa: ARG002  for subclasses
+    Targets name single slots (``image.*.[qv]``); a pattern that matches none of those is tried on fused ones
+    (``image.*.qkv``), which are one matrix of all their rows.
+
+    Args:
+        dropout: probability on the input of the change, in training.
+        path: how layers run: added to the frozen output (factorised), as a weight formed once per optimizer step
+            (materialised), or in a basis of their own (svd); auto takes the cheapest. Results are the same to rounding.
+    """
+
+    dropout: float = 0.0
+    path: Path = "auto"
+
+    def __post_init__(self) -> None:
+        self.require("dropout", 0 <= self.dropout < 1, "lie in [0, 1)")
+
+    def prepare(self, slots: Mapping[str, Slot]) -> Shared | None:  # noqa: ARG002  for subclasses
         """Makes what all layers share, such as random bases; None when nothing is shared."""
         return None
 
     @abstractmethod
-    def wrap(self, slot: Slot, shared: nn.Module | None) -> AdapterLayer:
+    def wrap(self, slot: Slot, shared: Any) -> AdapterLayer:
         """Makes the layer for one slot."""
 
-    def penalty(self, layers: Iterable[AdapterLayer]) -> Tensor | None:  # noqa: ARG002  for subclasses
-        """A term that the method adds to the loss, or None."""
-        return None
-
     def inject(self, backbone: Backbone, targets: Sequence[str]) -> None:
-        slots = select(backbone.slots(), targets, f"slots of {backbone.name}")
+        slots = select_slots(backbone, targets)
         shared = self.prepare(slots)
-        for slot in slots.values():
-            slot.attach(self.wrap(slot, shared))
+        layers = {name: self.wrap(slot, shared) for name, slot in slots.items()}
+        for name, layer in layers.items():
+            if self.path not in ("auto", *layer.paths):
+                known = ", ".join(("auto", *layer.paths))
+                raise UserError(f"{type(self).__name__}: path is {self.path}, and must be one of {known}.")
+            layer.path, layer.dropout = self.path, self.dropout
+            weight = slots[name].weight
+            slots[name].attach(layer if weight.is_meta else layer.to(weight.device))
+        if shared is not None:
+            backbone.shared.append(shared)
+
+
+def select_slots(backbone: Backbone, patterns: Sequence[str]) -> dict[str, Slot]:
+    """The slots that patterns choose, single ones first, fused ones where a pattern matches no single one.
+
+    Raises:
+        UserError: a pattern matches nothing, or rows would be adapted twice.
+    """
+    single, fused = backbone.slots(), backbone.fused_slots()
+    only_fused = [p for p in patterns if not matches(p, single) and matches(p, fused)]
+    what = f"slots of {backbone.name}"
+    chosen = select(single, [p for p in patterns if p not in only_fused], what)
+    chosen |= select(fused, only_fused, what)
+    for name, slot in chosen.items():
+        other = slot.taken()
+        rivals = [n for n, s in chosen.items() if s.projection is slot.projection and n != name]
+        if other is None and slot.part == slot.projection.whole and rivals:
+            other = rivals[0]
+        if other is not None:
+            raise UserError(f"{name} and {other} are the same rows of one weight: a row takes one adapter.")
+    return chosen
 
 
 def select(named: Mapping[str, T], patterns: Sequence[str], what: str) -> dict[str, T]:
@@ -65,7 +196,7 @@ def select(named: Mapping[str, T], patterns: Sequence[str], what: str) -> dict[s
         UserError: a pattern matches nothing; some names that exist are given.
     """
     for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in named):
+        if not matches(pattern, named):
             names = list(named)
             some = ", ".join([*names[:6], "...", *names[-2:]] if len(names) > 8 else names) or "none"
             raise UserError(
@@ -74,12 +205,34 @@ def select(named: Mapping[str, T], patterns: Sequence[str], what: str) -> dict[s
     return {name: value for name, value in named.items() if any(fnmatchcase(name, p) for p in patterns)}
 
 
-def generator_for(name: str) -> torch.Generator:
-    """A generator for the initial values of one named layer.
+def matches(pattern: str, names: Iterable[str]) -> bool:
+    """Whether an ``fnmatch`` pattern matches any of the names."""
+    return any(fnmatchcase(name, pattern) for name in names)
+
+
+def require_rank(method: str, rank: int, slot: Slot) -> None:
+    """Refuses a rank that the slot's matrix cannot have.
+
+    Raises:
+        UserError: names rank, slot and its smaller side.
+    """
+    smaller = min(slot.in_features, slot.out_features)
+    if rank > smaller:
+        raise UserError(f"{method}: rank {rank} is larger than the smaller side, {smaller}, of the slot {slot.name}.")
+
+
+def kaiming_uniform(name: str, rows: int, columns: int) -> Tensor:
+    """(rows, columns) from U(-1/√columns, 1/√columns), as ``nn.Linear`` starts (Kaiming-uniform with a = √5).
 
     It depends on the run's seed and the name alone, so that two backbones, or two target lists, start a slot alike, and
     the global random state is not touched.
     """
+    bound = 1 / math.sqrt(columns)
+    return torch.rand(rows, columns, generator=generator_for(name)) * 2 * bound - bound
+
+
+def generator_for(name: str) -> torch.Generator:
+    """A generator for the initial values of one named layer: a function of the run's seed and the name alone."""
     return torch.Generator().manual_seed(derived_seed(torch.initial_seed(), name))
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from kshot.errors import UserError
-from kshot.slots import AdapterLayer, Slot
+from kshot.layers import AdapterLayer
+from kshot.slots import Slot
 
 
 class Backbone(nn.Module, ABC):
@@ -36,6 +37,7 @@ class Backbone(nn.Module, ABC):
         self.name, self.image_size, self.feature_dim = name, image_size, feature_dim
         self.weight_sha256 = ""
         self._slots: dict[str, Slot] = {}
+        self.shared = nn.ModuleList()  # what the layers of a method share; methods put it here
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
@@ -70,6 +72,16 @@ class Backbone(nn.Module, ABC):
         """
         return dict(self._slots)
 
+    def fused_slots(self) -> dict[str, Slot]:
+        """Projections of several parts as one slot each, ``<tower>.<block>.qkv``: one matrix of all their rows."""
+        fused = {}
+        for name, slot in self._slots.items():
+            if len(slot.projection.sizes) > 1:
+                whole = slot.projection.whole
+                fused_name = name.removesuffix(slot.part) + whole
+                fused[fused_name] = Slot(fused_name, slot.projection, whole)
+        return fused
+
     @abstractmethod
     def named_tower_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """All parameters but adapters', under names that begin with ``image.`` or ``text.``."""
@@ -78,8 +90,8 @@ class Backbone(nn.Module, ABC):
         """What trains in a tower, ``image`` or ``text``, adapters included."""
         own = [p for name, p in self.named_tower_parameters() if name.startswith(f"{tower}.") and p.requires_grad]
         adapted = {id(s.projection): s.projection for name, s in self._slots.items() if name.startswith(f"{tower}.")}
-        layers = [p for projection in adapted.values() for p in projection.adapters.parameters() if p.requires_grad]
-        return own + layers
+        layers = [p for projection in adapted.values() for p in projection.sources()]
+        return list({id(p): p for p in own + layers}.values())  # layers may share a tensor
 
     def settled(self, tower: str) -> bool:
         """True while a tower gives the same features whenever it is asked, so that they may be kept.

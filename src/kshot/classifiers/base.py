@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -31,9 +31,11 @@ class Classifier(nn.Module, ABC):
 
     Attributes:
         closed_form: True when :meth:`fit_features` finds the answer and no gradient step is needed.
+        from_features: True when :meth:`fit_features` is to be called before training, for the answer or a start.
     """
 
-    closed_form: ClassVar[bool] = False
+    closed_form: bool = False
+    from_features: bool = False
 
     def __init__(self, backbone: Backbone, task: Task) -> None:
         super().__init__()
@@ -54,7 +56,7 @@ class Classifier(nn.Module, ABC):
         return {"cross_entropy": F.cross_entropy(self(features), label)}
 
     def fit_features(self, features: Tensor, label: Tensor) -> None:
-        """Finds a closed-form answer from all training features, (N, feature_dim), and labels, (N,)."""
+        """Finds an answer, or a start, in closed form from all features, (N, feature_dim), and labels, (N,)."""
         raise NotImplementedError(f"{type(self).__name__} is trained by gradient steps.")
 
 

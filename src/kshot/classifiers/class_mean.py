@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from kshot.backbones.base import Backbone
 from kshot.classifiers.base import Classifier, Task, cosine_logits
@@ -18,20 +16,26 @@ class NearestClassMean(Classifier):
     Args:
         backbone: any.
         task: for the number of classes.
-        scale: inverse temperature of the logits; it decides confidence, not the class.
+        scale: inverse temperature of the logits; in closed form it decides confidence, not the class.
+        trainable: the means are the start of a cosine head, which gradient steps train together with an adapter.
     """
 
-    closed_form: ClassVar[bool] = True
     means: Tensor
+    from_features = True
 
-    def __init__(self, backbone: Backbone, task: Task, scale: float = 20.0) -> None:
+    def __init__(self, backbone: Backbone, task: Task, scale: float = 20.0, trainable: bool = False) -> None:
         super().__init__(backbone, task)
-        self.scale = scale
-        self.register_buffer("means", torch.zeros(len(task.class_names), backbone.feature_dim))
+        self.scale, self.closed_form = scale, not trainable
+        means = torch.zeros(len(task.class_names), backbone.feature_dim)
+        if trainable:
+            self.means = nn.Parameter(means)
+        else:
+            self.register_buffer("means", means)
 
     def forward(self, features: Tensor) -> Tensor:
         return cosine_logits(features, self.means, self.scale)
 
+    @torch.no_grad()
     def fit_features(self, features: Tensor, label: Tensor) -> None:
         features = F.normalize(features.float(), dim=-1)
         member = F.one_hot(label, len(self.means)).T.to(features)  # (C, N)

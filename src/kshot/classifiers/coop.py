@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from kshot.backbones.base import Backbone, require_prompts
 from kshot.classifiers.base import Classifier, Task, cosine_logits
 from kshot.errors import UserError
-from kshot.slots import Memo
+from kshot.memo import Memo
 
 
 class CoOp(Classifier):

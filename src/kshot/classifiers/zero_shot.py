@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kshot.backbones.base import Backbone, VisionLanguageBackbone, require_text
 from kshot.classifiers.base import Classifier, Task, cosine_logits
-from kshot.slots import Memo
+from kshot.memo import Memo
 
 
 class TextPrompt(Classifier):

@@ -8,6 +8,7 @@ from kshot.data.images import ImageSource
 from kshot.data.sources import ImageFiles, SklearnDigits, Source, TorchvisionArrays
 from kshot.data.splits import Row, Split, read_split_zhou, split_from_csv, split_from_folder
 from kshot.errors import UserError, nearest_first
+from kshot.files import packaged_folder
 
 DEFAULT_TEMPLATE = "a photo of a {}."
 
@@ -139,13 +140,6 @@ CATALOGUE: dict[str, DatasetEntry] = {
 }
 
 
-def splits_folder() -> Path:
-    """Finds ``data_splits/``: inside the package in a wheel, in the repository's root in a checkout."""
-    package = Path(__file__).resolve().parents[1]
-    installed = package / "data_splits"
-    return installed if installed.is_dir() else package.parents[1] / "data_splits"
-
-
 def load_split(
     dataset: str, root: str | Path = "data", class_names: Sequence[str] | None = None, download: bool = False
 ) -> tuple[Split, DatasetEntry]:
@@ -174,7 +168,7 @@ def load_split(
         return entry.source.split(dataset, root, download), entry
     if entry is not None:
         assert entry.split is not None  # the contract of the catalogue, which has a test
-        return read_split_zhou(splits_folder() / entry.split, dataset, entry.image_root, renamed), entry
+        return read_split_zhou(packaged_folder("data_splits") / entry.split, dataset, entry.image_root, renamed), entry
     path = next((p for p in (Path(dataset), root / dataset) if dataset and p.exists()), None)
     if path is None:
         raise UserError(

@@ -1,8 +1,11 @@
 """The data of one few-shot run for Lightning: shots to train on, and a test part that opens only for testing."""
 
+import itertools
+import random
 import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -11,11 +14,12 @@ from torch.utils.data import DataLoader
 
 from kshot.data.catalogue import CATALOGUE, load_split, open_images
 from kshot.data.images import Augment, FileImages
-from kshot.data.manifest import manifest_bytes, read_manifest, write_bytes
+from kshot.data.manifest import manifest_bytes, read_manifest
 from kshot.data.parts import Batch, EpochSampler, LazyImages, Part, StoredImages
 from kshot.data.sampling import draw
 from kshot.data.splits import Row, check_distinct, display_name, images_below
 from kshot.errors import UserError
+from kshot.files import write_atomically
 
 
 class FewShotDataModule(LightningDataModule):
@@ -174,8 +178,27 @@ class FewShotDataModule(LightningDataModule):
         A last short batch is dropped, unless it is the only one.
         """
         part = self._part("train")
-        order = EpochSampler(len(part), self.split_seed, self.train_views())
-        return self._loader(part, self.batch_size, sampler=order, drop_last=len(part) >= self.batch_size)
+        return self._epochs(part, range(len(part)))
+
+    def train_halves(self) -> tuple[Iterator[Batch], Iterator[Batch]]:
+        """Endless batches of two disjoint halves of the training part, each with half of every class.
+
+        Raises:
+            UserError: a class has one image, so that there is nothing to split.
+        """
+        part = self._part("train")
+        halves: tuple[list[int], list[int]] = ([], [])
+        for label, name in enumerate(self.class_names):
+            members = (part.labels == label).nonzero().flatten().tolist()
+            if len(members) == 1:
+                raise UserError(
+                    f"The class {name!r} has one training image, and a search needs half of each class to judge by: "
+                    "use --data.shots 2 or more, or an adapter that searches nothing, such as LoRA."
+                )
+            random.Random(f"{self.split_seed}/halves/{label}").shuffle(members)
+            halves[0].extend(members[(len(members)) // 2 :])
+            halves[1].extend(members[: len(members) // 2])
+        return endless(self._epochs(part, halves[0])), endless(self._epochs(part, halves[1]))
 
     def eval_order_train_dataloader(self, view: int = 0) -> DataLoader[Batch]:
         """Goes through one view of all training images in index order, for computing features."""
@@ -244,7 +267,7 @@ class FewShotDataModule(LightningDataModule):
         Raises:
             UserError: the file cannot be written.
         """
-        write_bytes(path, self._manifest)
+        write_atomically(Path(path), lambda file: file.write_bytes(self._manifest))
 
     def _stored(self, part: str, rows: tuple[Row, ...], augment: Augment | None) -> StoredImages:
         assert self.image_size is not None  # setup has checked it
@@ -281,6 +304,10 @@ class FewShotDataModule(LightningDataModule):
             raise ValueError(f"features of shape {tuple(features.shape)} for {part}, which needs {expected}")
         images.features = features
 
+    def _epochs(self, part: Part, positions: Sequence[int]) -> DataLoader[Batch]:
+        order = EpochSampler(positions, self.split_seed, self.train_views())
+        return self._loader(part, self.batch_size, sampler=order, drop_last=len(positions) >= self.batch_size)
+
     def _loader(self, part: Part, batch_size: int, **options: Any) -> DataLoader[Batch]:
         return DataLoader(
             dataset=part,
@@ -292,6 +319,13 @@ class FewShotDataModule(LightningDataModule):
             generator=torch.Generator().manual_seed(self.split_seed),  # or each epoch draws from the global state
             **options,
         )
+
+
+def endless(loader: DataLoader[Batch]) -> Iterator[Batch]:
+    """Epoch after epoch, each in an order and with views of its own."""
+    for epoch in itertools.count():
+        cast(EpochSampler, loader.sampler).set_epoch(epoch)
+        yield from loader
 
 
 def _as_is(batch: Any) -> Any:

@@ -1,14 +1,13 @@
 """Manifests: a draw as a file that is the same byte for byte wherever it is written."""
 
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from kshot.data.sampling import FewShotDraw, draw_digest
 from kshot.data.splits import Row, Split
 from kshot.errors import UserError
+from kshot.files import write_atomically
 
 SCHEMA = "fewshot-manifest/1"
 GENERATOR = "python-random-mt19937"
@@ -71,29 +70,8 @@ def write_manifest(path: str | Path, split: Split, draw: FewShotDraw) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    write_bytes(path, manifest_bytes(split, draw))
-
-
-def write_bytes(path: str | Path, content: bytes) -> None:
-    """Writes a file that appears under its name when it is complete, so that a reader never sees half of it.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:
-        raise UserError(f"{path}: cannot write the manifest: {error.strerror or error}") from None
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-        Path(temporary).chmod(0o644)  # mkstemp's files are for their owner alone
-        os.replace(temporary, path)  # noqa: PTH105  # the atomic one, by its well-known name
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    content = manifest_bytes(split, draw)
+    write_atomically(Path(path), lambda file: file.write_bytes(content))
 
 
 def read_manifest(path: str | Path, split: Split) -> FewShotDraw:

@@ -163,13 +163,13 @@ class EpochSampler(Sampler[Key]):
     """Shuffles without replacement; epoch e depends on the seed and e only, so that a resumed run goes on as before.
 
     Args:
-        length: number of images.
+        positions: of the images.
         seed: of the order.
         views: number of views that repeat; 0: a new view in every epoch.
     """
 
-    def __init__(self, length: int, seed: int, views: int) -> None:
-        self.length = length
+    def __init__(self, positions: Sequence[int], seed: int, views: int) -> None:
+        self.positions = positions
         self.seed = seed
         self.views = views
         self.epoch = 0
@@ -179,10 +179,10 @@ class EpochSampler(Sampler[Key]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.length
+        return len(self.positions)
 
     def __iter__(self) -> Iterator[Key]:
-        order = list(range(self.length))
+        order = list(self.positions)
         random.Random(f"{self.seed}/{self.epoch}").shuffle(order)
         view = self.epoch % self.views if self.views else self.epoch
         return iter([(position, view) for position in order])

@@ -1,0 +1,444 @@
+"""Pseudo-random frozen bases that are never stored: a seed and a name regenerate them bit for bit.
+
+VeRA, RandLoRA, NOLA and PRANC train a few numbers against large random tensors. Those tensors must come out the same
+after a reload, on any device, with any number of threads and under any release of torch, which torch's own generators
+do not promise. Here word i of a stream is a pure function of (seed, stream, i), in exact integer arithmetic, so any
+slice of a sequence can be made alone, and no global random state is read or written.
+
+The raw stream, :data:`GENERATOR`, is SplitMix64 (Steele, Lea and Flood 2014) with a hashed starting state::
+
+    key     = the first 8 bytes, little endian, of sha256(f"{seed}/{stream}")
+    word(i) = mix(key + (i + 1) · 0x9E3779B97F4A7C15)                     modulo 2^64
+    mix(z):   z = (z ^ z >> 30) · 0xBF58476D1CE4E5B9;  z = (z ^ z >> 27) · 0x94D049BB133111EB;  return z ^ z >> 31
+
+Words are cut into halves, quarters or bits from the low end up. All streams walk one cycle of 2^64 states from places
+that the hash scatters: two streams of n words share a word with probability about 2n / 2^64.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import statistics
+import struct
+import sys
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from typing import Any, Final, Literal
+
+import torch
+from torch import Tensor
+
+from kshot.errors import UserError
+
+GENERATOR: Final = "kshot-splitmix64-1"
+"""Name and version of the raw stream and of what is made of it. Any change of a bit is a new version."""
+
+Distribution = Literal["uniform", "normal", "ternary", "sign"]
+
+_GAMMA: Final = 0x9E3779B97F4A7C15
+_ROUNDS: Final = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
+_LAST_SHIFT: Final = 31
+_LARGEST_SPARSITY: Final = 65_536  # rarer entries would need more than 32 bits for an exact enough probability
+
+# Values made at a time. On a CPU the buffers of a chunk should stay in the second-level cache; elsewhere each chunk
+# costs some twenty kernel launches, and should be long.
+_CHUNK_ON_CPU: Final = 1 << 16
+_CHUNK_ELSEWHERE: Final = 1 << 22
+
+
+def words(seed: int, stream: str, start: int, count: int, device: torch.device | str = "cpu") -> Tensor:
+    """Words [start, start + count) of the raw stream, as the module describes it.
+
+    Args:
+        seed: 0 to 2^63 - 1.
+        stream: names the tensor, such as ``nola.image.3.q.A``: other names give unrelated words.
+        start: index of the first word.
+        count: how many.
+        device: where to make them.
+
+    Returns:
+        (count,), int64: the 64 bits of each word in two's complement.
+
+    Raises:
+        UserError: an impossible seed.
+    """
+    return _generate(seed, stream, start, count, 1, lambda raw: raw, torch.int64, device)
+
+
+def values(
+    seed: int,
+    stream: str,
+    distribution: Distribution,
+    start: int,
+    count: int,
+    *,
+    sparsity: float = 6.0,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Elements [start, start + count) of an endless sequence of mean 0 and variance 1.
+
+    Each is computed in float32 with at most one rounding, and cast at the end:
+
+    * ``uniform``, 2 a word: k, the upper 24 bits of a half in two's complement, gives (2k + 1) / 2^24 · float32(√3),
+      symmetric about 0 and never 0.
+    * ``normal``, 4 a word: k, a quarter in two's complement, gives the quantile of N(0, 1) at
+      (k + 2^15 + ½) / 2^16, all of them divided by their root mean square, in float32. No value lies beyond ±4.33.
+    * ``ternary``, 2 a word: with k a half in two's complement and t = round(2^32 / sparsity), +1 where k ≥ 2^31 - t,
+      -1 where k < t - 2^31, else 0, times float32(√(sparsity / 2)). So +1 and -1 have the probability 1 / sparsity
+      each; a sparsity of 2 leaves no zeros.
+    * ``sign``, 64 a word: +1 for a bit that is set, -1 for one that is not.
+
+    Args:
+        seed: 0 to 2^63 - 1.
+        stream: names the tensor.
+        distribution: one of the above.
+        start: index of the first element.
+        count: how many.
+        sparsity: for ``ternary`` only, 2 to 65,536.
+        device: where to make them.
+        dtype: what to return.
+
+    Returns:
+        (count,), of the dtype: the same bits for the same element, however the sequence is cut.
+
+    Raises:
+        UserError: an impossible seed or sparsity.
+    """
+    assert dtype.is_floating_point
+    per_word, decode = _decoder(distribution, sparsity)
+    return _generate(seed, stream, start, count, per_word, decode, dtype, device)
+
+
+def ternary_signs(
+    seed: int,
+    stream: str,
+    start: int,
+    count: int,
+    *,
+    sparsity: float = 6.0,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """The signs of the ``ternary`` sequence of :func:`values`: the same elements before their scale.
+
+    Args:
+        seed: 0 to 2^63 - 1.
+        stream: names the tensor.
+        start: index of the first element.
+        count: how many.
+        sparsity: 2 to 65,536.
+        device: where to make them.
+
+    Returns:
+        (count,), int8: -1, 0 or +1.
+
+    Raises:
+        UserError: an impossible seed or sparsity.
+    """
+    decode = partial(_ternary_signs, threshold=_ternary_threshold(sparsity))
+    return _generate(seed, stream, start, count, 2, decode, torch.int8, device)
+
+
+def basis(
+    seed: int,
+    stream: str,
+    distribution: Distribution,
+    shape: Sequence[int],
+    *,
+    start: int = 0,
+    sparsity: float = 6.0,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """A tensor filled in row-major order from :func:`values`, from element ``start`` on.
+
+    Args:
+        seed: 0 to 2^63 - 1.
+        stream: names the tensor.
+        distribution: one of those of :func:`values`.
+        shape: of the tensor.
+        start: index of its first element in the sequence.
+        sparsity: for ``ternary`` only, 2 to 65,536.
+        device: where to make it.
+
+    Returns:
+        ``shape``, float32.
+
+    Raises:
+        UserError: an impossible seed or sparsity.
+    """
+    flat = values(seed, stream, distribution, start, math.prod(shape), sparsity=sparsity, device=device)
+    return flat.view(tuple(shape))
+
+
+def buckets(
+    seed: int,
+    stream: str,
+    count_of_buckets: int,
+    start: int,
+    count: int,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Elements [start, start + count) of an endless sequence of bucket numbers.
+
+    Two a word: u, a half as an unsigned number, gives ⌊u · K / 2^32⌋ for K buckets. The number of halves that lead to
+    a bucket differs by at most one from bucket to bucket.
+
+    Args:
+        seed: 0 to 2^63 - 1.
+        stream: names the tensor.
+        count_of_buckets: K, 1 to 2^31.
+        start: index of the first element.
+        count: how many.
+        device: where to make them.
+
+    Returns:
+        (count,), int32, in [0, K).
+
+    Raises:
+        UserError: an impossible seed.
+    """
+    assert 1 <= count_of_buckets <= 2**31
+    decode = partial(_buckets, count=count_of_buckets)
+    return _generate(seed, stream, start, count, 2, decode, torch.int32, device)
+
+
+def checksum(tensor: Tensor) -> str:
+    """A cheap proof that the same basis came out again.
+
+    Returns:
+        ``sha256:`` and the first 16 hexadecimal digits of the hash of the first 16 values in row-major order, or of
+        all where there are fewer, as little-endian float32.
+    """
+    first = tensor.detach().reshape(-1)[:16].to("cpu", torch.float32).tolist()
+    return "sha256:" + hashlib.sha256(struct.pack(f"<{len(first)}f", *first)).hexdigest()[:16]
+
+
+def describe(
+    seed: int,
+    stream: str,
+    distribution: Distribution | Literal["buckets"],
+    shape: Sequence[int],
+    first_values: Tensor,
+    *,
+    start: int = 0,
+    sparsity: float = 6.0,
+) -> dict[str, Any]:
+    """What a checkpoint's header says of a basis instead of storing it.
+
+    Args:
+        seed: 0 to 2^63 - 1.
+        stream: names the tensor.
+        distribution: of :func:`values`, or ``buckets``.
+        shape: of the tensor.
+        first_values: the tensor that was used, or at least its first 16 values.
+        start: index of its first element in the sequence.
+        sparsity: recorded for ``ternary`` only.
+
+    Returns:
+        Strings, numbers and one list: ``generator``, ``seed``, ``stream``, ``distribution``, ``shape``, ``start``,
+        ``checksum``, and ``sparsity`` where it matters.
+    """
+    info: dict[str, Any] = {
+        "generator": GENERATOR,
+        "seed": seed,
+        "stream": stream,
+        "distribution": distribution,
+        "shape": list(shape),
+        "start": start,
+        "checksum": checksum(first_values),
+    }
+    if distribution == "ternary":
+        info["sparsity"] = sparsity
+    return info
+
+
+def require_memory(bytes_needed: int, who: str, advice: str) -> None:
+    """Refuses what would take more than half of this machine's memory, where its size is known.
+
+    Args:
+        bytes_needed: of the basis.
+        who: the method, as in ``NOLA``.
+        advice: what the user can change, as in ``lower bases or rank``.
+
+    Raises:
+        UserError: it would take more than half.
+    """
+    memory = _physical_memory()
+    if memory is not None and bytes_needed > memory / 2:
+        raise UserError(
+            f"{who}: its basis would take {_amount(bytes_needed)}, and this machine has {_amount(memory)}, "
+            f"of which it may take half: {advice}."
+        )
+
+
+def _physical_memory() -> int | None:
+    """Bytes of memory in this machine, or None where the system does not tell."""
+    try:
+        size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+    return size if size > 0 else None
+
+
+def _amount(size: float) -> str:
+    """Bytes in three digits: ``604 GB``."""
+    units = ("bytes", "kB", "MB", "GB", "TB", "PB", "EB")
+    for unit in units[:-1]:
+        if size < 999.5:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:,.0f} {units[-1]}"
+
+
+def _key(seed: int, stream: str) -> int:
+    """Where a stream starts, 0 to 2^64 - 1."""
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
+        raise UserError(f"seed is {seed!r}, and must be a whole number from 0 to 2^63 - 1.")
+    return int.from_bytes(hashlib.sha256(f"{seed}/{stream}".encode()).digest()[:8], "little")
+
+
+def _signed(word: int) -> int:
+    """The number modulo 2^64 in two's complement, as int64 tensors take it."""
+    return (word + 2**63) % 2**64 - 2**63
+
+
+def _float32(number: float) -> float:
+    """The nearest float32."""
+    return float(struct.unpack("<f", struct.pack("<f", number))[0])
+
+
+@torch.inference_mode(False)  # so that the result is a plain tensor, which autograd can use later
+def _generate(
+    seed: int,
+    stream: str,
+    start: int,
+    count: int,
+    per_word: int,
+    decode: Callable[[Tensor], Tensor],
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> Tensor:
+    """Makes elements [start, start + count) of a sequence, a chunk of words at a time.
+
+    Args:
+        seed: of the stream.
+        stream: its name.
+        start: index of the first element.
+        count: how many.
+        per_word: how many elements a word makes.
+        decode: makes (n · per_word,) of (n,) words, which it may overwrite.
+        dtype: what to return.
+        device: where to make them.
+
+    Returns:
+        (count,).
+    """
+    assert start >= 0
+    assert count >= 0
+    assert sys.byteorder == "little"  # the decoders read the parts of a word through views
+    key = _key(seed, stream)
+    out = torch.empty(count, dtype=dtype, device=device)
+    first, last = start // per_word, -(-(start + count) // per_word)
+    longest = (_CHUNK_ON_CPU if out.device.type == "cpu" else _CHUNK_ELSEWHERE) // per_word
+    size = min(longest, last - first)
+    ramp = torch.arange(size, dtype=torch.int64, device=device).mul_(_signed(_GAMMA))
+    raw, spare = torch.empty_like(ramp), torch.empty_like(ramp)
+    for word in range(first, last, max(size, 1)):
+        n = min(size, last - word)
+        torch.add(ramp[:n], _signed(key + (word + 1) * _GAMMA), out=raw[:n])
+        _mix(raw[:n], spare[:n])
+        decoded = decode(raw[:n])
+        skip = max(start - word * per_word, 0)
+        at = word * per_word + skip - start
+        part = decoded[skip : skip + count - at]
+        out[at : at + len(part)] = part
+    return out
+
+
+def _mix(z: Tensor, spare: Tensor) -> None:
+    """The finaliser, in place on int64: products wrap, and masks make the arithmetic right shifts logical."""
+    for shift, factor in _ROUNDS:
+        z.bitwise_xor_(_shifted(z, shift, spare)).mul_(_signed(factor))
+    z.bitwise_xor_(_shifted(z, _LAST_SHIFT, spare))
+
+
+def _shifted(z: Tensor, shift: int, out: Tensor) -> Tensor:
+    """The logical right shift of int64 words, written to ``out``."""
+    return torch.bitwise_right_shift(z, shift, out=out).bitwise_and_((1 << (64 - shift)) - 1)
+
+
+def _decoder(distribution: Distribution, sparsity: float) -> tuple[int, Callable[[Tensor], Tensor]]:
+    """How many values a word makes, and how to make them."""
+    match distribution:
+        case "uniform":
+            return 2, _uniform
+        case "normal":
+            return 4, _normal
+        case "ternary":
+            threshold = _ternary_threshold(sparsity)
+            return 2, partial(_ternary, threshold=threshold, scale=_float32(math.sqrt(sparsity / 2)))
+        case "sign":
+            return 64, _sign
+    raise AssertionError(distribution)
+
+
+def _uniform(raw: Tensor) -> Tensor:
+    """Values of ``uniform``: 2k + 1 is exact in float32, so the product is the only rounding."""
+    odd = raw.view(torch.int32).bitwise_right_shift_(7).bitwise_or_(1)  # 2k + 1 from the upper 24 bits k
+    return odd.to(torch.float32).mul_(_float32(math.sqrt(3)) / 2**24)
+
+
+def _normal(raw: Tensor) -> Tensor:
+    """Values of ``normal``, looked up."""
+    index = raw.view(torch.int16).to(torch.int32).add_(2**15)
+    return _normal_table().to(raw.device, non_blocking=True).index_select(0, index)
+
+
+@cache
+def _normal_table() -> Tensor:
+    """The quantiles of ``normal`` in ascending order, (65536,), float32, on the CPU."""
+    inverse = statistics.NormalDist().inv_cdf
+    upper = [inverse((k + 0.5) / 2**16) for k in range(2**15, 2**16)]
+    scale = math.sqrt(math.fsum(q * q for q in upper) / len(upper))
+    half = torch.tensor([q / scale for q in upper], dtype=torch.float32, device="cpu")
+    return torch.cat((-half.flip(0), half))
+
+
+def _ternary_threshold(sparsity: float) -> int:
+    """How many of the 2^32 halves give +1; as many give -1."""
+    if not 2 <= sparsity <= _LARGEST_SPARSITY:
+        raise UserError(f"sparsity is {sparsity}, and must be a number from 2 to {_LARGEST_SPARSITY:,}.")
+    return round(2**32 / sparsity)
+
+
+def _ternary_signs(raw: Tensor, threshold: int) -> Tensor:
+    """Signs of ``ternary``, int8."""
+    half = raw.view(torch.int32)
+    plus, minus = half >= 2**31 - threshold, half < threshold - 2**31
+    return plus.view(torch.int8) - minus.view(torch.int8)
+
+
+def _ternary(raw: Tensor, threshold: int, scale: float) -> Tensor:
+    """Values of ``ternary``."""
+    return _ternary_signs(raw, threshold).to(torch.float32).mul_(scale)
+
+
+def _sign(raw: Tensor) -> Tensor:
+    """Values of ``sign``, looked up byte by byte."""
+    index = raw.view(torch.uint8).to(torch.int32)
+    return _sign_table().to(raw.device, non_blocking=True).index_select(0, index).view(-1)
+
+
+@cache
+def _sign_table() -> Tensor:
+    """The eight signs of each byte, the lowest bit first, (256, 8), float32, on the CPU."""
+    signs = [[1.0 if byte >> bit & 1 else -1.0 for bit in range(8)] for byte in range(256)]
+    return torch.tensor(signs, dtype=torch.float32, device="cpu")
+
+
+def _buckets(raw: Tensor, count: int) -> Tensor:
+    """Numbers of :func:`buckets`, int64: the product stays below 2^63."""
+    unsigned = raw.view(torch.int32).to(torch.int64).bitwise_and_(2**32 - 1)
+    return unsigned.mul_(count).bitwise_right_shift_(32)

@@ -1,0 +1,63 @@
+"""Files and folders: writing so that nothing is lost, and where kshot's own things lie. Loads no torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from kshot.errors import UserError, first_line
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Writes beside a file and renames, so that the file is either the old one or the new one.
+
+    Args:
+        path: the file; folders above it are made.
+        write: writes all of it to the path that it is given.
+
+    Raises:
+        UserError: the disk refused; what was there before is untouched.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(beside)
+        with beside.open("rb+") as file:
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch's and safetensors' ways to report a full disk
+        there = os.path.exists(path)  # noqa: PTH110  Path.exists raises for a name too long or a folder without access
+        before = "the one there before is kept" if there else "there was none before"
+        raise UserError(
+            f"Could not write {path} ({first_line(error)}); {before}. If the disk is full, free some and resume."
+        ) from error
+    finally:
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
+
+
+def packaged_folder(name: str) -> Path:
+    """A folder that kshot carries: inside the package in a wheel, in the repository's root in a checkout.
+
+    Args:
+        name: ``configs`` or ``data_splits``.
+    """
+    package = Path(__file__).resolve().parent
+    installed = package / name
+    return installed if installed.is_dir() else package.parents[1] / name
+
+
+def cache_folder() -> Path:
+    """Where to keep what can be computed again: ``$KSHOT_CACHE``, or ``kshot`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
+
+    An empty variable counts as unset here; the folder need not exist.
+
+    Raises:
+        RuntimeError: a home folder is needed, and the user has none.
+    """
+    own, shared = os.environ.get("KSHOT_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    return Path(own or Path(shared or "~/.cache", "kshot")).expanduser()
