@@ -20,6 +20,7 @@ from kshot.backbones import Backbone
 from kshot.backbones.base import sha256_of
 from kshot.errors import UserError
 from kshot.layers import AdapterLayer
+from kshot.slots import merge, unmerge
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,47 @@ CASES: dict[str, dict[str, Case]] = {
     "PiSSA": {"pissa": Case({"rank": 2}, lambda s, i, o: s.rank * (i + o), random=False)},
     "LoRAXS": {
         "lora_xs": Case({"rank": 4}, lambda s, i, o: s.rank**2, random=False),
-        "lora_xs_drawn": Case({"rank": 4, "init_std": 1e-5}, lambda s, i, o: s.rank**2),
+        "lora_xs_drawn": Case({"rank": 4, "init_std": 1e-5}, lambda s, i, o: s.rank**2, start=1e-4),
         "lora_xs_saved": Case({"rank": 4, "save_factors": True}, lambda s, i, o: s.rank**2, random=False),
+    },
+    "AdaLoRA": {"adalora": Case({"initial_rank": 3, "target_rank": 2}, lambda s, i, o: s.initial_rank * (i + o + 1))},
+    "AutoLoRA": {"autolora": Case({"max_rank": 3}, lambda s, i, o: s.max_rank * (i + o + 1))},
+    "HydraLoRA": {
+        "hydralora": Case({"rank": 2, "alpha": 3}, lambda s, i, o: s.rank * i + s.heads * s.rank * o + s.heads * i)
+    },
+    "SVFT": {
+        "svft": Case({"path": "materialised"}, lambda s, i, o: min(i, o), random=False),
+        "svft_svd": Case({"path": "svd"}, lambda s, i, o: min(i, o), start=2e-6, random=False),
+        "svft_banded": Case(
+            {"pattern": "banded", "path": "materialised"}, lambda s, i, o: 5 * min(i, o) - 6, random=False
+        ),
+        "svft_random": Case(
+            {"pattern": "random", "entries": 40, "gate": True}, lambda s, i, o: 41, random=False, start=2e-6
+        ),
+    },
+    "PRANC": {
+        "pranc": Case({"coefficients": 50}, lambda s, i, o: s.coefficients, random=False),
+        "pranc_hashes": Case({"coefficients": 40, "hashes": 3}, lambda s, i, o: s.coefficients, random=False),
+        "pranc_dense": Case({"coefficients": 8, "basis": "uniform"}, lambda s, i, o: s.coefficients, random=False),
+    },
+    "VeRA": {"vera": Case({"rank": 40}, lambda s, i, o: s.rank + o, random=False)},
+    "RandLoRA": {
+        "randlora": Case({"rank": 3}, lambda s, i, o: -(-min(i, o) // s.rank) * (s.rank + min(i, o)), random=False),
+        "randlora_factorised": Case(
+            {"rank": 8, "alpha": 4.0, "zero": "lambda", "path": "factorised"},
+            lambda s, i, o: min(i, o) // s.rank * (s.rank + min(i, o)),
+            random=False,
+        ),
+        "randlora_sparse": Case(
+            {"rank": 8, "basis": "ternary", "sparsity": 16.0},
+            lambda s, i, o: min(i, o) // s.rank * (s.rank + min(i, o)),
+            random=False,
+        ),
+    },
+    "NOLA": {
+        "nola": Case({"bases": 20, "rank": 2, "save_bits": 8}, lambda s, i, o: 2 * s.bases, random=False),
+        "nola_layer": Case({"bases": 20, "rank": 2, "basis": "layer"}, lambda s, i, o: 2 * s.bases, random=False),
+        "nola_vit": Case({"bases": 64, "rank": 1, "start": "vit"}, lambda s, i, o: 2 * s.bases, 0.02, random=False),
     },
 }
 BAD: dict[str, list[dict[str, Any]]] = {
@@ -72,6 +112,70 @@ BAD: dict[str, list[dict[str, Any]]] = {
         {"init_std": -1e-5},
         {"init_std": float("nan")},
         {"init_std": float("inf")},
+    ],
+    "AdaLoRA": [
+        {"initial_rank": 0},
+        {"target_rank": 0},
+        {"target_rank": 13},
+        {"alpha": 0.0},
+        {"initial_steps": -1},
+        {"final_steps": -1},
+        {"every": 0},
+        {"beta1": 1.0},
+        {"beta2": 0.0},
+        {"orthogonality": -0.1},
+        {"orthogonality": float("inf")},
+    ],
+    "AutoLoRA": [
+        {"max_rank": 0},
+        {"alpha": float("inf")},
+        {"search_steps": 0},
+        {"search_lr": 0.0},
+        {"rank_rule": "paper"},
+    ],
+    "HydraLoRA": [{"rank": 0}, {"heads": 0}, {"alpha": 0.0}, {"alpha": float("nan")}, {"dropout": 1.0}],
+    "SVFT": [
+        {"pattern": "diagonal"},
+        {"band": 0},
+        {"entries": 9},
+        {"entries": 0, "pattern": "random"},
+        {"start": "one"},
+        {"seed": -1},
+        {"dropout": 1.0},
+    ],
+    "PRANC": [
+        {"coefficients": 0},
+        {"scope": "tower"},
+        {"basis": "ternary"},
+        {"hashes": 0},
+        {"hashes": 2, "basis": "uniform"},
+        {"scale": 0.0},
+        {"scale": float("inf")},
+        {"seed": -1},
+        {"dropout": -0.1},
+    ],
+    "VeRA": [{"rank": 0}, {"initial": 0.0}, {"initial": float("nan")}, {"seed": -1}, {"dropout": 1.0}],
+    "RandLoRA": [
+        {"rank": 0},
+        {"alpha": 0.0},
+        {"alpha": float("inf")},
+        {"basis": "sign"},
+        {"sparsity": 1.5},
+        {"sparsity": float("nan")},
+        {"zero": "both"},
+        {"seed": -1},
+        {"dropout": -0.1},
+    ],
+    "NOLA": [
+        {"bases": 0},
+        {"rank": 0},
+        {"alpha": 0.0},
+        {"alpha": float("nan")},
+        {"basis": "stored"},
+        {"start": "zero"},
+        {"save_bits": 2},
+        {"seed": 2**63},
+        {"dropout": 1.0},
     ],
 }
 
@@ -222,6 +326,34 @@ class TestEveryLayout:
         assert all(g.dtype == torch.float32 and torch.isfinite(g).all() for g in reached)
         assert all(p.dtype == torch.float32 for p in backbone.parameters())
 
+    def test_explicit_merging_folds_in_and_comes_out_exactly(self, label, name, tower):
+        backbone = adapted(label, name)
+        perturb(backbone)
+        backbone.eval()
+        if not all(layer.mergeable for layer in layers_of(backbone).values()):
+            with pytest.raises(UserError, match="depends on its input") as error:
+                merge(backbone)
+            assert "\n" not in str(error.value)
+            return
+        unmerged, before = towers.encode(backbone, tower), merged(backbone, tower)
+        untouched = merged(towers.backbone(name), tower)
+        state = {n: v.clone() for n, v in backbone.state_dict().items()}
+        merge(backbone)
+        assert towers.relative(towers.encode(backbone, tower), unmerged) <= 1e-5
+        with pytest.raises(UserError, match="merged already"):
+            merge(backbone)
+        with unadapted(backbone):
+            assert torch.equal(merged(backbone, tower), untouched)
+        assert towers.relative(merged(backbone, tower), unmerged) <= 1e-5
+        unmerge(backbone)
+        assert state.keys() == backbone.state_dict().keys()
+        assert all(torch.equal(v, state[n]) for n, v in backbone.state_dict().items())
+        assert torch.equal(merged(backbone, tower), before)
+        merge(backbone, keep=False)
+        assert towers.relative(towers.encode(backbone, tower), unmerged) <= 1e-5
+        assert set(dict(backbone.named_tower_parameters())) == set(dict(towers.backbone(name).named_tower_parameters()))
+        assert trained(backbone) == {}
+
     def test_unadapted_is_exact_and_restores(self, label, name, tower):
         before = merged(towers.backbone(name), tower)
         backbone = adapted(label, name)
@@ -260,6 +392,140 @@ class TestEveryMethod:
         perturb(backbone)
         assert torch.equal(merged(backbone, other), untouched)
         assert not torch.equal(merged(backbone, tower), merged(towers.backbone("clip"), tower))
+
+    @pytest.mark.parametrize("name", ["clip", "clip_custom", "vit", "vit_dinov2"])
+    def test_fused_projections_are_one_matrix(self, label, name):
+        kind, case = SLOT_CASES[label]
+        before = merged(towers.backbone(name), "image")
+        backbone = adapted(label, name, ("image.*.qkv", "image.*.fc2"))
+        fused = {n: s for n, s in backbone.fused_slots().items() if n.startswith("image")}
+        assert list(fused) == ["image.0.qkv", "image.1.qkv"]
+        with torch.no_grad():
+            assert towers.relative(towers.encode(backbone.train(), "image"), before) <= case.start
+        for slot in fused.values():
+            layer = slot.projection.layers()["qkv"]
+            own = sum(p.numel() for p in layer.parameters() if p.requires_grad)
+            assert own == case.count(kind(**case.settings), slot.in_features, slot.out_features)
+            assert slot.out_features == 3 * slot.in_features
+        perturb(backbone)
+        unmerged = towers.encode(backbone.eval(), "image")
+        assert towers.relative(unmerged, before) > 1e-3
+        assert towers.relative(merged(backbone, "image"), unmerged) <= 1e-5
+        loss_of(backbone, "image").backward()
+        assert all(p.grad is not None for p in backbone.trainable("image"))
+
+    def test_rows_take_one_adapter(self, label):
+        backbone = towers.backbone()
+        kind, case = SLOT_CASES[label]
+        for targets in (["image.0.qkv", "image.0.q"], ["image.*.v", "image.1.qkv"]):
+            with pytest.raises(UserError, match="the same rows") as error:
+                kind(**case.settings).inject(backbone, targets)
+            assert "\n" not in str(error.value)
+            assert trained(backbone) == {}
+        kind(**case.settings).inject(backbone, ["image.0.q", "image.1.qkv"])
+        for target in ("image.0.q", "image.0.qkv", "image.1.k", "image.1.qkv"):
+            with pytest.raises(UserError, match="the same rows"):
+                LoRA(rank=1).inject(backbone, [target])
+        LoRA(rank=1).inject(backbone, ["image.0.[kv]"])
+        assert towers.relative(merged(backbone.eval(), "image"), towers.encode(backbone, "image")) <= 1e-5
+
+    @pytest.mark.parametrize("dropout", [0.0, 0.3])
+    def test_every_path_gives_the_same(self, label, dropout):
+        """Outputs, input gradients and parameter gradients of each path, with equal random draws for dropout."""
+        kind, case = SLOT_CASES[label]
+        results = {}
+        for path in ("auto", *next(iter(layers_of(adapted(label)).values())).paths):
+            torch.manual_seed(3)
+            backbone = towers.backbone()
+            kind(**case.settings | {"path": path, "dropout": dropout}).inject(
+                backbone, ["image.*.qkv", "image.*.[of]*"]
+            )
+            perturb(backbone)
+            backbone.train()
+            torch.manual_seed(4)
+            loss_of(backbone, "image").backward()
+            torch.manual_seed(4)
+            grads = {n: p.grad for n, p in trained(backbone).items()}
+            results[path] = towers.encode(backbone, "image").detach(), grads
+        output, grads = results.pop("auto")
+        for path, (y, found) in results.items():
+            assert towers.relative(y, output) <= 1e-5, path
+            for n, g in grads.items():
+                assert float((found[n] - g).abs().max()) <= 2e-5 * float(max(v.abs().max() for v in grads.values())), n
+
+    def test_an_unknown_path(self, label):
+        kind, case = SLOT_CASES[label]
+        layers = layers_of(adapted(label))
+        missing = {"factorised", "materialised", "svd"} - set(next(iter(layers.values())).paths)
+        for path in missing:
+            with pytest.raises(UserError, match=rf"path is {path}, and must be one of auto, ") as error:
+                kind(**case.settings | {"path": path}).inject(towers.backbone(), ["*"])
+            assert "\n" not in str(error.value)
+
+    def test_micro_batches_add_up(self, label):
+        """Gradients of two halves, one after the other and with both graphs alive, are those of the whole."""
+        backbone = adapted(label, targets=("image.*",)).train()
+        perturb(backbone)
+        image = towers.images(backbone, 4)
+        target = torch.randn(4, backbone.feature_dim, generator=torch.Generator().manual_seed(5))
+
+        def loss(part):
+            return (backbone.encode_image(image[part]) - target[part]).square().sum()
+
+        def grads():
+            found = {n: p.grad.clone() for n, p in trained(backbone).items() if p.grad is not None}
+            backbone.zero_grad()
+            return found
+
+        loss(slice(0, 4)).backward()
+        whole = grads()
+        loss(slice(0, 2)).backward()
+        loss(slice(2, 4)).backward()
+        in_turn = grads()
+        first, second = loss(slice(0, 2)), loss(slice(2, 4))
+        first.backward()
+        second.backward()
+        together = grads()
+        assert whole
+        largest = max(float(g.abs().max()) for g in whole.values())
+        for found in (in_turn, together):
+            assert found.keys() == whole.keys()
+            assert all(float((found[n] - g).abs().max()) <= 2e-5 * largest for n, g in whole.items())
+
+    def test_compiles_whole_and_exports(self, label):
+        """Training through torch.compile without a graph break; torch.export of the adapted and the merged model."""
+        backbone = adapted(label, "vit", ("image.0.qkv", "image.1.*"))
+        perturb(backbone)
+        image = towers.images(backbone)
+
+        class Encoder(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.backbone = backbone
+
+            def forward(self, x):
+                return self.backbone.encode_image(x)
+
+        encoder = Encoder()
+        backbone.train()
+        expected = encoder(image)
+        expected.square().sum().backward()
+        wanted = {n: p.grad.clone() for n, p in trained(backbone).items()}
+        backbone.zero_grad()
+        torch.compiler.reset()
+        given = torch.compile(encoder, backend="aot_eager", fullgraph=True)(image)
+        given.square().sum().backward()
+        assert towers.relative(given, expected) <= 1e-5
+        largest = max(float(g.abs().max()) for g in wanted.values())
+        assert all(float((p.grad - wanted[n]).abs().max()) <= 2e-5 * largest for n, p in trained(backbone).items())
+        backbone.eval()
+        with torch.no_grad():
+            exported = torch.export.export(encoder, (image,)).module()
+            assert towers.relative(exported(image), expected) <= 1e-5
+            if all(layer.mergeable for layer in layers_of(backbone).values()):
+                merge(backbone)
+                exported = torch.export.export(encoder, (image,)).module()
+                assert towers.relative(exported(image), expected) <= 1e-5
 
     def test_several_patterns_and_overlaps_attach_once(self, label):
         backbone = adapted(label, "clip", ("image.*.q", "image.0.*", "text.1.fc?"))
@@ -490,6 +756,26 @@ class TestFullTuning:
         optimizer.step()
         changed = {n for n, p in backbone.named_tower_parameters() if not torch.equal(p, before[n])}
         assert changed == chosen
+
+    @pytest.mark.parametrize("name", [n for n in LAYOUTS if LAYOUTS[n].image_blocks])
+    @pytest.mark.parametrize("only", ["bias", "norm"])
+    def test_biases_or_norms_alone(self, only, name):
+        backbone = towers.backbone(name)
+        FullTuning(only=only).inject(backbone, ["image.*"])
+        chosen = {n for n, p in backbone.named_tower_parameters() if p.requires_grad}
+        assert chosen
+        assert all(n.startswith("image.") for n in chosen)
+        every = {n: p for n, p in backbone.named_tower_parameters() if n.startswith("image.")}
+        if only == "bias":
+            assert chosen == {n for n in every if n.endswith("bias")}
+        else:
+            assert all(every[n].ndim <= 1 for n in chosen), "norms have scales and shifts"
+            assert all("norm" in n or "ln" in n or "mlp.ffn_ln" in n for n in chosen), chosen
+            assert {n for n in every if "norm1.weight" in n or "ln_1.weight" in n} <= chosen
+        backbone.train()
+        loss_of(backbone, "image").backward()
+        reached = {n for n, p in every.items() if p.grad is not None}
+        assert reached == chosen
 
     def test_starts_where_the_original_is(self):
         before = merged(towers.backbone(), "image")

@@ -472,6 +472,20 @@ class TestNearestClassMean:
         torch.testing.assert_close(given(features).diagonal(), torch.full((4,), 5.0))
         assert "means" in given.state_dict()
         assert given.closed_form
+        assert not [p for p in given.parameters() if p.requires_grad]
+
+    def test_trainable_means_start_where_the_closed_form_ends(self):
+        features, label = torch.randn(12, 24), torch.arange(4).repeat(3)
+        fixed, head = (NearestClassMean(towers.backbone(), TASK, trainable=t) for t in (False, True))
+        for given in (fixed, head):
+            given.fit_features(features, label)
+        assert torch.equal(fixed.means, head.means)
+        assert torch.equal(fixed(features), head(features))
+        assert not head.closed_form
+        assert [p for p in head.parameters() if p.requires_grad] == [head.means]
+        head.losses(features, label)["cross_entropy"].backward()
+        torch.optim.SGD([head.means], lr=1.0).step()
+        assert head.losses(features, label)["cross_entropy"] < fixed.losses(features, label)["cross_entropy"]
 
 
 class TestLinearProbe:

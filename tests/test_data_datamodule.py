@@ -427,3 +427,41 @@ def test_parts_can_be_sent_to_spawned_workers(part):
     module.setup("test")
     images = module._part(part)
     assert same(pickle.loads(pickle.dumps(images))[(3, 1)], images[(3, 1)])
+
+
+class TestHalves:
+    """Disjoint halves of the shots, for methods that search before they train."""
+
+    @pytest.mark.parametrize("shots", [2, 3, 8])
+    def test_they_are_disjoint_stratified_and_complete(self, shots):
+        module = fitted(shots=shots, batch_size=4)
+        seen = []
+        for half, batches in zip(module.train_halves(), (5 * shots, 5 * shots), strict=True):
+            drawn = Batch(*(torch.cat(field) for field in zip(*(next(half) for _ in range(2 * batches)), strict=True)))
+            seen.append(dict(zip(drawn.index.tolist(), drawn.label.tolist(), strict=True)))
+        first, second = seen
+        assert not set(first) & set(second)
+        assert set(first) | set(second) == set(range(10 * shots))
+        for half, count in ((first, shots - shots // 2), (second, shots // 2)):
+            assert sorted(half.values()) == sorted(list(range(10)) * count)
+
+    def test_they_depend_on_the_seed_alone(self):
+        def first(seed):
+            return torch.cat([next(half).index for half in fitted(shots=4, split_seed=seed).train_halves()])
+
+        assert torch.equal(first(1), first(1))
+        assert not torch.equal(first(1), first(2))
+
+    def test_each_epoch_has_its_own_order_and_views(self):
+        module = fitted(shots=4, batch_size=20, augment=CropFlip(), views=2)
+        half, _ = module.train_halves()
+        a, b = next(half), next(half)
+        assert set(a.index.tolist()) == set(b.index.tolist())
+        assert not torch.equal(a.index, b.index)
+        order_a, order_b = a.index.argsort(), b.index.argsort()
+        assert not torch.equal(a.input[order_a], b.input[order_b])
+
+    def test_one_shot_cannot_be_split(self):
+        with pytest.raises(UserError, match=r"'zero' has one training image.*--data\.shots 2") as error:
+            fitted(shots=1).train_halves()
+        assert "\n" not in str(error.value)

@@ -1,10 +1,11 @@
-"""Full fine-tuning: trains the backbone's own parameters in place."""
+"""Fine-tuning of the backbone's own parameters in place: all of them, biases alone (BitFit), or norms alone."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +20,32 @@ class FullTuning(Adapter):
     """Trains every parameter whose name matches a target: ``*`` all, ``image.*`` the image tower.
 
     Here targets are patterns on parameter names (``image.transformer.resblocks.0.ln_1.weight``), not on slots.
+
+    Args:
+        only: ``bias`` leaves all but biases frozen (BitFit, Ben Zaken et al. 2021, arXiv:2106.10199); ``norm`` all but
+            scales and shifts of normalisation layers.
     """
 
+    only: Literal["all", "bias", "norm"] = "all"
+
     def inject(self, backbone: Backbone, targets: Sequence[str]) -> None:
-        chosen = select(dict(backbone.named_tower_parameters()), targets, f"parameters of {backbone.name}")
+        named = dict(backbone.named_tower_parameters())
+        if self.only == "bias":
+            named = {name: p for name, p in named.items() if name.endswith("bias")}
+        elif self.only == "norm":
+            of_norms = {id(p) for m in backbone.modules() if is_norm(m) for p in m.parameters(recurse=False)}
+            named = {name: p for name, p in named.items() if id(p) in of_norms}
+        kind = "parameters" if self.only == "all" else f"{self.only} parameters"
+        chosen = select(named, targets, f"{kind} of {backbone.name}")
         for parameter in chosen.values():
             parameter.requires_grad_(True)
         backbone.trainable_towers = True
         backbone.add_module("initial_values", InitialValues(list(chosen.values())))
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module normalises, by its class's name: libraries have norms of their own beside torch's."""
+    return type(module).__name__.lower().endswith(("norm", "norm1d", "norm2d", "normfp32"))
 
 
 class InitialValues(nn.Module):

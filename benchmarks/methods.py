@@ -1,0 +1,87 @@
+"""Every weight-tuning method on three data sets, 16 shots, seeds 1-3: the tables of docs/methods.md.
+
+    python benchmarks/methods.py --data ../shared/data --weights vits14.safetensors
+
+digits with the carried CLIP, where the class names' text is the classifier; satellite scenes (rsscn7) and traffic signs
+(gtsrb) with a trained ViT-S/14 at 56 pixels and a linear head. Every run is an ordinary ``kshot fit`` by few_shot.py;
+rows that are there already are not run again. The tables are written between the markers of docs/methods.md.
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+from few_shot import rows_of
+
+HERE = Path(__file__).parent
+DOC = HERE.parent / "docs" / "methods.md"
+METHODS = [
+    "linear_probe", "lora", "dora", "adalora", "autolora", "pissa", "svft", "lora_xs", "hydralora", "pranc", "nola", "vera",
+    "randlora", "full", "bitfit", "layernorm",
+]  # fmt: skip
+VIT = ["--model.backbone.image_size", "56", "--trainer.precision", "bf16-mixed", "--data.eval_batch_size", "64"]
+CASES = {
+    "digits": ("kshot:glyph_clip, text classifier, 40 epochs", "clip_16shot.yaml", []),
+    "rsscn7": ("ViT-S/14 at 56 pixels, linear head, 30 epochs", "dinov2_vits14_16shot.yaml", VIT),
+    "gtsrb": ("ViT-S/14 at 56 pixels, linear head, 15 epochs", "dinov2_vits14_16shot.yaml", [*VIT]),
+}
+EPOCHS = {"rsscn7": "30", "gtsrb": "15"}
+
+
+def arguments(case: str, method: str, options: argparse.Namespace) -> list[str]:
+    """What a case adds to its config."""
+    _, _, extra = CASES[case]
+    if case == "digits":
+        return extra
+    own = [*extra, "--data.dataset", str(options.data / case), "--model.backbone.weights", str(options.weights)]
+    return own if method == "linear_probe" else [*own, "--trainer.max_epochs", EPOCHS[case]]
+
+
+def table(case: str, rows: list[dict[str, str]]) -> list[str]:
+    """One case's table in Markdown, in the order of METHODS."""
+    title, config, _ = CASES[case]
+    lines = [f"**{case}**, {title} (`{config}`)", ""]
+    lines += ["| method | accuracy | trainable | file bytes | fit s | peak MB |", "|---|---|---|---|---|---|"]
+    for method in METHODS:
+        found = [row for row in rows if (row["config"], row["method"]) == (f"methods_{case}", method)]
+        if not found:
+            continue
+        accuracy = [100 * float(row["acc"]) for row in found]
+        spread = f" ± {statistics.stdev(accuracy):.1f}" if len(accuracy) > 1 else ""
+        seconds = statistics.mean(float(row["fit_seconds"]) for row in found)
+        trainable = round(statistics.mean(int(row["trainable_parameters"]) for row in found))
+        size = round(statistics.mean(int(row["checkpoint_bytes"]) for row in found))
+        memory = min(int(row["peak_memory_mb"]) for row in found)  # of the first run in its process
+        lines.append(
+            f"| {method} | {statistics.mean(accuracy):.1f}{spread} | {trainable:,} | {size:,} | {seconds:.0f} | {memory:,} |"
+        )
+    return [*lines, ""]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with rsscn7 and gtsrb")
+    parser.add_argument("--weights", type=Path, required=True, help="ViT-S/14 weights for timm")
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--methods", nargs="+", default=METHODS)
+    parser.add_argument("--seeds", nargs="+", default=["1", "2", "3"])
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "methods.csv")
+    options = parser.parse_args()
+    for case in options.cases:
+        for method in options.methods:
+            command = [sys.executable, str(HERE / "few_shot.py"), "--config", CASES[case][1], "--methods", method]
+            command += ["--shots", "16", "--seeds", *options.seeds, "--out", str(options.out)]
+            command += ["--label", f"methods_{case}", "--", *arguments(case, method, options)]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    lines = [line for case in CASES for line in table(case, rows_of(options.out))]
+    before, rest = DOC.read_text(encoding="utf-8").split("<!-- table -->\n", 1)
+    _, after = rest.split("<!-- end of table -->\n", 1)
+    text = "\n".join(lines)
+    DOC.write_text(f"{before}<!-- table -->\n{text}\n<!-- end of table -->\n{after}", encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

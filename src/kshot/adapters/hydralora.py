@@ -1,0 +1,83 @@
+"""HydraLoRA (Tian et al. 2024, arXiv:2404.19245): Δy = s Σ_j ω_j(x) B_j A x with ω(x) = softmax(G x) per token."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NoReturn
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kshot.adapters.base import SlotAdapter, kaiming_uniform, require_rank
+from kshot.errors import UserError
+from kshot.layers import AdapterLayer
+from kshot.slots import Slot
+
+
+@dataclass(frozen=True)
+class HydraLoRA(SlotAdapter):
+    """Low-rank adaptation with one A and several heads B, which a router mixes for every token.
+
+    No weight expresses it, so it is never merged: evaluation costs what the adapter costs.
+
+    Args:
+        rank: r of A and of every head.
+        heads: N. With one head it is LoRA.
+        alpha: the scale is s = alpha / rank; None takes alpha = rank, so s = 1.
+
+    Raises:
+        UserError: a rank or a number of heads below 1, a scale that is not a positive number, a dropout outside [0, 1).
+    """
+
+    rank: int = 8
+    heads: int = 3
+    alpha: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require("rank", self.rank >= 1, "be at least 1")
+        self.require("heads", self.heads >= 1, "be at least 1")
+        self.require("alpha", math.isfinite(self.scale) and self.scale > 0, "be a positive number")
+
+    @property
+    def scale(self) -> float:
+        """The factor s."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    def wrap(self, slot: Slot, shared: None) -> HydraLoRALayer:  # noqa: ARG002  shares nothing
+        require_rank(type(self).__name__, self.rank, slot)
+        return HydraLoRALayer(slot, self.rank, self.heads, self.scale)
+
+
+class HydraLoRALayer(AdapterLayer):
+    """``y + s Σ_j ω_j(x) B_j A drop(x)``; A and the router G start Kaiming-uniform, every B_j at zero.
+
+    The sum over heads is one product: u = ω ⊗ h, all N·r numbers of a token, times [B_1 … B_N]ᵀ.
+    """
+
+    mergeable = False
+    paths = ("factorised",)
+    undecayed = frozenset({"G"})  # a router at zero mixes evenly, which is not what "no change" means
+
+    def __init__(self, slot: Slot, rank: int, heads: int, scale: float) -> None:
+        super().__init__(slot)
+        self.scale = scale
+        self.A = nn.Parameter(kaiming_uniform(slot.name, rank, slot.in_features))
+        self.B = nn.Parameter(torch.zeros(heads, slot.out_features, rank))
+        self.G = nn.Parameter(kaiming_uniform(f"{slot.name}.G", heads, slot.in_features))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        x = x.reshape(-1, x.shape[-1])
+        if self.dropout > 0 and self.training:  # the router sees every input, A what dropout leaves
+            h, logits = F.linear(self.dropped(x), self.A), F.linear(x, self.G)
+        else:
+            h, logits = F.linear(x, torch.cat([self.A, self.G])).split([len(self.A), len(self.G)], dim=1)
+        omega = logits.softmax(1, dtype=torch.promote_types(logits.dtype, torch.float32))  # (T, N)
+        u = (omega[:, :, None] * h[:, None, :]).flatten(1)  # (T, N·r)
+        up = self.B.mT.flatten(0, 1)  # (N·r, out)
+        return torch.addmm(y.reshape(-1, y.shape[-1]), u, up, alpha=self.scale).view(y.shape)
+
+    def effective_weight(self) -> NoReturn:
+        raise UserError(f"HydraLoRA on {self.slot.name} depends on its input: no weight expresses it.")

@@ -1,0 +1,219 @@
+"""RandLoRA (Albert et al. 2025, arXiv:2502.00987): ΔW = s Σ_j B_j Λ_j A Γ_j of full rank, with frozen random A, B_j."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from kshot.adapters.base import Shared, SlotAdapter, require_rank
+from kshot.adapters.random_basis import basis, describe, require_memory
+from kshot.layers import WEIGHT_PASS, FullRankLayer
+from kshot.memo import Memo
+from kshot.slots import Slot
+
+Entries = Literal["uniform", "normal", "ternary"]
+Vector = Literal["gamma", "lambda"]
+
+SPARSE = 0.15  # share of non-zeros below which sparse products were measured quicker on a CPU
+
+
+@dataclass(frozen=True)
+class RandLoRA(SlotAdapter):
+    """Random-basis adaptation of full rank. A smaller rank trains *more*: n (r + d) numbers a layer with n = ⌈d / r⌉.
+
+    Args:
+        rank: r, of each term; d is the smaller side of a layer.
+        alpha: the scale is s = alpha / rank; 10 as in the paper's table 8.
+        basis: distribution of the entries of A and B, which have variance 1.
+        sparsity: of ternary bases: an entry is not 0 with probability 2 / sparsity. √D is the paper's "very sparse"; a
+            column of A that is empty then leaves that column of the weight as it was.
+        zero: the vector that starts at zero: gamma, with Λ = 1 / max(n, r), as the paper's code; or lambda, with
+            Γ = 1 / max(n, d), as PEFT.
+        seed: of the frozen bases, apart from the run's.
+
+    Raises:
+        UserError: a rank below 1, or above a layer's smaller side; a scale that is not a positive number; an unknown
+            word; an impossible sparsity or seed; a dropout outside [0, 1).
+    """
+
+    rank: int = 6
+    alpha: float = 10.0
+    basis: Entries = "uniform"
+    sparsity: float = 6.0
+    zero: Vector = "gamma"
+    seed: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require("rank", self.rank >= 1, "be at least 1")
+        self.require("alpha", math.isfinite(self.scale) and self.scale > 0, "be a positive number")
+        self.require("basis", self.basis in get_args(Entries), f"be one of {', '.join(get_args(Entries))}")
+        self.require("sparsity", 2 <= self.sparsity <= 65_536, "lie in [2, 65536]")
+        self.require("zero", self.zero in get_args(Vector), f"be one of {', '.join(get_args(Vector))}")
+        self.require("seed", 0 <= self.seed < 2**63, "lie in [0, 2^63)")
+
+    @property
+    def scale(self) -> float:
+        """The factor s."""
+        return self.alpha / self.rank
+
+    def prepare(self, slots: Mapping[str, Slot]) -> RandomBases:
+        for slot in slots.values():
+            require_rank(type(self).__name__, self.rank, slot)
+        smaller = max(min(s.in_features, s.out_features) for s in slots.values())
+        larger = max(max(s.in_features, s.out_features) for s in slots.values())
+        shapes = {"A": (self.rank, smaller), "B": (larger, -(-smaller // self.rank), self.rank)}
+        bytes_needed = 4 * sum(math.prod(shape) for shape in shapes.values())
+        require_memory(bytes_needed, type(self).__name__, "adapt slots of smaller matrices")
+        return RandomBases(self, shapes, next(iter(slots.values())).weight.device)
+
+    def wrap(self, slot: Slot, shared: RandomBases) -> RandLoRALayer:
+        return RandLoRALayer(slot, shared, self)
+
+
+class RandomBases(Shared):
+    """A, (r, d), and B, (D, n, r), for the largest d, D and n of all layers; each takes what it needs of them."""
+
+    A: Tensor
+    B: Tensor
+
+    def __init__(self, settings: RandLoRA, shapes: Mapping[str, tuple[int, ...]], device: torch.device) -> None:
+        super().__init__()
+        self.seed, self.distribution, self.sparsity = settings.seed, settings.basis, settings.sparsity
+        for name, shape in shapes.items():
+            drawn = basis(
+                self.seed, f"randlora.{name}", self.distribution, shape, sparsity=self.sparsity, device=device
+            )
+            self.register_buffer(name, drawn, persistent=False)
+        self._cast: Memo[Tensor] = Memo()
+        self._sparse: dict[tuple[int, int, bool], Memo[Tensor]] = {}
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {
+            name: describe(self.seed, f"randlora.{name}", self.distribution, t.shape, t, sparsity=self.sparsity)
+            for name, t in self.named_buffers()
+        }
+
+    def flat(self, rows: int, terms: int, dtype: torch.dtype) -> Tensor:
+        """B_flat, (D, n r): B_1 to B_n side by side, cast once."""
+        whole = self.B
+        if torch.compiler.is_compiling():
+            whole = whole.to(dtype)
+        elif dtype != whole.dtype:
+            whole = self._cast.get([self.B], lambda: self.B.to(dtype), key=dtype)
+        return whole[:rows, :terms].flatten(1)
+
+    def times(self, rows: int, terms: int, right: Tensor, transposed: bool = False) -> Tensor:
+        """B_flat or its transpose, times a matrix, in that one's dtype; by non-zeros alone where that is quicker."""
+        left = self.flat(rows, terms, right.dtype)
+        left = left.T if transposed else left
+        rare = self.distribution == "ternary" and 2 / self.sparsity < SPARSE
+        if rare and right.dtype == self.B.dtype and right.device.type == "cpu" and torch.backends.mkl.is_available():
+            memo = self._sparse.setdefault((rows, terms, transposed), Memo())
+            left = memo.get([self.B], lambda: without_zeros(left))
+        return left @ right
+
+
+def without_zeros(matrix: Tensor) -> Tensor:
+    """The matrix in compressed rows."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch calls the layout new
+        return matrix.to_sparse_csr()
+
+
+class RandLoRALayer(FullRankLayer):
+    """With Â_(jk)c = Λ_jk s A_kc Γ_jc, (n r, d), and B_flat, (D, n r): ΔW = B_flat Â, or its transpose where out < in.
+
+    Where the weight is not formed, for few tokens or dropout on the input, tokens go through the two factors in turn.
+    """
+
+    paths = ("materialised", "factorised")
+
+    def __init__(self, slot: Slot, bases: RandomBases, settings: RandLoRA) -> None:
+        super().__init__(slot)
+        self._bases = (bases,)
+        self.scale = settings.scale
+        self.tall = slot.out_features >= slot.in_features
+        self.smaller, self.larger = sorted((slot.in_features, slot.out_features))
+        r, n = settings.rank, -(-self.smaller // settings.rank)
+        lambdas, gammas = (0.0, 1 / max(n, self.smaller)) if settings.zero == "lambda" else (1 / max(n, r), 0.0)
+        self.Lambda = nn.Parameter(torch.full((n, r), lambdas))
+        self.Gamma = nn.Parameter(torch.full((n, self.smaller), gammas))
+
+    def small(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What Â is made of: Λ, (n, r), Γ, (n, d), and s A, (r, d)."""
+        return self.Lambda, self.Gamma, self.scale * self._bases[0].A[:, : self.smaller]
+
+    def flat(self, dtype: torch.dtype) -> Tensor:
+        """B_flat, (D, n r)."""
+        return self._bases[0].flat(self.larger, len(self.Gamma), dtype)
+
+    def delta(self) -> Tensor:
+        delta = self.flat(self.Gamma.dtype) @ scaled(*self.small())
+        return delta if self.tall else delta.T
+
+    def build(self, dtype: torch.dtype) -> Tensor:
+        delta = self._bases[0].times(self.larger, len(self.Gamma), scaled(*self.small()).to(dtype))
+        return delta if self.tall else delta.T
+
+    def pullback(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        right = gradient if self.tall else gradient.T
+        to_small = self._bases[0].times(self.larger, len(self.Gamma), right, transposed=True)
+        return pulled_back(to_small, *self.small())
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        form = scaled if torch.compiler.is_compiling() else ScaledBasis.apply
+        small, large = form(*self.small()).to(y.dtype), self.flat(y.dtype)
+        down, up = (small, large) if self.tall else (large.T, small.T)
+        return y + F.linear(F.linear(self.dropped(x).to(y.dtype), down), up)
+
+    def choose(self, tokens: int) -> str:
+        if self.path != "auto":
+            return self.path
+        factorised, materialised = self.costs(tokens)
+        return "materialised" if materialised < factorised else "factorised"
+
+    def costs(self, tokens: int) -> tuple[int, int]:
+        """Multiply-accumulates per step beyond the frozen product: factorised, materialised.
+
+        Factorised, tokens pass two factors forward and backward, and those of Â are its gradient's too. Materialised,
+        they meet in the weight's gradient alone; forming the weight and pulling its gradient back are two products.
+        """
+        out, into, inner = self.slot.out_features, self.slot.in_features, self.Lambda.numel()
+        factorised = tokens * inner * (2 * (out + into) + self.smaller)
+        return factorised, out * into * (tokens + 2 * inner + WEIGHT_PASS)
+
+
+def scaled(lambdas: Tensor, gammas: Tensor, base: Tensor) -> Tensor:
+    """Â, (n r, d), from Λ, (n, r), Γ, (n, d), and s A, (r, d)."""
+    return (lambdas[:, :, None] * base * gammas[:, None]).flatten(0, 1)
+
+
+def pulled_back(gradient: Tensor, lambdas: Tensor, gammas: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of Λ and Γ from that of Â."""
+    product = gradient.view(*lambdas.shape, -1) * base
+    return (product * gammas[:, None]).sum(2), (product * lambdas[:, :, None]).sum(1)
+
+
+class ScaledBasis(torch.autograd.Function):
+    """:func:`scaled`, for which autograd would keep two tensors of the result's size."""
+
+    @staticmethod
+    def forward(ctx: Any, lambdas: Tensor, gammas: Tensor, base: Tensor) -> Tensor:
+        """Returns Â, (n r, d)."""
+        ctx.save_for_backward(lambdas, gammas, base)
+        return scaled(lambdas, gammas, base)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        """Gradients of Λ and Γ."""
+        return (*pulled_back(gradient, *ctx.saved_tensors), None)
