@@ -27,7 +27,16 @@ ALLOWED = {
     "optim": {"errors"},
 }
 ENTRY = {"cli", "commands", "parser"}  # nothing below imports these
-LIGHT = {"adapters", "classifiers", "backbones", "slots", "layers", "memo", "files", "errors"}  # plain torch: no trainer, no command line
+LIGHT = {
+    "adapters",
+    "classifiers",
+    "backbones",
+    "slots",
+    "layers",
+    "memo",
+    "files",
+    "errors",
+}  # plain torch: no trainer, no command line
 
 
 def part_of(file: Path) -> str:

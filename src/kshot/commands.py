@@ -252,7 +252,7 @@ class FewShotCLI(LightningCLI):
                 ("zero-shot accuracy", "needs a text tower" if zero_shot is None else f"{zero_shot:.1%}"),
                 ("adapted accuracy", f"{result['acc']:.1%}"),
                 ("trainable parameters", f"{trainable:,} of {result['total_parameters']:,}"),
-                *self.step_size(result["adapter"]),
+                *self.method_rows(result["adapter"], result["ranks"]),
                 ("seconds", ", ".join(f"{name} {value:.1f}" for name, value in self.seconds.items())),
                 ("peak memory", results.megabytes(result["peak_memory_bytes"])),
                 ("results", str(self.directory)),
@@ -260,11 +260,14 @@ class FewShotCLI(LightningCLI):
         )
 
     @staticmethod
-    def step_size(adapter: dict[str, Any] | None) -> list[tuple[str, str]]:
-        """A row with what decides the size of an update together: alpha, scale and learning rate."""
+    def method_rows(adapter: dict[str, Any] | None, ranks: dict[str, int] | None) -> list[tuple[str, str]]:
+        """What decides the size of an update, together, and the ranks that a method chose."""
         named = {name: (adapter or {}).get(name) for name in ("alpha", "scale", "lr")}
-        given = [f"{name} {value:.4g}" for name, value in named.items() if value is not None]
-        return [("update", ", ".join(given))] if adapter and given else []
+        rows = [("update", ", ".join(f"{name} {value:.4g}" for name, value in named.items() if value is not None))]
+        if ranks:
+            chosen = list(ranks.values())
+            rows.append(("ranks", f"{min(chosen)} to {max(chosen)}, mean {sum(chosen) / len(chosen):.1f}"))
+        return [row for row in rows if adapter and row[1]]
 
     def before_validate(self) -> None:
         """Reads the validation images before anything is written."""
@@ -327,7 +330,10 @@ class FewShotCLI(LightningCLI):
         adapter = model.header()["adapter"]
         return {
             "method": model.method,
-            "adapter": None if adapter is None else adapter | {"lr": max(rates, default=None)},
+            "adapter": None
+            if adapter is None
+            else adapter | {"lr": next(iter(rates), None)},  # a head's rate comes later
+            "ranks": {name: rank for shared in model.shared for name, rank in shared.ranks.items()} or None,
             "backbone": model.backbone.name,
             "backbone_sha256": model.backbone.weight_sha256,
             "dataset": data.dataset_name,

@@ -124,7 +124,7 @@ class Projection(nn.Module):
         merge = not torch.is_grad_enabled() and all(v.mergeable and not v.training for v in layers.values())
         if layers and not merge:
             return self._adapted(x, layers)
-        dtype = self._product_dtype(x)
+        dtype = self.product_dtype(x)
         weight, bias = self._frozen(dtype)
         if layers and torch.compiler.is_compiling():
             weight = self.effective_weight()
@@ -141,7 +141,7 @@ class Projection(nn.Module):
     def _parts(self, y: Tensor) -> tuple[Tensor, ...]:
         return (y,) if len(self.sizes) == 1 else torch.split(y, list(self.sizes.values()), dim=-1)
 
-    def _product_dtype(self, x: Tensor) -> torch.dtype:
+    def product_dtype(self, x: Tensor) -> torch.dtype:
         """The dtype that the product runs in: autocast's, unless the weight is of double precision."""
         device = x.device.type
         if torch.is_autocast_enabled(device) and self.weight.dtype != torch.float64:
@@ -175,7 +175,7 @@ class Projection(nn.Module):
         }
         added = bool(replaced) or any(chosen[p] != "materialised" for p in thin)
         beside |= {p: v for p, v in layers.items() if p not in products and p not in thin and p not in replaced}
-        dtype = self._product_dtype(x)
+        dtype = self.product_dtype(x)
         weight, bias = self._frozen(dtype)
         if replaced:
             weight = self.with_rows({p: v.running_weight(dtype) for p, v in replaced.items()})

@@ -69,6 +69,11 @@ class Shared(nn.Module):
     searches = False
     lossy = False
 
+    @property
+    def ranks(self) -> dict[str, int]:
+        """The rank of each slot, where the method chooses ranks itself."""
+        return {}
+
     def fingerprint(self) -> dict[str, Any]:
         """What coefficients mean nothing without, such as seed, generator and checksum of a basis, in plain data.
 

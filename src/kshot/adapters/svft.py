@@ -225,7 +225,7 @@ class SVFTLayer(FullRankLayer):
 
     def product_dtype(self) -> torch.dtype:
         """The dtype in which the slot's product runs."""
-        return self.slot.projection._product_dtype(self.u)
+        return self.slot.projection.product_dtype(self.u)
 
     def product(self, x: Tensor) -> Tensor:
         """``x V (Σ + M)ᵀ Uᵀ + b``, (..., out)."""
