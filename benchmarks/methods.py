@@ -3,8 +3,9 @@
     python benchmarks/methods.py --data ../shared/data --weights vits14.safetensors
 
 digits with the carried CLIP, where the class names' text is the classifier; satellite scenes (rsscn7) and traffic signs
-(gtsrb) with a trained ViT-S/14 at 56 pixels and a linear head; the linear probe takes its own 100 epochs. Every run is an ordinary ``kshot fit`` by few_shot.py;
-rows that are there already are not run again. The tables are written between the markers of docs/methods.md.
+(gtsrb) with a trained ViT-S/14 at 56 pixels and a linear head; the linear probe takes its own 100 epochs. Every run is
+an ordinary ``kshot fit`` by few_shot.py; rows that are there already are not run again. The tables are written between
+the markers of docs/methods.md.
 """
 
 import argparse
@@ -55,9 +56,14 @@ def table(case: str, rows: list[dict[str, str]]) -> list[str]:
         trainable = round(statistics.mean(int(row["trainable_parameters"]) for row in found))
         size = round(statistics.mean(int(row["checkpoint_bytes"]) for row in found))
         memory = min(int(row["peak_memory_mb"]) for row in found)  # of the first run in its process
-        lines.append(
-            f"| {method} | {statistics.mean(accuracy):.1f}{spread} | {trainable:,} | {size:,} | {seconds:.0f} | {memory:,} |"
+        cells = (
+            f"{statistics.mean(accuracy):.1f}{spread}",
+            f"{trainable:,}",
+            f"{size:,}",
+            f"{seconds:.0f}",
+            f"{memory:,}",
         )
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return [*lines, ""]
 
 

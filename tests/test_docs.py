@@ -66,6 +66,13 @@ def test_links_in_the_pages_lead_somewhere():
 
 
 def test_the_readme_names_every_method_config():
-    readme = (ROOT / "README.md").read_text()
-    for config in (ROOT / "configs" / "methods").glob("*.yaml"):
-        assert f"methods/{config.name}" in readme
+    table = (ROOT / "README.md").read_text().split("| `methods/NAME.yaml` |")[1].split("\n\n")[0]
+    named = set(re.findall(r"`(\w+)`", table))
+    assert named == {config.stem for config in (ROOT / "configs" / "methods").glob("*.yaml")}
+
+
+def test_the_page_on_methods_has_every_weight_tuning_config():
+    page = (ROOT / "docs" / "methods.md").read_text().split("## Choosing")[0]
+    named = set(re.findall(r"`(\w+)`", page))
+    texts = {config.stem: config.read_text() for config in (ROOT / "configs" / "methods").glob("*.yaml")}
+    assert {name for name, text in texts.items() if "adapter: {class_path" in text or "adapter:\n" in text} <= named

@@ -224,6 +224,7 @@ class Side(nn.Module, ABC):
         super().__init__()
         self.bases, self.rank, self.seed = settings.bases, settings.rank, settings.seed
         self.streams, self.widths = streams, widths
+        self.shape = (self.bases, widths[0], self.rank)  # of what comes from the first stream
         self.scales = [scale * entry_scale(settings, width) for width in widths]
 
     @abstractmethod
@@ -232,12 +233,8 @@ class Side(nn.Module, ABC):
 
     def fingerprint(self) -> dict[str, Any]:
         """Describes the first stream, and with it the generator."""
-        first, shape = values(self.seed, self.streams[0], "uniform", 0, 16), (self.bases, self.widest(), self.rank)
-        return describe(self.seed, self.streams[0], "uniform", shape, first)
-
-    def widest(self) -> int:
-        """Rows of a matrix of the first stream."""
-        return self.widths[0]
+        first = values(self.seed, self.streams[0], "uniform", 0, 16)
+        return describe(self.seed, self.streams[0], "uniform", self.shape, first)
 
     def combine_one(self, index: int, coefficients: Tensor) -> Tensor:
         """The combination of one layer, (width, r), by plain operations."""
@@ -276,11 +273,9 @@ class SharedSide(Side):
 
     def __init__(self, settings: NOLA, stream: str, widths: Sequence[int], scale: float, device: torch.device) -> None:
         super().__init__(settings, [stream], widths, scale)
-        drawn = basis(self.seed, stream, "uniform", (self.bases, max(widths) * self.rank), device=device)
+        self.shape = (self.bases, max(widths), self.rank)
+        drawn = basis(self.seed, stream, "uniform", self.shape, device=device).flatten(1)
         self.register_buffer("matrices", drawn, persistent=False)
-
-    def widest(self) -> int:
-        return max(self.widths)
 
     def chunks(self, index: int, like: Tensor) -> Iterator[tuple[slice, Tensor]]:  # noqa: ARG002  it is at hand
         yield slice(None), self.matrices[:, : self.widths[index] * self.rank]
