@@ -27,9 +27,9 @@ SIGNS = [*VIT, "--data.augment.flip", "0", "--data.augment.scale", "[0.7,1.0]"]
 CASES = {
     "digits": ("kshot:glyph_clip, text classifier, 40 epochs", "clip_16shot.yaml", []),
     "rsscn7": ("ViT-S/14 at 56 pixels, linear head, 20 epochs", "dinov2_vits14_16shot.yaml", VIT),
-    "gtsrb": ("ViT-S/14 at 56 pixels, linear head, 6 epochs", "dinov2_vits14_16shot.yaml", SIGNS),
+    "gtsrb": ("ViT-S/14 at 56 pixels, linear head, 4 epochs", "dinov2_vits14_16shot.yaml", SIGNS),
 }
-EPOCHS = {"rsscn7": "20", "gtsrb": "6"}
+EPOCHS = {"rsscn7": "20", "gtsrb": "4"}
 
 
 def arguments(case: str, method: str, options: argparse.Namespace) -> list[str]:

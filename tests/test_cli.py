@@ -98,6 +98,27 @@ def test_every_method_layers_over_the_default(method, tmp_path):
     assert (result["trainable_parameters"] > 0) == trains
 
 
+WEIGHT_TUNING = [m for m in METHODS if "adapter: null" not in (FOLDER / m).read_text()]
+
+
+@pytest.mark.parametrize("head", ["LinearProbe", "NearestClassMean"])
+@pytest.mark.parametrize("method", WEIGHT_TUNING)
+def test_every_weight_tuning_method_layers_over_an_image_backbone(method, head, tmp_path):
+    trainable = ["--model.classifier.trainable", "true"] if head == "NearestClassMean" else []
+    main(
+        [
+            *["fit", "--config", "dinov2_vits14_16shot.yaml", "--config", method, *QUICK, *TINY_VIT],
+            *["--model.backbone.image_size", "null", "--model.classifier", head, *trainable],
+            *["--run.root", str(tmp_path), "--trainer.max_epochs", "1"],
+        ]
+    )
+    (directory,) = tmp_path.glob("*/*")
+    result = json.loads((directory / "result.json").read_text())
+    assert result["method"].startswith(f"{head} + ")
+    assert result["adapter"]["lr"] > 0
+    assert result["trainable_parameters"] > 0
+
+
 @pytest.mark.parametrize("name", ["clip_16shot", "clip_16shot.yaml", str(FOLDER / "clip_16shot.yaml"), "methods/lora"])
 def test_config_names_resolve_from_any_directory(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -278,6 +299,73 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path, monkeypatch):
     assert losses[0][2:] == losses[1]
 
 
+@pytest.mark.parametrize(("method", "cut_at"), [("adalora", 1), ("adalora", 5), ("autolora", 2)])
+def test_methods_with_phases_resume_to_the_same_bits(method, cut_at, tmp_path, monkeypatch):
+    """AdaLoRA before and after its ranks are fixed; AutoLoRA after its search, which is not repeated."""
+    options = ["--config", f"methods/{method}.yaml", "--trainer.max_epochs", "6", "--run.save_every", "0"]
+    options += ["--data.shots", "8", "--data.views", "2"]
+    whole = fit(tmp_path / "whole", *options)
+    start = FewShotModule.on_train_epoch_start
+
+    def power_cut(self):
+        if self.current_epoch == cut_at:
+            raise RuntimeError("power cut")
+        start(self)
+
+    monkeypatch.setattr(FewShotModule, "on_train_epoch_start", power_cut)
+    with pytest.raises(RuntimeError, match="power cut"):
+        fit(tmp_path / "cut", *options)
+    monkeypatch.undo()
+    (cut,) = (tmp_path / "cut").glob("*/*")
+    if method == "autolora":
+        monkeypatch.setattr("kshot.adapters.autolora.hypergradient", lambda *_: pytest.fail("searched again"))
+    resumed = fit(tmp_path / "resumed", *options, "--ckpt_path", str(cut / "checkpoints" / "last.ckpt"))
+    a, b = (load_file(d / "tuned.safetensors") for d in (whole, resumed))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    results = [json.loads((d / "result.json").read_text()) for d in (whole, resumed)]
+    assert results[0]["ranks"] == results[1]["ranks"]
+    ranks = results[0]["ranks"].values()
+    assert len(ranks) == 30
+    assert (sum(ranks) == 8 * 30) if method == "adalora" else (1 <= min(ranks) <= max(ranks) <= 8)
+    tested = run_test(whole, tmp_path / "tested")
+    assert tested["acc"] == results[0]["acc"]
+
+
+def run_test(directory: Path, root: Path) -> dict:
+    """Measures a finished run's small file in a run of its own."""
+    config, weights = str(directory / "config.yaml"), str(directory / "tuned.safetensors")
+    main(["test", "--config", config, "--ckpt_path", weights, "--run.root", str(root)])
+    (tested,) = root.glob("*/*")
+    return json.loads((tested / "result.json").read_text())
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_nola_stores_few_bits_and_tests_what_it_stored(bits, tmp_path):
+    options = ["--config", "methods/nola.yaml", "--model.adapter.save_bits", str(bits), "--trainer.max_epochs", "3"]
+    directory = fit(tmp_path, *options)
+    result = json.loads((directory / "result.json").read_text())
+    assert result["acc_unrounded"] is not None
+    coefficients = 30 * 2 * 1024
+    stored = load_file(directory / "tuned.safetensors")
+    assert abs(sum(t.nbytes for t in stored.values()) - coefficients * bits / 8) <= 30 * 2 * 4
+    assert run_test(directory, tmp_path / "tested")["acc"] == result["acc"]
+
+
+@pytest.mark.parametrize("method", ["vera", "randlora", "nola", "pranc"])
+def test_coefficients_of_another_basis_are_refused(method, tmp_path, capsys):
+    directory = fit(tmp_path, "--config", f"methods/{method}.yaml", "--trainer.max_epochs", "1")
+    size = (directory / "tuned.safetensors").stat().st_size
+    result = json.loads((directory / "result.json").read_text())
+    assert size < 4 * result["trainable_parameters"] + 40_000, "no basis in the file"
+    line = refused(capsys, [
+        *["test", "--config", str(directory / "config.yaml"), "--run.root", str(tmp_path / "none")],
+        *["--ckpt_path", str(directory / "tuned.safetensors"), "--model.adapter.seed", "2"],
+    ])  # fmt: skip
+    assert "seed 1, and the config's has 2" in line
+    assert not (tmp_path / "none").exists()
+
+
 def test_a_run_counted_in_steps_leaves_its_last_step(tmp_path):
     directory = fit(tmp_path, "--trainer.max_epochs", "null", "--trainer.max_steps", "5", "--run.save_every", "1000")
     assert torch.load(directory / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 5
@@ -363,6 +451,19 @@ REFUSALS = {
     "--model.adapter.rank many": "Got value: many",
     "--model.adapter.rank 0": "must be at least 1",
     "--model.adapter.rank 1000": "larger than the smaller side, 192, of the slot image.0.q",
+    "--model.adapter.alpha -2": "alpha is -2.0, and must be a positive number",
+    "--model.adapter.alpha .nan": "alpha is nan, and must be a positive number",
+    "--model.adapter.path svd": "path is svd, and must be one of auto, factorised, materialised",
+    "--model.targets [image.0.qkv,image.0.q]": "are the same rows",
+    "--config methods/adalora.yaml --model.adapter.target_rank 20": "target_rank is 20",
+    "--config methods/adalora.yaml --model.adapter.initial_steps 900": "the run has 200 steps",
+    "--config methods/autolora.yaml --data.shots 1": "has one training image",
+    "--config methods/nola.yaml --model.adapter.bases 900000000": "lower bases or rank",
+    "--config methods/nola.yaml --model.adapter.save_bits 5": "save_bits",
+    "--config methods/lora_xs.yaml --model.adapter.rank 193": "the smaller side, 192, of the slot image.0.q",
+    "--config methods/svft.yaml --model.adapter.pattern top_k": "needs square weights, and image.0.fc1",
+    "--config methods/vera.yaml --model.adapter.seed -1": "seed is -1",
+    "--config methods/pranc.yaml --model.adapter.coefficients 0": "coefficients is 0",
     "--model.classifier CoOpp": "Did you mean 'CoOp'?",
     "--model.targets [image.*.qq]": "image.0.q, image.0.k",
     "--data.dataset digts": "Did you mean 'digits'?",

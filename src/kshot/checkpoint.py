@@ -19,7 +19,7 @@ from kshot.files import write_atomically
 
 HEADER = "kshot"  # key of the checkpoint's description, in both kinds of file
 TRAINING = "kshot_training"  # key of what only a resumed run needs
-INDIFFERENT = {"dropout", "path"}  # settings that change how a method trains or runs, not what it learnt
+INDIFFERENT = {"dropout", "path", "save_bits"}  # settings that change how a method trains or runs, not what it learnt
 
 
 class AtomicCheckpoints(TorchCheckpointIO):

@@ -119,9 +119,10 @@ class LowRankLayer(AdapterLayer):
     def factors(self) -> Sequence[Factors]:
         """The terms of ΔW, with their gradients."""
 
-    def delta(self) -> Tensor:
-        """ΔW, (out, in)."""
-        return sum_of_products(self.factors())
+    def delta(self, dtype: torch.dtype | None = None) -> Tensor:
+        """ΔW, (out, in), by products in ``dtype``; None takes that of the factors."""
+        terms = self.factors()
+        return sum_of_products(terms if dtype is None else [Factors(u.to(dtype), d.to(dtype)) for u, d in terms])
 
     def effective_weight(self) -> Tensor:
         return self.slot.weight + self.delta()
@@ -148,12 +149,20 @@ class LowRankLayer(AdapterLayer):
         """
         out, into = self.slot.out_features, self.slot.in_features
         factorised, materialised = 0.0, 0.0
-        for up, down in self.factors():
-            k = down.shape[0]
-            gradients = (out + into) * down.requires_grad + (out + into * (not down.requires_grad)) * up.requires_grad
-            factorised += tokens * k * (2 * (out + into) + into * down.requires_grad + out * up.requires_grad)
+        for k, up, down in self.terms():
+            gradients = (out + into) * down + (out + into * (not down)) * up
+            factorised += tokens * k * (2 * (out + into) + into * down + out * up)
             materialised += tokens * k * gradients + out * into * (k + WEIGHT_PASS)
         return factorised, materialised
+
+    def terms(self) -> list[tuple[int, bool, bool]]:
+        """Of each term: its inner size, and whether its up and its down train; found once for each shape."""
+        shapes = tuple(p.shape for p in self.parameters())
+        if getattr(self, "_shapes", None) != shapes:
+            with torch.enable_grad():
+                self._terms = [(len(down), up.requires_grad, down.requires_grad) for up, down in self.factors()]
+            self._shapes = shapes
+        return self._terms
 
 
 def sum_of_products(terms: Sequence[Factors]) -> Tensor:

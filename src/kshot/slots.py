@@ -195,8 +195,8 @@ class Projection(nn.Module):
     def _with_thin(self, thin: dict[str, LowRankLayer], dtype: torch.dtype) -> Tensor:
         """The weight with low-rank changes folded in, once per optimizer step; their gradients go another way."""
 
-        def form() -> Tensor:
-            return self.with_rows({p: layer.slot.weight + layer.delta() for p, layer in thin.items()}).to(dtype)
+        def form() -> Tensor:  # a change rounded to the dtype of the product loses less than the sum will
+            return self.with_rows({p: layer.slot.weight + layer.delta(dtype) for p, layer in thin.items()}).to(dtype)
 
         sources = [q for layer in thin.values() for q in layer.sources()]
         return self._materialised.get([self.weight, *sources], form, key=(dtype, *thin))

@@ -1,6 +1,8 @@
 """RandLoRA equals PEFT's up to the order of the random columns, and its quick forms equal the textbook formula."""
 
+import copy
 import json
+import pickle
 
 import oracle
 import pytest
@@ -259,6 +261,15 @@ class TestBasis:
         for _ in range(2):
             oracle.step(mine.run)
         assert len(made) == (6 if compressed else 0)  # of 72, 24 and 96 rows, and their transposes
+
+    @pytest.mark.parametrize("settings", SETTINGS)
+    def test_can_be_copied_and_pickled_in_use(self, settings):
+        mine = oracle.ours(RandLoRA(**settings, path="materialised"))
+        oracle.randomise(p for p in mine.parameters() if p.requires_grad)
+        wanted, _ = oracle.step(mine.run)
+        for again in (copy.deepcopy(mine), pickle.loads(pickle.dumps(mine))):
+            assert again.shared[0].B is not mine.shared[0].B
+            assert torch.equal(oracle.step(again.run)[0], wanted)
 
     def test_takes_the_largest_sides_of_layers_not_of_sides(self):
         shared = oracle.ours(RandLoRA(rank=5)).shared[0]

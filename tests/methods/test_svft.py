@@ -379,9 +379,13 @@ class TestCheckpoint:
         weight = with_values(*singular)
         for pattern in ("banded", "random"):
             with pytest.raises(UserError, match=r"image\.0\.p .* save_factors") as error:
-                single(SVFT(pattern=pattern, band=1), weight=weight)
+                single(SVFT(pattern=pattern, band=1, save_factors=False), weight=weight)
             assert "\n" not in str(error.value)
-            single(SVFT(pattern=pattern, band=1, save_factors=True), weight=weight)
+            for choice in (None, True):
+                _, layer = single(SVFT(pattern=pattern, band=1, save_factors=choice), weight=weight)
+                assert {"u", "s", "vt"} <= layer.state_dict().keys()
+        assert "u" not in single(SVFT(), weight=weight)[1].state_dict()
+        assert "u" not in single(SVFT(pattern="banded", band=1), weight=with_values(4, 3, 2, 1))[1].state_dict()
         _, layer = single(SVFT(), weight=weight)
         slots = {"image.0.p": layer.slot}
         known = SVFT().prepare(slots).fingerprint()["svd"]["image.0.p"]

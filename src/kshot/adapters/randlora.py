@@ -121,6 +121,9 @@ class RandomBases(Shared):
             left = memo.get([self.B], lambda: without_zeros(left))
         return left @ right
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_sparse": {}}  # torch cannot copy compressed rows
+
 
 def without_zeros(matrix: Tensor) -> Tensor:
     """The matrix in compressed rows."""
@@ -184,8 +187,8 @@ class RandLoRALayer(FullRankLayer):
     def costs(self, tokens: int) -> tuple[int, int]:
         """Multiply-accumulates per step beyond the frozen product: factorised, materialised.
 
-        Factorised, tokens pass two factors forward and backward, and those of Â are its gradient's too. Materialised,
-        they meet in the weight's gradient alone; forming the weight and pulling its gradient back are two products.
+        Factorised, tokens pass two factors forward and backward, and meet again in the gradient of Â. Materialised,
+        they meet in that of the weight alone; forming the weight and pulling its gradient back take a product each.
         """
         out, into, inner = self.slot.out_features, self.slot.in_features, self.Lambda.numel()
         factorised = tokens * inner * (2 * (out + into) + self.smaller)
@@ -199,7 +202,7 @@ def scaled(lambdas: Tensor, gammas: Tensor, base: Tensor) -> Tensor:
 
 def pulled_back(gradient: Tensor, lambdas: Tensor, gammas: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of Λ and Γ from that of Â."""
-    product = gradient.view(*lambdas.shape, -1) * base
+    product = gradient.unflatten(0, lambdas.shape) * base
     return (product * gammas[:, None]).sum(2), (product * lambdas[:, :, None]).sum(1)
 
 

@@ -36,8 +36,8 @@ class SVFT(SlotAdapter):
         start: M = 0; or as the authors do, from N(0, 2 / size of Ω) with a gate, which is another model from step 0
             on: ‖ΔW‖_F is about √2 / 2 in each layer.
         gate: M is times sigmoid(g), with g = 0 at first and trained, one a layer; ``start: reference`` always has it.
-        save_factors: checkpoints hold U, Σ and Vᵀ: for weights with (almost) equal singular values, whose vectors may
-            come out otherwise on another machine.
+        save_factors: checkpoints hold U, Σ and Vᵀ; None keeps those of weights with (almost) equal singular values,
+            whose vectors may come out otherwise on another machine, unless the pattern is plain.
         seed: of the random pattern.
 
     Raises:
@@ -49,7 +49,7 @@ class SVFT(SlotAdapter):
     entries: int | None = None
     start: Literal["zero", "reference"] = "zero"
     gate: bool = False
-    save_factors: bool = False
+    save_factors: bool | None = None
     seed: int = 1
 
     def __post_init__(self) -> None:
@@ -64,19 +64,26 @@ class SVFT(SlotAdapter):
 
     def prepare(self, slots: Mapping[str, Slot]) -> SingularPairs | None:
         """Tells bases apart, pairs of small singular values included: M may weigh them as much as any other."""
-        if self.save_factors:
-            return None
-        found = {name: svd_of(slot.weight) for name, slot in slots.items()}
-        return SingularPairs({name: fingerprint(svd._replace(s=torch.ones_like(svd.s))) for name, svd in found.items()})
+        found = {name: svd for name, slot in slots.items() if not self.stores(svd := svd_of(slot.weight))}
+        prints = {name: fingerprint(svd._replace(s=torch.ones_like(svd.s))) for name, svd in found.items()}
+        return SingularPairs(prints) if prints else None
 
     def wrap(self, slot: Slot, shared: SingularPairs | None) -> SVFTLayer:  # noqa: ARG002  the basis is the slot's own
         svd = svd_of(slot.weight)
-        if self.pattern != "plain" and not self.save_factors and relative_gap(svd) < SMALLEST_GAP:
+        if self.save_factors is False and self.is_ambiguous(svd):
             raise UserError(
                 f"SVFT: singular values of {slot.name} (almost) coincide, so that {self.pattern} M means little on "
-                "another machine: set save_factors, or the pattern plain."
+                "another machine: leave save_factors null, or take the pattern plain."
             )
         return SVFTLayer(slot, svd, self.omega(slot, svd), self)
+
+    def is_ambiguous(self, svd: SVD) -> bool:
+        """Whether entries of M off the diagonal may mean something else where the factors are computed again."""
+        return self.pattern != "plain" and relative_gap(svd) < SMALLEST_GAP
+
+    def stores(self, svd: SVD) -> bool:
+        """Whether a checkpoint holds these factors."""
+        return self.is_ambiguous(svd) if self.save_factors is None else self.save_factors
 
     def omega(self, slot: Slot, svd: SVD) -> Band | Positions:
         """The pattern on one slot.
@@ -174,7 +181,7 @@ class SVFTLayer(FullRankLayer):
 
     def __init__(self, slot: Slot, svd: SVD, omega: Band | Positions, settings: SVFT) -> None:
         super().__init__(slot)
-        stored, reference = settings.save_factors, settings.start == "reference"
+        stored, reference = settings.stores(svd), settings.start == "reference"
         for name, factor in svd._asdict().items():
             self.register_buffer(name, factor.clone() if stored else factor, persistent=stored)
         self.omega = omega

@@ -18,7 +18,7 @@ from kshot.slots import Slot
 
 @dataclass(frozen=True)
 class VeRA(SlotAdapter):
-    """Vector-based random matrix adaptation. Its rank costs r + out numbers a layer, so it is high, above a side too.
+    """Vector-based random matrix adaptation. A layer trains r + out numbers; r is high, and may exceed its sides.
 
     Args:
         rank: r.
@@ -26,7 +26,8 @@ class VeRA(SlotAdapter):
         seed: of the frozen pair, apart from the run's.
 
     Raises:
-        UserError: a rank below 1, an initial value of 0 or none, an impossible seed, a dropout outside [0, 1).
+        UserError: a rank below 1, an initial value that is 0 or not finite, an impossible seed, a dropout outside
+            [0, 1).
     """
 
     rank: int = 256
