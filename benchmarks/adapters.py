@@ -150,8 +150,13 @@ def of_timm(name: str, size: int = 224) -> Tower:
 def of_open_clip(name: str) -> Tower:
     import open_clip
 
+    def library() -> nn.Module:
+        clip = open_clip.create_model(name)
+        clip.visual.holder = [clip]  # so that its text tower takes the memory that it takes in ours
+        return clip.visual
+
     return Tower(
-        lambda: open_clip.create_model(name).visual,
+        library,
         lambda: OpenClip(name, "random"),
         "conv1",
         r"vit\.transformer\.resblocks\.\d+\.(attn|mlp\.(c_fc|c_proj))",
@@ -193,7 +198,8 @@ class WithLoss(nn.Module):
 
     def forward(self, images: Tensor) -> argparse.Namespace:
         features = self.vit(images)
-        return argparse.Namespace(features=features.detach(), loss=features.float().square().mean())
+        classes = torch.arange(len(features), device=features.device) % features.shape[1]
+        return argparse.Namespace(features=features.detach(), loss=F.cross_entropy(features.float(), classes))
 
 
 def frozen(model: WithLoss, stem: str) -> WithLoss:
@@ -644,7 +650,10 @@ def compiled(tower: Tower, adapter: Adapter, state: str, backend: str, options: 
     def run(encode: Callable[[Tensor], Tensor], images: Tensor = images) -> list[Tensor]:
         with torch.set_grad_enabled(train):
             features = encode(images)
-            return [features, *torch.autograd.grad(features.square().mean(), trained)] if train else [features]
+            classes = torch.arange(len(features), device=features.device)
+            return (
+                [features, *torch.autograd.grad(F.cross_entropy(features, classes), trained)] if train else [features]
+            )
 
     expected = run(model)
 

@@ -1,6 +1,7 @@
 """Settings of all tests: offline, one thread, and tiny models that are written once a session."""
 
 import os
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is imported: no test waits for a network
@@ -29,5 +30,7 @@ def _own_cache(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _seeded():
-    """Every test starts from the same global random state."""
+    """Every test starts from the same global random state, and with nothing compiled."""
     torch.manual_seed(0)
+    if "torch._dynamo" in sys.modules:  # it gives up on code that many tests compiled before
+        torch.compiler.reset()
