@@ -148,6 +148,15 @@ class TestNorm:
             optimizer.step()
         assert torch.equal(layer.norm(), original(layer))
 
+    @pytest.mark.parametrize("name", ["A", "B"])
+    def test_follows_a_change_of_either_factor(self, name):
+        projection, layer = fc1()
+        before = layer.norm().clone()
+        oracle.randomise([getattr(layer, name)])
+        direct = (projection.weight + layer.scale * layer.B @ layer.A).norm(dim=1).detach()
+        torch.testing.assert_close(layer.norm(), direct, rtol=1e-6, atol=0)
+        assert oracle.relative(before, direct) > 0.01
+
     def test_is_of_full_precision_under_autocast(self):
         _, layer = fc1()
         with torch.autocast("cpu", torch.bfloat16):
@@ -207,10 +216,11 @@ class TestScaledRows:
         assert c.grad.tolist() == [5000.5, 5000.5]
         assert torch.equal(y.grad, torch.full_like(y, 1.001))
 
-    def test_the_magnification_is_not_rounded(self):
+    @pytest.mark.parametrize("bias", [None, torch.zeros(1)])
+    def test_the_magnification_is_not_rounded(self, bias):
         """1.01 in bfloat16 is 1.0078, which would be wrong for a whole row at once."""
         y = (torch.rand(4000, 1) + 1).bfloat16()
-        given = ScaledRows.apply(y, torch.tensor([1.01]), None)
+        given = ScaledRows.apply(y, torch.tensor([1.01]), bias)
         assert float(given.double().mean() / y.double().mean()) == pytest.approx(1.01, abs=1e-3)
 
     def test_keeps_the_output_alone(self):
