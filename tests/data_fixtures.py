@@ -28,6 +28,12 @@ def split_file(path: Path, **parts: list) -> Path:
     return path
 
 
+def parted_folder(root: Path, classes: dict[str, int], parts: tuple[str, ...] = ("train", "val", "test")) -> Path:
+    for part in parts:
+        image_folder(root, classes, part)
+    return root
+
+
 def rows_of(counts: dict[int, int], part: str = "train") -> list[Row]:
     return [Row(f"{part}/{label}/{i}.png", label, f"class {label}") for label, n in counts.items() for i in range(n)]
 

@@ -9,13 +9,15 @@ import torch.nn.functional as F
 import towers
 from sklearn.neighbors import NearestCentroid
 
+import kshot.classifiers
 from kshot.adapters import FullTuning, LoRA, unadapted
-from kshot.classifiers import Classifier, CoOp, LinearProbe, NearestClassMean, Task, TextPrompt
+from kshot.classifiers import Classifier, CoOp, LinearProbe, NearestClassMean, Shots, Task, TextPrompt
 from kshot.errors import UserError
 
 NAMES = ("cat", "dog", "yellow bird", "x", "very small old car", "tree", "sea horse", "house", "pen", "cup")
 TASK = Task(NAMES[:4])
 SETTINGS: dict[str, list[dict[str, Any]]] = {
+    "CLIPAdapter": [{}, {"ratio": [0.2, 0.6], "reduction": 2, "text_ratio": 0.3}],
     "CoOp": [
         {"context_length": 3},
         {"context_length": 3, "position": "middle"},
@@ -24,33 +26,83 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
         {"context_length": 3, "class_specific": True, "position": "middle"},
         {"init_words": "a photo of a"},
     ],
+    "LPPlusPlus": [{"iterations": 20}, {"iterations": 20, "alpha_grad": "fresh", "select": False}],
     "LinearProbe": [{}, {"normalize": False}],
+    "LogisticProbe": [{}, {"C": 0.3, "normalize": True}],
+    "NearestClassMean": [{}, {"trainable": True}],
+    "TipAdapter": [{}, {"alpha": 1.0, "beta": 5.5}],
+    "TipAdapterF": [{}, {"alpha": 1.0, "beta": 5.5}],
 }
 POSITIONS = ("end", "middle", "front")
 
 
-def concrete(kind: type) -> list[type]:
-    below = [c for sub in kind.__subclasses__() for c in [sub, *concrete(sub)]]
-    return [c for c in dict.fromkeys(below) if c.__module__.startswith("kshot.") and not inspect.isabstract(c)]
+def exported() -> list[type[Classifier]]:
+    """Every classifier that a config can name."""
+    things = [getattr(kshot.classifiers, name) for name in kshot.classifiers.__all__]
+    return [t for t in things if inspect.isclass(t) and issubclass(t, Classifier) and not inspect.isabstract(t)]
 
 
-EVERY = [(kind, settings) for kind in concrete(Classifier) for settings in SETTINGS.get(kind.__name__, [{}])]
+EVERY = [(kind, settings) for kind in exported() for settings in SETTINGS.get(kind.__name__, [{}])]
 every = pytest.mark.parametrize(
     ("kind", "settings"), EVERY, ids=[f"{k.__name__}-{'-'.join(map(str, s.values()))}" for k, s in EVERY]
 )
 
 
+def shots_of(backbone, classes: int, each: int = 3, views: int = 2, seed: int = 3) -> Shots:
+    """Random features of a few images a class, in groups by class."""
+    generator = torch.Generator().manual_seed(seed)
+    label = torch.arange(classes).repeat(each)
+    centre = torch.randn(classes, backbone.feature_dim, generator=generator)[label]
+    return Shots(centre + torch.randn(views, len(label), backbone.feature_dim, generator=generator), label)
+
+
+def prepared(classifier, val: Any = None):
+    """Takes a classifier as far as the module does before the first batch."""
+    train = shots_of(classifier.backbone, len(classifier.task.class_names))
+    classifier.reserve(len(train.label))
+    with unadapted(classifier.backbone):
+        classifier.observe_frozen()
+    if classifier.from_features:
+        classifier.fit_features(train, val)
+    return classifier
+
+
 def made(kind, settings, task=TASK, name="clip"):
     backbone = towers.backbone(name)
-    classifier = kind(backbone, task, **settings)
-    if classifier.closed_form:
-        label = torch.arange(len(task.class_names)).repeat(3)
-        classifier.fit_features(torch.randn(len(label), backbone.feature_dim), label)
+    val = shots_of(backbone, len(task.class_names), each=2, views=1, seed=4)
+    return prepared(kind(backbone, task, **settings), val)
+
+
+def disturb(classifier):
+    """Takes what trains away from where it starts."""
+    with torch.no_grad():
+        for parameter in classifier.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
     return classifier
+
+
+def own_state(classifier) -> dict[str, torch.Tensor]:
+    """What a checkpoint holds of a classifier."""
+    return {name: t.clone() for name, t in classifier.state_dict().items() if not name.startswith("backbone.")}
 
 
 def features_of(classifier, count=6):
     return torch.randn(count, classifier.backbone.feature_dim, generator=torch.Generator().manual_seed(2))
+
+
+def logits_of(classifier, count=6):
+    """Logits of images, so that what a classifier does in the image tower counts."""
+    return classifier(classifier.encode_image(towers.images(classifier.backbone, count)))
+
+
+def losses_of(classifier, label):
+    """The terms of the loss of images."""
+    images, frozen = towers.images(classifier.backbone, len(label)), None
+    if classifier.learns_from_frozen:
+        with unadapted(classifier.backbone), torch.no_grad():
+            frozen = classifier.backbone.encode_image(images)
+    return classifier.losses(classifier.encode_image(images), label, frozen)
 
 
 def unit(x):
@@ -63,6 +115,13 @@ def count_encodes(monkeypatch, backbone) -> list[str]:
     encode = backbone.encode_embeddings
     monkeypatch.setattr(backbone, "encode_embeddings", lambda *a: calls.append("encode") or encode(*a))
     return calls
+
+
+class Untouchable:
+    """Stands for shots that must not be looked at."""
+
+    def __getattribute__(self, name):
+        raise AssertionError(f"looked at .{name}")
 
 
 class TestEvery:
@@ -83,23 +142,19 @@ class TestEvery:
     @every
     def test_losses_are_finite_and_reach_every_parameter(self, kind, settings):
         classifier = made(kind, settings).train()
-        terms = classifier.losses(features_of(classifier), torch.tensor([0, 1, 2, 3, 0, 1]))
+        terms = losses_of(classifier, torch.tensor([0, 1, 2, 3, 0, 1]))
         assert terms
         loss = sum(terms.values())
         assert loss.shape == ()
         assert torch.isfinite(loss)
         trainable = {n: p for n, p in classifier.named_parameters() if p.requires_grad}
-        assert bool(trainable) == (kind in (CoOp, LinearProbe)) or kind not in (
-            CoOp,
-            LinearProbe,
-            TextPrompt,
-            NearestClassMean,
-        )
+        assert not (classifier.closed_form and trainable)
+        assert not any("backbone." in n for n in trainable)
+        assert {p.dtype for p in trainable.values()} <= {torch.float32}
         if trainable:
             loss.backward()
             without = [n for n, p in trainable.items() if p.grad is None or not p.grad.abs().max() > 0]
             assert without == []
-        assert not any(n.startswith("backbone.") for n in trainable)
 
     @every
     def test_gradient_reaches_image_features_and_adapters(self, kind, settings):
@@ -108,15 +163,9 @@ class TestEvery:
         classifier = kind(backbone, TASK, **settings)
         if classifier.closed_form:
             return
-        with torch.no_grad():
-            for parameter in classifier.parameters():
-                if parameter.requires_grad:
-                    parameter.add_(0.1 * torch.randn_like(parameter))
-        classifier.train()
-        loss = sum(classifier.losses(backbone.encode_image(towers.images(backbone, 4)), torch.arange(4)).values())
-        loss.backward()
-        uses_text = kind is not LinearProbe
-        for tower in ("image", "text") if uses_text else ("image",):
+        disturb(prepared(classifier)).train()
+        sum(losses_of(classifier, torch.arange(4)).values()).backward()
+        for tower in ("image", "text") if classifier.compares_text else ("image",):
             assert all(p.grad is not None and p.grad.abs().max() > 0 for p in backbone.trainable(tower)), tower
 
     @every
@@ -126,39 +175,110 @@ class TestEvery:
         exact = classifier(features)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             logits = classifier(features.bfloat16())
-            sum(classifier.losses(features.bfloat16(), torch.arange(6) % 4).values())
+            terms = classifier.losses(features.bfloat16(), torch.arange(6) % 4, features.bfloat16())
         assert logits.dtype == torch.float32
+        assert {t.dtype for t in terms.values()} == {torch.float32}
         torch.testing.assert_close(logits, exact, rtol=0.1, atol=0.05 * float(exact.detach().abs().max()) + 1e-3)
 
     @every
     def test_a_saved_state_gives_the_same_logits(self, kind, settings):
-        first, second = made(kind, settings), kind(towers.backbone(), TASK, **settings)
+        first, second = disturb(made(kind, settings)), kind(towers.backbone(), TASK, **settings)
         with torch.no_grad():
-            for parameter in first.parameters():
-                if parameter.requires_grad:
-                    parameter.add_(0.1 * torch.randn_like(parameter))
-        features = features_of(first)
+            expected = logits_of(first)
+            logits_of(second)  # so that what is kept must be given up
+            saved = own_state(first)
+            second.fit_shapes(saved)
+            missing, unexpected = second.load_state_dict(saved, strict=False)
+            assert torch.equal(logits_of(second), expected)
+        assert unexpected == []
+        assert all(name.startswith("backbone.") for name in missing)
+        assert not any("backbone" in name for name in saved)
+
+    @every
+    def test_training_leaves_the_backbone_as_it_is(self, kind, settings):
+        classifier = kind(towers.backbone(), TASK, **settings)
+        before = {name: t.clone() for name, t in classifier.backbone.state_dict().items()}
+        val = shots_of(classifier.backbone, 4, each=2, views=1, seed=4)
+        prepared(classifier, val).train()
+        trainable = [p for p in classifier.parameters() if p.requires_grad]
+        if trainable:
+            optimizer = torch.optim.AdamW(trainable, lr=1e-3)
+            start = sum(losses_of(classifier, torch.arange(4)).values())
+            for _ in range(2):
+                optimizer.zero_grad()
+                sum(losses_of(classifier, torch.arange(4)).values()).backward()
+                optimizer.step()
+            assert sum(losses_of(classifier, torch.arange(4)).values()) < start
+        if classifier.selects and not classifier.closed_form:
+            classifier.eval().select(val)
+        after = classifier.backbone.state_dict()
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[name], after[name]) for name in before)
+
+    @every
+    def test_other_classes_are_served_or_refused_with_the_reason(self, kind, settings):
+        classifier = disturb(made(kind, settings)).eval()
         with torch.no_grad():
-            second(features)  # so that what is kept must be given up
-            second.load_state_dict(first.state_dict())
-            assert torch.equal(second(features), first(features))
+            before = logits_of(classifier)
+            if classifier.class_bound:
+                for names in (NAMES, NAMES[3::-1]):
+                    with pytest.raises(UserError) as error:
+                        classifier.set_class_names(names)
+                    assert classifier.class_bound in str(error.value)
+                    assert kind.__name__ in str(error.value)
+                    assert "\n" not in str(error.value)
+                classifier.set_class_names(NAMES[:4])
+            else:
+                classifier.set_class_names(NAMES[3::-1])
+                torch.testing.assert_close(logits_of(classifier), before.flip(1), rtol=1e-4, atol=1e-4)
+                classifier.set_class_names(NAMES, ["{} in the rain"])
+                assert classifier.task == Task(NAMES, ("{} in the rain",))
+                assert logits_of(classifier).shape == (6, 10)
+                classifier.set_class_names(NAMES[:4], TASK.templates)
+            assert classifier.task == TASK
+            assert torch.equal(logits_of(classifier), before)
+
+    @every
+    def test_validation_shots_are_looked_at_only_to_choose(self, kind, settings):
+        classifier = kind(towers.backbone(), TASK, **settings)
+        if not classifier.from_features:
+            with pytest.raises(NotImplementedError, match="gradient"):
+                classifier.fit_features(shots_of(classifier.backbone, 4), None)
+        elif classifier.selects and classifier.closed_form:
+            with pytest.raises(AssertionError, match="looked at"):
+                prepared(classifier, Untouchable())
+        else:
+            prepared(classifier, Untouchable())
+
+    @every
+    def test_features_of_any_precision(self, kind, settings):
+        logits = {}
+        for dtype in (torch.float32, torch.float64, torch.bfloat16):
+            torch.manual_seed(0)
+            classifier = kind(towers.backbone(), TASK, **settings)
+            if not classifier.from_features:
+                return
+            train, val = shots_of(classifier.backbone, 4), shots_of(classifier.backbone, 4, 2, 1, seed=4)
+            rounded = [Shots(s.features.bfloat16().to(dtype), s.label) for s in (train, val)]
+            classifier.reserve(len(train.label))
+            classifier.fit_features(*rounded)
+            logits[dtype] = classifier(features_of(classifier))
+        torch.testing.assert_close(logits[torch.float64], logits[torch.float32])
+        torch.testing.assert_close(logits[torch.bfloat16], logits[torch.float32])
 
     @every
     def test_image_only_backbones_work_or_are_refused_in_one_line(self, kind, settings):
-        if kind in (LinearProbe, NearestClassMean):
+        try:
             classifier = made(kind, settings, name="vit")
-            assert classifier(features_of(classifier)).shape == (6, 4)
+        except UserError as error:
+            message = str(error)
+        else:
+            assert not classifier.compares_text
+            assert logits_of(classifier).shape == (6, 4)
             return
-        with pytest.raises(UserError) as error:
-            made(kind, settings, name="vit")
-        message = str(error.value)
         assert "\n" not in message
         assert kind.__name__ in message
         assert "text tower" in message
-
-    def test_gradient_trained_classifiers_refuse_a_closed_form(self):
-        with pytest.raises(NotImplementedError, match="LinearProbe"):
-            made(LinearProbe, {}).fit_features(torch.randn(2, 24), torch.tensor([0, 1]))
 
 
 class TestTextPrompt:
@@ -408,7 +528,7 @@ class TestCoOp:
     def test_a_class_specific_context_is_bound_to_its_number_of_classes(self):
         given = made(CoOp, {"context_length": 2, "class_specific": True})
         features, before = features_of(given), given.task
-        with pytest.raises(UserError, match="4 classes cannot serve 10") as error:
+        with pytest.raises(UserError, match="learnt for each training class") as error:
             given.set_class_names(NAMES)
         assert "\n" not in str(error.value)
         assert given.task == before
@@ -448,7 +568,7 @@ class TestNearestClassMean:
         centres = 3 * torch.randn(5, 24)
         label = torch.arange(5).repeat_interleave(8)
         features = centres[label] + torch.randn(40, 24)
-        given.fit_features(features, label)
+        given.fit_features(Shots(features[None], label), None)
         reference = NearestCentroid().fit(unit(features).numpy(), label.numpy())
         queries = centres.repeat(20, 1) + torch.randn(100, 24)
         assert given(queries).argmax(-1).tolist() == reference.predict(unit(queries).numpy()).tolist()
@@ -458,7 +578,7 @@ class TestNearestClassMean:
         given = NearestClassMean(towers.backbone(), Task(NAMES))
         label = torch.tensor([*range(10), *range(10), 3, 3, 7])
         features = torch.randn(len(label), 24) * torch.rand(len(label), 1) * 9
-        given.fit_features(features, label)
+        given.fit_features(Shots(features[None], label), None)
         means = torch.stack([unit(features)[label == c].mean(0) for c in range(10)])
         reference = NearestCentroid().fit(unit(means).numpy(), range(10))
         queries = torch.randn(200, 24)
@@ -468,7 +588,7 @@ class TestNearestClassMean:
     def test_scale_and_state(self):
         given, label = NearestClassMean(towers.backbone(), TASK, scale=5.0), torch.arange(4)
         features = torch.randn(4, 24)
-        given.fit_features(features, label)
+        given.fit_features(Shots(features[None], label), None)
         torch.testing.assert_close(given(features).diagonal(), torch.full((4,), 5.0))
         assert "means" in given.state_dict()
         assert given.closed_form
@@ -478,7 +598,7 @@ class TestNearestClassMean:
         features, label = torch.randn(12, 24), torch.arange(4).repeat(3)
         fixed, head = (NearestClassMean(towers.backbone(), TASK, trainable=t) for t in (False, True))
         for given in (fixed, head):
-            given.fit_features(features, label)
+            given.fit_features(Shots(features[None], label), None)
         assert torch.equal(fixed.means, head.means)
         assert torch.equal(fixed(features), head(features))
         assert not head.closed_form

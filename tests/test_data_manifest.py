@@ -10,7 +10,7 @@ from data_fixtures import split_of
 
 from kshot.data.catalogue import load_split
 from kshot.data.manifest import manifest_bytes, read_manifest, write_manifest
-from kshot.data.sampling import draw, draw_digest
+from kshot.data.sampling import SAMPLERS, draw, draw_digest
 from kshot.data.splits import Row
 from kshot.errors import UserError
 
@@ -36,11 +36,18 @@ def split():
     return split_of({0: 8, 1: 9}, {0: 6, 1: 6})
 
 
-@pytest.mark.parametrize("shots", [1, 8, None])
-@pytest.mark.parametrize("sampler", ["coop-v1", "nested"])
+@pytest.mark.parametrize(
+    ("shots", "sampler"),
+    [(shots, sampler) for shots in (1, 8, None) for sampler in SAMPLERS] + [(None, "percent:12.5")],
+)
 def test_round_trip(tmp_path, split, shots, sampler):
     drawn = draw(split, shots, 5, sampler)
     write_manifest(tmp_path / "new" / "m.json", split, drawn)
+    data = json.loads((tmp_path / "new" / "m.json").read_text())
+    assert data["protocol"] == sampler
+    assert data["sampler"]["order"] == (["val", "train"] if sampler == "cliplora" else ["train", "val"])
+    val_shots = {"lpp": shots, "tip": None}.get(sampler, shots and min(shots, 4))
+    assert (data["sampler"]["shots"], data["sampler"]["val_shots"]) == (shots, val_shots)
     assert read_manifest(tmp_path / "new" / "m.json", split) == drawn
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["m.json"]
 

@@ -19,6 +19,11 @@ SHOTS, SEEDS = st.integers(1, 10), st.integers(0, 2**31)
 every_sampler = pytest.mark.parametrize("sampler", SAMPLERS)
 
 
+def drawn_by(sampler, train, val, shots, seed):
+    drawn = SAMPLERS[sampler](train, val, shots, seed)
+    return drawn["train"], drawn["val"]
+
+
 def per_class(rows):
     return {label: [row for row in rows if row.label == label] for label in {row.label for row in rows}}
 
@@ -28,9 +33,10 @@ def per_class(rows):
 def test_as_many_as_asked_for_of_every_class(sampler, train, val, shots, seed, shuffle):
     rows, val_rows = rows_of(train), rows_of(val, "val")
     shuffle.shuffle(rows)
-    drawn, val_drawn = SAMPLERS[sampler](rows, val_rows, shots, min(shots, 4), seed)
+    drawn, val_drawn = drawn_by(sampler, rows, val_rows, shots, seed)
+    most = {"lpp": shots, "tip": 999}.get(sampler, min(shots, 4))
     assert {label: len(r) for label, r in per_class(drawn).items()} == {c: min(shots, n) for c, n in train.items()}
-    assert {c: len(r) for c, r in per_class(val_drawn).items()} == {c: min(shots, 4, n) for c, n in val.items()}
+    assert {c: len(r) for c, r in per_class(val_drawn).items()} == {c: min(most, n) for c, n in val.items()}
     assert len(set(drawn)) == len(drawn)
     assert set(drawn) <= set(rows)
     assert set(val_drawn) <= set(val_rows)
@@ -40,17 +46,17 @@ def test_as_many_as_asked_for_of_every_class(sampler, train, val, shots, seed, s
 @given(train=COUNTS, shots=SHOTS, seed=SEEDS, noise=SEEDS)
 def test_global_random_state_neither_matters_nor_changes(sampler, train, shots, seed, noise):
     rows = rows_of(train)
-    first = SAMPLERS[sampler](rows, [], shots, 4, seed)
+    first = drawn_by(sampler, rows, rows[:2], shots, seed)
     random.seed(noise)
     state = random.getstate()
-    assert SAMPLERS[sampler](rows, [], shots, 4, seed) == first
+    assert drawn_by(sampler, rows, rows[:2], shots, seed) == first
     assert random.getstate() == state
 
 
 @every_sampler
 def test_numpy_and_torch_generators_are_left_alone(sampler):
     before = np.random.get_state()[1].copy(), torch.get_rng_state()  # noqa: NPY002  # the global state is the point
-    SAMPLERS[sampler](rows_of({0: 9}), [], 3, 3, 1)
+    drawn_by(sampler, rows_of({0: 9}), [], 3, 1)
     assert (np.random.get_state()[1] == before[0]).all()  # noqa: NPY002
     assert torch.equal(torch.get_rng_state(), before[1])
 
@@ -58,7 +64,7 @@ def test_numpy_and_torch_generators_are_left_alone(sampler):
 @every_sampler
 def test_seeds_differ(sampler):
     rows = rows_of(dict.fromkeys(range(5), 20))
-    draws = [tuple(SAMPLERS[sampler](rows, [], 4, 4, seed)[0]) for seed in (1, 2, 3)]
+    draws = [tuple(drawn_by(sampler, rows, [], 4, seed)[0]) for seed in (1, 2, 3)]
     assert len(set(draws)) == 3
 
 
@@ -66,15 +72,15 @@ def test_seeds_differ(sampler):
 def test_nested_shots_are_nested(train, val, seed):
     previous: set[Row] = set()
     for shots in (1, 2, 4, 8, 16):
-        drawn, val_drawn = SAMPLERS["nested"](rows_of(train), rows_of(val, "val"), shots, min(shots, 4), seed)
+        drawn, val_drawn = drawn_by("nested", rows_of(train), rows_of(val, "val"), shots, seed)
         assert previous <= {*drawn, *val_drawn}
         previous = {*drawn, *val_drawn}
 
 
 @given(train=COUNTS, shots=SHOTS, seed=SEEDS, other=st.integers(1, 9))
 def test_nested_classes_are_independent(train, shots, seed, other):
-    alone = SAMPLERS["nested"](rows_of(train), [], shots, 4, seed)[0]
-    together = SAMPLERS["nested"](rows_of({20: other, **train, 10: other}), [], shots, 4, seed)[0]
+    alone = drawn_by("nested", rows_of(train), [], shots, seed)[0]
+    together = drawn_by("nested", rows_of({20: other, **train, 10: other}), [], shots, seed)[0]
     assert [row for row in together if row.label < 10] == alone
 
 
@@ -84,8 +90,79 @@ def test_golden_draws():
     expected = {
         "coop-v1": "bcc0215d8e556f3a",
         "nested": "4ddad54e588f0a71",
+        "cliplora": "a6318bc685b9f92a",
+        "lpp": "bcc0215d8e556f3a",  # up to 4 shots coop-v1's
+        "tip": "5a237f1c6b31e903",
     }
-    assert {name: draw_digest(*sample(rows, val, 3, 3, 7))[7:23] for name, sample in SAMPLERS.items()} == expected
+    assert {name: draw_digest(*drawn_by(name, rows, val, 3, 7))[7:23] for name in SAMPLERS} == expected
+
+
+@given(train=COUNTS, val=COUNTS, shots=SHOTS, seed=SEEDS)
+def test_variants_share_the_training_images_of_coop(train, val, shots, seed):
+    parts = rows_of(train), rows_of(val, "val")
+    coop = drawn_by("coop-v1", *parts, shots, seed)[0]
+    assert drawn_by("lpp", *parts, shots, seed)[0] == coop
+    assert drawn_by("tip", *parts, shots, seed) == (coop, parts[1])
+    # CLIP-LoRA's stream is CoOp's with the parts exchanged, where both parts want as many.
+    few = min(shots, 4)
+    exchanged = drawn_by("coop-v1", *parts[::-1], few, seed)
+    assert drawn_by("cliplora", *parts, few, seed) == exchanged[::-1]
+
+
+@pytest.mark.parametrize(("dataset", "overlap"), [("dtd", 203), ("oxford_pets", 115), ("eurosat", 2)])
+def test_cliplora_shares_few_images_with_coop(dataset, overlap):
+    """The published shares of common training images, 27, 19 and 1.3 % at 16 shots and seed 1."""
+    split, _ = load_split(dataset)
+    coop, lora = (draw(split, 16, 1, sampler).train for sampler in ("coop-v1", "cliplora"))
+    assert len(set(coop) & set(lora)) == overlap
+    assert round(overlap / len(coop), 2) == {"dtd": 0.27, "oxford_pets": 0.19, "eurosat": 0.01}[dataset]
+
+
+class TestPercent:
+    @given(train=COUNTS, val=COUNTS, seed=SEEDS, few=st.integers(1, 400), many=st.integers(1, 400))
+    def test_shares_are_rounded_and_nested(self, train, val, seed, few, many):
+        few, many = sorted((few / 4, many / 4))
+        split = split_of({label: train.get(label, 2) for label in range(9)}, val)
+        small, large = (draw(split, None, seed, f"percent:{share}") for share in (few, many))
+        for part, sizes in (("train", per_class(split.train)), ("val", per_class(split.val))):
+            kept, more = getattr(small, part), getattr(large, part)
+            assert set(kept) <= set(more) <= set(getattr(split, part))
+            counts = {label: len(rows) for label, rows in per_class(kept).items()}
+            assert counts.keys() == sizes.keys()
+            for label, count in counts.items():
+                assert count == 1 or abs(count - len(sizes[label]) * few / 100) <= 0.5
+
+    def test_fields(self):
+        split = split_of({0: 8, 1: 3}, {0: 4, 1: 1})
+        drawn = draw(split, None, 5, "percent:50.0")
+        assert (drawn.shots, drawn.val_shots, drawn.seed, drawn.sampler) == (None, None, 5, "percent:50")
+        assert [row.label for row in drawn.train] == [0] * 4 + [1] * 2
+        assert [row.label for row in drawn.val] == [0] * 2 + [1]
+        assert draw(split, None, 5, "percent:100").sampler == "percent:100"
+        assert set(draw(split, None, 5, "percent:100").train) == set(split.train)
+        assert len(draw(split, None, 5, "percent:0.01").train) == 2
+
+    def test_the_same_permutations_as_nested(self):
+        split = split_of({0: 8, 1: 8})
+        assert draw(split, None, 2, "percent:37.5").train == draw(split, 3, 2, "nested").train
+
+    def test_other_seeds_other_images(self):
+        split = split_of({0: 50})
+        assert set(draw(split, None, 1, "percent:50").train) != set(draw(split, None, 2, "percent:50").train)
+
+    @pytest.mark.parametrize("wrong", ["0", "100.5", "-5", "x", "", "5%", "1e1", "nan", "٥"])
+    def test_no_percentage(self, wrong):
+        with pytest.raises(
+            UserError, match=r"sampler 'percent:.*a number above 0, up to 100, as in percent:12\.5"
+        ) as e:
+            draw(split_of({0: 8}), None, sampler=f"percent:{wrong}")
+        assert "\n" not in str(e.value)
+
+    def test_not_with_shots(self):
+        message = "sampler percent:50 takes a share of every class, not 16 shots: set --data.shots null"
+        with pytest.raises(UserError) as error:
+            draw(split_of({0: 20}), 16, sampler="percent:50")
+        assert str(error.value) == message
 
 
 class TestDraw:
@@ -95,9 +172,17 @@ class TestDraw:
         assert (len(drawn.train), len(drawn.val)) == (16, 8)
         assert drawn.digest == draw_digest(drawn.train, drawn.val)
 
-    def test_all(self):
+    @pytest.mark.parametrize(("sampler", "val_shots"), [("cliplora", 4), ("lpp", 8), ("tip", None)])
+    def test_validation_shots(self, sampler, val_shots):
+        drawn = draw(split_of({0: 8, 1: 9}, {0: 6, 1: 12}), 8, sampler=sampler)
+        assert (drawn.shots, drawn.val_shots, drawn.sampler) == (8, val_shots, sampler)
+        sizes = [len(rows) for _, rows in sorted(per_class(drawn.val).items())]
+        assert sizes == {4: [4, 4], 8: [6, 8], None: [6, 12]}[val_shots]
+
+    @every_sampler
+    def test_all(self, sampler):
         split = split_of({0: 3, 1: 9}, {0: 6})
-        drawn = draw(split, None)
+        drawn = draw(split, None, sampler=sampler)
         assert (drawn.train, drawn.val, drawn.shots, drawn.val_shots) == (split.train, split.val, None, None)
 
     def test_too_few_images_name_class_number_and_way_out(self):

@@ -25,6 +25,7 @@ ALLOWED = {
     "classifiers": {"classifiers", "backbones", "slots", "memo", "errors"},
     "data": {"data", "files", "errors"},
     "optim": {"errors"},
+    "foreign": {"adapters", "backbones", "classifiers", "module", "errors"},
 }
 ENTRY = {"cli", "commands", "parser"}  # nothing below imports these
 LIGHT = {

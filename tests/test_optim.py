@@ -1,4 +1,4 @@
-"""The schedule against its closed form, and that only what trains is optimised."""
+"""The schedules against their closed forms, and that only what trains is optimised."""
 
 import math
 from functools import partial
@@ -11,16 +11,33 @@ from kshot.adapters import DoRA, HydraLoRA, LoRA, PiSSA
 from kshot.backbones import OpenClip
 from kshot.classifiers import CoOp, LinearProbe, NearestClassMean, TextPrompt
 from kshot.commands import planned_steps
+from kshot.data import Batch
+from kshot.errors import UserError
 from kshot.module import FewShotModule
-from kshot.optim import WarmupCosine
+from kshot.optim import DasslCosine, WarmupCosine
 
 NAMES = ["zero", "one", "two"]
 
 
+def sgd(*rates: float) -> torch.optim.Optimizer:
+    """An optimizer with one parameter group for each rate."""
+    return torch.optim.SGD([{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": rate} for rate in rates])
+
+
+def rates(optimizer, schedule, steps: int) -> list[list[float]]:
+    """The rates of all groups at each of so many steps."""
+    taken = []
+    for _ in range(steps):
+        taken.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        schedule.step()
+    return taken
+
+
 @pytest.mark.parametrize(("total", "warmup", "floor"), [(10, 0, 0.0), (20, 5, 0.0), (7, 3, 0.1)])
 def test_warmup_cosine(total, warmup, floor):
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.2)
-    schedule = WarmupCosine(optimizer, total_steps=total, warmup_steps=warmup, floor=floor)
+    optimizer = sgd(0.2)
+    schedule = WarmupCosine(optimizer, total_steps=total, steps_per_epoch=5, warmup_steps=warmup, floor=floor)
     for step in range(total + 1):
         if step < warmup:
             expected = 0.2 * (step + 1) / (warmup + 1)
@@ -31,6 +48,116 @@ def test_warmup_cosine(total, warmup, floor):
         optimizer.step()
         schedule.step()
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.2 * floor, abs=1e-12)
+
+
+@pytest.mark.parametrize(("steps", "epochs", "together"), [(0, 1.0, 7), (3, 0.0, 3), (3, 0.5, 7), (2, 2.0, 16)])
+def test_warmup_in_epochs_adds_to_that_in_steps(steps, epochs, together):
+    runs = []
+    for options in ({"warmup_steps": steps, "warmup_epochs": epochs}, {"warmup_steps": together}):
+        optimizer = sgd(0.2)
+        runs.append(rates(optimizer, WarmupCosine(optimizer, 40, 7, **options), 40))
+    assert runs[0] == runs[1]
+
+
+PUBLISHED = [(200, 2e-3), (50, 2e-3), (10, 2e-3), (5, 3.5e-3), (2, 2.6e-3)]
+
+
+class Composed(torch.optim.lr_scheduler.LRScheduler):
+    """Dassl's composition: a constant rate for some epochs, then what another scheduler says, which starts then."""
+
+    def __init__(self, optimizer, then, warmup_epochs: int, constant: float) -> None:
+        self.then, self.warmup_epochs, self.constant = then, warmup_epochs, constant
+        super().__init__(optimizer)
+
+    def get_lr(self):
+        warm = self.last_epoch >= self.warmup_epochs
+        return list(self.then.base_lrs) if warm else [self.constant for _ in self.base_lrs]
+
+    def step(self, epoch=None):
+        if self.last_epoch >= self.warmup_epochs:
+            self.then.step()
+        else:
+            super().step()
+
+
+@pytest.mark.parametrize(("epochs", "eta"), PUBLISHED)
+def test_dassl_cosine_is_the_published_formula_and_the_composed_schedule(epochs, eta):
+    each = 3
+    optimizer = sgd(eta)
+    taken = rates(optimizer, DasslCosine(optimizer, epochs * each, each), epochs * each)
+    reference = sgd(eta)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(reference, T_max=epochs)
+    composed = rates(reference, Composed(reference, cosine, 1, 1e-5), epochs)
+    for step, (rate,) in enumerate(taken):
+        e = step // each
+        expected = 1e-5 if e == 0 else 0.5 * eta * (1 + math.cos(math.pi * (e - 1) / epochs))
+        assert rate == pytest.approx(expected, abs=1e-12)
+        assert rate == pytest.approx(composed[e][0], abs=1e-12)
+    assert taken[each] == [eta]  # all of it right after the warm-up
+
+
+@pytest.mark.parametrize(("epochs", "eta", "last"), [(5, 3.5e-3, 1.2e-3), (10, 2e-3, 1.9e-4)])
+def test_the_last_rates_of_maple_and_cocoop(epochs, eta, last):
+    optimizer = sgd(eta)
+    taken = rates(optimizer, DasslCosine(optimizer, epochs, 1), epochs)
+    assert taken[-1][0] == pytest.approx(last, rel=0.01)
+    stock = sgd(eta)
+    parts = [
+        torch.optim.lr_scheduler.ConstantLR(stock, 1e-5 / eta, 1),
+        torch.optim.lr_scheduler.CosineAnnealingLR(stock, epochs - 1),
+    ]
+    other = rates(stock, torch.optim.lr_scheduler.SequentialLR(stock, parts, [1]), epochs)
+    assert other[0] == pytest.approx(taken[0])
+    assert other[-1][0] < 0.7 * taken[-1][0]  # a cosine over the epochs that are left is another one
+
+
+def test_every_group_warms_up_at_the_same_rate_and_then_takes_its_own():
+    optimizer = sgd(3.5e-3, 6.5 * 3.5e-3)
+    taken = rates(optimizer, DasslCosine(optimizer, total_steps=20, steps_per_epoch=2), 20)
+    assert taken[:2] == [[1e-5, 1e-5]] * 2
+    assert all(b == pytest.approx(6.5 * a, abs=1e-12) for a, b in taken[2:])
+    assert [group["initial_lr"] for group in optimizer.param_groups] == [3.5e-3, 6.5 * 3.5e-3]
+
+
+@pytest.mark.parametrize("total", [10, 9])
+def test_a_last_epoch_that_is_cut_short_counts(total):
+    optimizer = sgd(1.0)
+    schedule = DasslCosine(optimizer, total, steps_per_epoch=4, warmup_epochs=0)
+    taken = [rate for (rate,) in rates(optimizer, schedule, total)]
+    assert taken[4] == taken[7] == pytest.approx(0.5 * (1 + math.cos(math.pi / 3)))
+    assert taken[8] == pytest.approx(0.5 * (1 + math.cos(2 * math.pi / 3)))
+
+
+@pytest.mark.parametrize("schedule", [partial(WarmupCosine, warmup_steps=3), partial(DasslCosine, warmup_epochs=2)])
+def test_a_schedule_goes_on_from_its_state(schedule):
+    optimizer = sgd(0.1, 0.4)
+    whole = rates(optimizer, schedule(optimizer, total_steps=24, steps_per_epoch=4), 24)
+    first = sgd(0.1, 0.4)
+    begun = schedule(first, total_steps=24, steps_per_epoch=4)
+    assert rates(first, begun, 13) == whole[:13]
+    second = sgd(0.1, 0.4)
+    resumed = schedule(second, total_steps=24, steps_per_epoch=4)
+    second.load_state_dict(first.state_dict())
+    resumed.load_state_dict(begun.state_dict())
+    assert rates(second, resumed, 11) == whole[13:]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        (partial(WarmupCosine, warmup_steps=-1), "WarmupCosine: warmup_steps is -1, and must be 0 or more"),
+        (partial(WarmupCosine, warmup_epochs=-0.5), "warmup_epochs is -0.5"),
+        (partial(WarmupCosine, warmup_epochs=math.nan), "warmup_epochs is nan"),
+        (partial(WarmupCosine, floor=1.5), r"floor is 1.5, and must lie in \[0, 1\]"),
+        (partial(WarmupCosine, floor=-0.1), "floor is -0.1"),
+        (partial(DasslCosine, warmup_epochs=-1), "DasslCosine: warmup_epochs is -1"),
+        (partial(DasslCosine, warmup_lr=-1e-5), "warmup_lr is -1e-05"),
+        (partial(DasslCosine, warmup_lr=math.inf), "warmup_lr is inf"),
+    ],
+)
+def test_bad_settings_of_a_schedule_get_one_line(schedule, message):
+    with pytest.raises(UserError, match=message):
+        schedule(sgd(0.1), total_steps=10, steps_per_epoch=2)
 
 
 @pytest.mark.parametrize(
@@ -74,9 +201,6 @@ def test_every_trainable_tensor_without_a_gradient_is_found():
 def test_a_loss_that_is_not_finite_stops():
     module = FewShotModule(OpenClip("kshot:glyph_clip"), LinearProbe, NAMES)
     module.classifier.head.weight.data.fill_(float("nan"))
-    from kshot.data import Batch
-    from kshot.errors import UserError
-
     batch = Batch(torch.randn(2, 128), torch.tensor([0, 1]), torch.tensor([0, 1]))
     with pytest.raises(UserError, match="loss is nan"):
         module.training_step(batch, 0)
@@ -96,7 +220,7 @@ def test_a_frozen_text_tower_is_encoded_once_in_training(monkeypatch):
     module.train()
     for _ in range(3):
         features = module.backbone.encode_image(torch.rand(2, 3, 32, 32))
-        module.losses(features, torch.tensor([0, 1]))["cross_entropy"].backward()
+        module.losses(Batch(features, torch.tensor([0, 1]), torch.tensor([0, 1])))["cross_entropy"].backward()
         optimizer.step()
     assert calls == [3]
 

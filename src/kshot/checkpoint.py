@@ -91,7 +91,8 @@ def check_origin(header: Mapping[str, Any], own: Mapping[str, Any]) -> None:
         names = header.get("class_names") or []
         raise UserError(
             f"The checkpoint tells {len(names)} classes apart ({', '.join(names[:3])}, ...), and the config "
-            f"{len(own['class_names'])} ({', '.join(own['class_names'][:3])}, ...)."
+            f"{len(own['class_names'])} ({', '.join(own['class_names'][:3])}, ...). To test on other classes, keep the "
+            "data set that it was trained on, and set --data.protocol cross-dataset --data.targets '[NAME]'."
         )
     for key, what in (("adapter", "adapter"), ("frozen", "frozen basis")):
         if header.get(key) is not None:

@@ -7,12 +7,13 @@ import time
 
 STARTED = time.time()
 USAGE = """\
-usage: python main.py {fit,validate,test,predict} --config NAME [--config METHOD ...] [options]
+usage: python main.py {fit,validate,test,predict,import} --config NAME [--config METHOD ...] [options]
 
   fit       adapt a backbone from a few images a class, then test it
   validate  accuracy on the few validation images
   test      accuracy on the test split, of a checkpoint with --ckpt_path
   predict   label any images: --images FOLDER_OR_FILES, writes a CSV
+  import    turn a file that CoOp or CLIP-LoRA released into a checkpoint: --file FILE
 
 examples:
   python main.py fit --config clip_16shot.yaml
@@ -20,6 +21,7 @@ examples:
   python main.py fit --config clip_16shot.yaml --config methods/coop.yaml
   python main.py test --config clip_16shot.yaml --ckpt_path runs/clip_16shot/001/tuned.safetensors
   python main.py predict --config clip_16shot.yaml --ckpt_path ... --images photos/
+  python main.py import --config recipes/clip_lora.yaml --file lora_weights.pt
 
 'python main.py fit --help' lists all options; a name given to --config is a path, or a file in configs/."""
 

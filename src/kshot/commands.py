@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shlex
 import sys
 import time
 import warnings
@@ -21,10 +22,11 @@ from lightning.pytorch.trainer import Trainer
 
 import kshot.optim  # noqa: F401  its classes resolve by their short names once imported
 from kshot import __version__, results
-from kshot.checkpoint import AtomicCheckpoints, write_tensors
+from kshot.checkpoint import HEADER, AtomicCheckpoints, write_tensors
 from kshot.data.datamodule import FewShotDataModule
 from kshot.errors import UserError
 from kshot.files import write_atomically
+from kshot.foreign import released_tensors
 from kshot.module import FewShotModule
 from kshot.parser import ConfigByName, Parser
 from kshot.results import RunOptions
@@ -38,6 +40,7 @@ def run(arguments: list[str], started: float | None = None) -> FewShotCLI:
         started: when the process began, in seconds since the epoch; by default now.
     """
     FewShotCLI.started = time.time() if started is None else started
+    FewShotCLI.given = arguments
     settle_chatter()
     if str(Path.cwd()) not in sys.path:  # a user's own classes lie where the user stands
         sys.path.insert(0, str(Path.cwd()))
@@ -46,6 +49,7 @@ def run(arguments: list[str], started: float | None = None) -> FewShotCLI:
         return FewShotCLI(
             FewShotModule,
             FewShotDataModule,
+            trainer_class=FewShotTrainer,
             subclass_mode_model=True,
             subclass_mode_data=True,
             seed_everything_default=1,
@@ -78,6 +82,10 @@ def settle_chatter() -> None:
         ".*module.s. in eval mode.*",  # frozen towers are meant to be
     ):
         warnings.filterwarnings("ignore", message=message)
+    log = logging.getLogger("kshot")
+    if not log.handlers:
+        log.addHandler(logging.StreamHandler())
+        log.setLevel(logging.INFO)
     warnings.filterwarnings("ignore", category=JsonargparseDeprecationWarning)  # Lightning 2.6 calls what 5.0 drops
 
 
@@ -116,12 +124,55 @@ class Progress(TQDMProgressBar):
         return Tqdm(disable=True) if self.trainer.state.fn == "fit" else super().init_validation_tqdm()
 
 
+class FewShotTrainer(Trainer):
+    """Lightning's trainer, whose methods are the commands, with one command more."""
+
+    imported: Path
+
+    def import_released(
+        self,
+        model: FewShotModule,
+        datamodule: FewShotDataModule,  # noqa: ARG002  the model knows its class names
+        file: str | None = None,
+        out: str | None = None,
+    ) -> None:
+        """Turns a file that CoOp or CLIP-LoRA released into a checkpoint of the config's model.
+
+        Args:
+            model: of the config.
+            datamodule: of the config; no image is opened.
+            file: What was released, such as model.pth.tar-200 or lora_weights.pt.
+            out: Where to write; by default beside the file, as FILE.safetensors.
+
+        Raises:
+            UserError: the file does not fit the config, or there is one already where to write.
+        """
+        if file is None:
+            raise UserError("import needs --file: what CoOp or CLIP-LoRA released, such as model.pth.tar-200.")
+        self.imported = Path(out or f"{file}.safetensors")
+        if self.imported.suffix != ".safetensors":
+            raise UserError(f"--out is {out}, and must end with .safetensors.")
+        if self.imported.exists():
+            raise UserError(f"{self.imported} exists already: choose another --out.")
+        tensors, origin = released_tensors(Path(file), model)
+        header = model.header() | {"imported": origin}  # of which shots, no file says
+        model.on_load_checkpoint({"state_dict": dict(tensors), HEADER: header})
+        write_tensors(self.imported, tensors, header)
+        parameters = sum(tensor.numel() for tensor in tensors.values())
+        print(f"{model.method} from {file} (tensors {len(tensors)}, parameters {parameters:,}): {self.imported}")
+
+
+setattr(FewShotTrainer, "import", FewShotTrainer.import_released)  # Python keeps the word, LightningCLI looks it up
+
+
 class FewShotCLI(LightningCLI):
-    """``fit`` (and test), ``validate``, ``test``, ``predict``."""
+    """``fit`` (and test), ``validate``, ``test``, ``predict``, ``import``."""
 
     model: FewShotModule
     datamodule: FewShotDataModule
+    trainer: FewShotTrainer
     started: ClassVar[float]
+    given: ClassVar[list[str]]
     directory: Path | None = None
 
     # ------------------------------------------------------------------------------------------------ parsing
@@ -140,6 +191,11 @@ class FewShotCLI(LightningCLI):
         for name in ("class_names", "templates"):
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
         parser.add_class_arguments(RunOptions, "run")
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The commands, each with the arguments of the trainer's method that no user gives."""
+        return LightningCLI.subcommands() | {"import": {"model", "datamodule"}}
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
@@ -233,6 +289,7 @@ class FewShotCLI(LightningCLI):
     def before_test(self) -> None:
         """Opens the run directory."""
         self.seconds = {"start": time.time() - self.started}
+        self.model.check_classes(self.datamodule)
         self.check_checkpoint()
         self.open_directory()
         self.clock = time.time()
@@ -244,13 +301,15 @@ class FewShotCLI(LightningCLI):
             return
         result = self.result()
         results.write_json(self.directory / "result.json", result)
-        results.write_per_class(self.directory / "per_class.csv", self.datamodule.class_names, self.model.per_class)
+        sets = [(each.name, each.class_names, self.model.per_class[each.name]) for each in self.model.test_sets]
+        results.write_per_class(self.directory / "per_class.csv", sets)
         zero_shot, trainable = result["zero_shot_acc"], result["trainable_parameters"]
         results.print_table(
             f"{self.model.method} on {self.datamodule.dataset_name}",
             [
                 ("zero-shot accuracy", "needs a text tower" if zero_shot is None else f"{zero_shot:.1%}"),
                 ("adapted accuracy", f"{result['acc']:.1%}"),
+                *self.set_rows(result),
                 ("trainable parameters", f"{trainable:,} of {result['total_parameters']:,}"),
                 *self.method_rows(result["adapter"], result["ranks"]),
                 ("seconds", ", ".join(f"{name} {value:.1f}" for name, value in self.seconds.items())),
@@ -258,6 +317,23 @@ class FewShotCLI(LightningCLI):
                 ("results", str(self.directory)),
             ],
         )
+
+    @staticmethod
+    def set_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
+        """Accuracy, and zero-shot accuracy, of each test set where there are several, and the protocol's figure."""
+        sets = result["test_sets"]
+        if len(sets) < 2:
+            return []
+
+        def shown(values: dict[str, float], adapted: str, before: str) -> str:
+            zero_shot = f" (zero-shot {values[before]:.1%})" if before in values else ""
+            return f"{values[adapted]:.1%}{zero_shot}"
+
+        rows = [(f"  {name}", shown(values, "acc", "zero_shot_acc")) for name, values in sets.items()]
+        both = result["summary"] | {f"zero_shot_{k}": v for k, v in result["zero_shot_summary"].items()}
+        return rows + [
+            (f"  {name.replace('_', ' ')}", shown(both, name, f"zero_shot_{name}")) for name in result["summary"]
+        ]
 
     @staticmethod
     def method_rows(adapter: dict[str, Any] | None, ranks: dict[str, int] | None) -> list[tuple[str, str]]:
@@ -305,6 +381,17 @@ class FewShotCLI(LightningCLI):
         write_atomically(path, lambda file: results.write_predictions(file, paths, flat, names, top_k))
         print(f"{len(paths)} images labelled: {path}")
 
+    def after_import(self) -> None:
+        """Prints how to measure what was imported: the same command line with ``test``."""
+        words, kept = iter(self.given), []
+        for word in words:
+            if word in ("--file", "--out"):
+                next(words, None)
+            elif not word.startswith(("--file=", "--out=")):
+                kept.append(word)
+        kept[kept.index("import")] = "test"
+        print(shlex.join(["python", "main.py", *kept, "--ckpt_path", str(self.trainer.imported)]))
+
     def check_checkpoint(self) -> None:
         """Raises UserError for a checkpoint that is missing or does not fit, before anything is written."""
         path = self.config[str(self.subcommand)].get("ckpt_path")
@@ -321,13 +408,13 @@ class FewShotCLI(LightningCLI):
 
     def result(self) -> dict[str, Any]:
         """The record of a run: one row of every table."""
-        metrics = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
         model, data, directory = self.model, self.datamodule, self.directory
         assert directory is not None
+        tested = next(iter(model.tested.values()))  # the classes trained on
         tuned = directory / "tuned.safetensors"
         config = self.config[str(self.subcommand)]
         rates = [group.get("initial_lr", group["lr"]) for o in self.trainer.optimizers for group in o.param_groups]
-        adapter = model.header()["adapter"]
+        adapter = None if model.adapter is None else model.adapter.settings()
         return {
             "method": model.method,
             "adapter": None
@@ -339,19 +426,21 @@ class FewShotCLI(LightningCLI):
             "dataset": data.dataset_name,
             "split": data.split_info(),
             "seed": config["seed_everything"],
-            "acc": metrics["test/acc"],
-            "acc_class_mean": metrics["test/acc_class_mean"],
-            "f1_macro": metrics["test/f1_macro"],
-            "ece": metrics["test/ece"],
+            "protocol": data.protocol,
+            **{name: tested[name] for name in ("acc", "acc_class_mean", "f1_macro", "ece")},
             "acc_unrounded": getattr(self, "unrounded", None),
-            "zero_shot_acc": metrics.get("test/zero_shot_acc"),
+            "zero_shot_acc": tested.get("zero_shot_acc"),
+            "test_sets": model.tested,
+            "summary": results.summary(data.protocol, model.tested),
+            "zero_shot_summary": results.summary(data.protocol, model.tested, "zero_shot_acc"),
             "per_class": "per_class.csv",
-            "selection": "none",
+            "selection": model.selection,
             "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
             "total_parameters": sum(p.numel() for p in model.parameters()),
             "checkpoint_bytes": tuned.stat().st_size if tuned.is_file() else None,
             "peak_memory_bytes": results.peak_memory_bytes(),
             "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
+            "text_parts": getattr(model.backbone, "chunks", None),
             "precision": str(self.trainer.precision),
             "device": str(torch.cuda.get_device_name() if model.device.type == "cuda" else model.device.type),
             "versions": results.versions(),

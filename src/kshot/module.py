@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import lightning.pytorch as pl
@@ -11,24 +12,28 @@ import torch
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.optim import AdamW
-from torchmetrics import MetricCollection
-from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError, MulticlassF1Score
+from torch.optim import AdamW, Optimizer
+from torchmetrics.classification import MulticlassAccuracy
 
 from kshot import __version__
 from kshot.adapters import Adapter, SearchProblem, Shared, unadapted
 from kshot.adapters.base import derived_seed
 from kshot.backbones import Backbone, VisionLanguageBackbone
 from kshot.checkpoint import HEADER, TRAINING, check_origin, check_tensors
-from kshot.classifiers import Classifier, ClassifierFactory, Task, TextPrompt
+from kshot.classifiers import Classifier, ClassifierFactory, Shots, Task, TextPrompt
 from kshot.classifiers.base import cosine_logits
 from kshot.classifiers.zero_shot import TextFeatures
+from kshot.data.parts import Batch
+from kshot.data.protocols import TestSet
 from kshot.errors import UserError
 from kshot.layers import AdapterLayer
+from kshot.meter import Meter
 from kshot.optim import OptimizerFactory, ScheduleFactory
 
 if TYPE_CHECKING:
-    from kshot.data.datamodule import Batch, FewShotDataModule
+    from kshot.data.datamodule import FewShotDataModule
+
+Encoder = Callable[[Tensor], Tensor]
 
 
 class FewShotModule(pl.LightningModule):
@@ -82,18 +87,7 @@ class FewShotModule(pl.LightningModule):
         self.cache_features = cache_features
         self.run_seed = torch.initial_seed()
         self.preflight_done = False
-        classes = len(class_names)
-        self.accuracy = MulticlassAccuracy(classes, average="micro")  # of the validation shots
-        self.test_metrics = MetricCollection(
-            {
-                "acc": MulticlassAccuracy(classes, average="micro"),
-                "acc_class_mean": MulticlassAccuracy(classes, average="macro"),
-                "f1_macro": MulticlassF1Score(classes, average="macro"),
-            }
-        )
-        self.class_accuracy = MulticlassAccuracy(classes, average="none")
-        self.calibration = MulticlassCalibrationError(classes, n_bins=15)
-        self.zero_shot_accuracy = MulticlassAccuracy(classes, average="micro")
+        self.accuracy = MulticlassAccuracy(len(class_names), average="micro")  # of the validation shots
 
     @property
     def backbone(self) -> Backbone:
@@ -111,8 +105,8 @@ class FewShotModule(pl.LightningModule):
 
     @property
     def method(self) -> str:
-        """What is trained, in one word or two: ``LoRA``, ``CoOp``, ``CoOp + LoRA``, ``TextPrompt``."""
-        parts = [type(self.classifier).__name__] + ([type(self.adapter).__name__] if self.adapter else [])
+        """What is trained, in a few words: ``CoOp``, ``TextPrompt + LoRA``, ``DePT (PromptSRC) + LoRA``."""
+        parts = [self.classifier.title] + ([type(self.adapter).__name__] if self.adapter else [])
         return " + ".join(parts)
 
     @property
@@ -122,7 +116,7 @@ class FewShotModule(pl.LightningModule):
 
     def has_frozen_images(self) -> bool:
         """True when nothing in the image tower trains, so that features can be kept."""
-        return not self.backbone.trainable("image")
+        return not self.backbone.trainable("image") and not self.classifier.prompts_images
 
     # ------------------------------------------------------------------------------------------------ features, losses
 
@@ -132,12 +126,20 @@ class FewShotModule(pl.LightningModule):
             return batch.input
         if self.has_frozen_images():
             with torch.no_grad():
-                return self.backbone.encode_image(batch.input)
-        return self.backbone.encode_image(batch.input)
+                return self.classifier.encode_image(batch.input)
+        return self.classifier.encode_image(batch.input)
 
-    def losses(self, features: Tensor, label: Tensor) -> dict[str, Tensor]:
+    def frozen_features_of(self, batch: Batch) -> Tensor | None:
+        """Image features, (B, D), of the untouched backbone, where the classifier learns from them."""
+        if not self.classifier.learns_from_frozen or batch.frozen is not None:
+            return batch.frozen
+        with unadapted(self.backbone), torch.no_grad():
+            return self.backbone.encode_image(batch.input)
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
         """The classifier's terms and the adapter's penalty."""
-        terms = self.classifier.losses(features, label)
+        frozen = self.frozen_features_of(batch)
+        terms = self.classifier.losses(self.features_of(batch), batch.label, frozen)
         for shared in self.shared:
             penalty = shared.penalty()
             if penalty is not None:
@@ -146,11 +148,11 @@ class FewShotModule(pl.LightningModule):
 
     def loss_of(self, batch: Batch) -> Tensor:
         """The training loss of a batch: a scalar."""
-        return sum(self.losses(self.features_of(batch), batch.label).values(), torch.zeros((), device=self.device))
+        return sum(self.losses(batch).values(), torch.zeros((), device=self.device))
 
     def forward(self, image: Tensor) -> Tensor:
         """Logits, (B, classes), of images, (B, 3, H, W), uint8 or in [0, 1]."""
-        logits: Tensor = self.classifier(self.backbone.encode_image(image))
+        logits: Tensor = self.classifier(self.classifier.encode_image(image))
         return logits
 
     def preflight(self, steps: int, data: FewShotDataModule | None = None) -> None:
@@ -164,6 +166,12 @@ class FewShotModule(pl.LightningModule):
             UserError: names the tensors that nothing would train, or what does not fit into the run.
         """
         self.preflight_done = True
+        if data is not None:
+            self.check_validation(data)
+            self.check_classes(data)
+            self.classifier.reserve(data.train_images())
+        with unadapted(self.backbone), torch.no_grad():
+            self.classifier.observe_frozen()
         if self.closed_form:
             return
         for shared in self.shared:
@@ -174,9 +182,9 @@ class FewShotModule(pl.LightningModule):
         size = self.backbone.image_size
         image = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8, generator=noise).to(self.device)
         label = torch.arange(2, device=self.device) % len(self.classifier.task.class_names)
+        batch = Batch(image, label, label)
         with torch.random.fork_rng(), torch.enable_grad():
-            features = self.backbone.encode_image(image)
-            sum(self.losses(features, label).values(), torch.zeros((), device=self.device)).backward()
+            self.loss_of(batch).backward()
         untouched = [name for name, p in self.named_parameters() if p.requires_grad and p.grad is None]
         self.zero_grad(set_to_none=True)
         if untouched:
@@ -185,37 +193,77 @@ class FewShotModule(pl.LightningModule):
                 f"them enters the loss of {self.method}. Narrow targets to what the classifier uses."
             )
 
+    def check_validation(self, data: FewShotDataModule) -> None:
+        """Raises UserError when the classifier has nothing to choose its hyper-parameters by."""
+        if self.classifier.selects and not data.draw.val:
+            raise UserError(
+                f"{type(self.classifier).__name__} chooses hyper-parameters on validation images, and "
+                f"{data.dataset_name} has none: give values instead of null, or a data set with a val part."
+            )
+
+    def check_classes(self, data: FewShotDataModule) -> None:
+        """Raises UserError when the data is to be tested on classes that the classifier cannot serve."""
+        bound, own = self.classifier.class_bound, self.classifier.task.class_names
+        for test_set in data.test_sets:
+            if bound and test_set.class_names != own:
+                raise UserError(
+                    f"{type(self.classifier).__name__} cannot be tested on the classes of {test_set.name!r} "
+                    f"(data.protocol: {data.protocol}): {bound}."
+                )
+
+    @property
+    def selection(self) -> str:
+        """What decided hyper-parameters: ``none``, ``fewshot-val``, or ``full-val`` with all validation images."""
+        if not self.classifier.selects or self._trainer is None:
+            return "none"
+        data = cast("FewShotDataModule", self.trainer.datamodule)  # type: ignore[attr-defined]  # Lightning's own
+        return "fewshot-val" if data.draw.val_shots is not None else "full-val"
+
     # ------------------------------------------------------------------------------------------------ training
+
+    def setup(self, stage: str) -> None:
+        """Makes room for what has a size of its own for each image, before there is an optimizer."""
+        data = cast("FewShotDataModule | None", getattr(self.trainer, "datamodule", None))
+        if stage == "fit" and data is not None:
+            self.classifier.reserve(data.train_images())
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over trainable parameters, and the schedule over the run's own number of steps."""
         parameters = [p for p in self.parameters() if p.requires_grad]
         if not parameters:
             return None
-        optimizer = self.optimizer_factory(params=self.parameter_groups(parameters))
+        optimizer = self.make_optimizer(parameters)
         if self.schedule_factory is None:
             return optimizer
         steps = int(self.trainer.estimated_stepping_batches)
-        schedule = self.schedule_factory(optimizer=optimizer, total_steps=steps)
+        each = max(1, math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches))
+        schedule = self.schedule_factory(optimizer=optimizer, total_steps=steps, steps_per_epoch=each)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def parameter_groups(self, parameters: Sequence[nn.Parameter]) -> Any:
-        """The parameters by role: weight decay spares what does not start from no change, a head may have its rate."""
+    def make_optimizer(self, parameters: Sequence[nn.Parameter]) -> Optimizer:
+        """The optimizer over some of the parameters.
+
+        They are grouped by role: weight decay spares what does not start from no change, a head may have its own rate,
+        and a method may set the rate of its parts in multiples of the optimizer's.
+        """
         layers = self.adapter_layers().values()
         spared = {id(p) for v in layers for name, p in v.named_parameters(recurse=False) if name in v.undecayed}
         inside = {id(p) for p in self.backbone.parameters()}
-        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        factors = {id(p): factor for p, factor in self.classifier.rate_factors().items()}
+        groups: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
         for p in parameters:
             own_rate = self.head_lr is not None and id(p) not in inside
-            groups.setdefault((id(p) in spared, own_rate), []).append(p)
-        if list(groups) == [(False, False)]:
-            return parameters
-        return [
-            {"params": group}
+            groups.setdefault((id(p) in spared, own_rate, factors.get(id(p), 1.0)), []).append(p)
+        params: list[Any] = [
+            {"params": group, "rate_factor": factor}
             | ({"weight_decay": 0.0} if undecayed else {})
             | ({"lr": self.head_lr} if own_rate else {})
-            for (undecayed, own_rate), group in groups.items()
+            for (undecayed, own_rate, factor), group in groups.items()
         ]
+        optimizer = self.optimizer_factory(params=params)
+        for settings in optimizer.param_groups:
+            settings["lr"] *= settings.pop("rate_factor")
+        return optimizer
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """One step, and what the method does after it."""
@@ -246,7 +294,7 @@ class FewShotModule(pl.LightningModule):
                 train,
                 val,
                 self.loss_of,
-                optimizer=lambda chosen: self.optimizer_factory(params=self.parameter_groups(list(chosen))),
+                optimizer=lambda chosen: self.make_optimizer(list(chosen)),
                 parameters=[p for p in self.parameters() if p.requires_grad],
                 steps=int(self.trainer.estimated_stepping_batches),
             )
@@ -266,31 +314,76 @@ class FewShotModule(pl.LightningModule):
             self.cache_features and self.has_frozen_images() and not self.closed_form
         )
         start = self.classifier.from_features and (self.classifier.closed_form or self.trainer.ckpt_path is None)
-        views = data.train_views() if keep else 0  # 0 also when every epoch has views of its own
-        encoded = [self.encode_all(data.eval_order_train_dataloader(view)) for view in range(views or int(start))]
-        if start:
-            self.classifier.fit_features(torch.cat([f for f, _ in encoded]), torch.cat([label for _, label in encoded]))
-        if views:
-            data.replace_train_inputs(torch.stack([f for f, _ in encoded]).cpu())
-        if not keep:
-            return
-        validation = data.val_dataloader()
-        if validation:
-            data.replace_val_inputs(self.encode_all(validation)[0].cpu())
+        views = data.train_views()  # 0 when every epoch has views of its own
+        if self.classifier.learns_from_frozen and self.cache_features and views:
+            with unadapted(self.backbone):
+                data.keep_frozen_features(self.encode_views(data, views, self.backbone.encode_image).features.cpu())
+        train = self.encode_views(data, views if keep and views else 1) if (keep and views) or start else None
+        val = self.validation_shots(data) if keep or start else None
+        if train is not None and start:
+            self.classifier.fit_features(train, val)
+        if train is not None and keep and views:
+            data.replace_train_inputs(train.features.cpu())
+        if val is not None and keep:
+            data.replace_val_inputs(val.features[0].cpu())
+
+    def encode_views(self, data: FewShotDataModule, views: int, encode: Encoder | None = None) -> Shots:
+        """Features of recorded views of the training images, by the classifier or by another encoder."""
+        encoded = [self.encode_all(data.eval_order_train_dataloader(view), encode) for view in range(views)]
+        return Shots(torch.stack([features for features, _ in encoded]), encoded[0][1])
+
+    def validation_shots(self, data: FewShotDataModule) -> Shots | None:
+        """Features of the validation images, one view each; None without any."""
+        loader = data.val_dataloader()
+        if not loader:
+            return None
+        features, label = self.encode_all(loader)
+        return Shots(features.unsqueeze(0), label)
 
     @torch.no_grad()
-    def encode_all(self, loader: Any) -> tuple[Tensor, Tensor]:
-        """Features, (N, D), and labels, (N,), of everything in a loader, on this module's device."""
+    def encode_all(self, loader: Any, encode: Encoder | None = None) -> tuple[Tensor, Tensor]:
+        """Features, (N, D), and labels, (N,), of everything in a loader, on this module's device.
+
+        Args:
+            loader: yields batches.
+            encode: of images; None takes the classifier's, or the features that a batch holds.
+        """
         was_training = self.training
         self.eval()
         features, labels = [], []
         with self.trainer.precision_plugin.forward_context():
             for batch in loader:
                 here = self.on_device(batch)
-                features.append(self.features_of(here).float())
+                features.append((encode(here.input) if encode else self.features_of(here)).float())
                 labels.append(here.label)
         self.train(was_training)
         return torch.cat(features), torch.cat(labels)
+
+    def on_train_epoch_end(self) -> None:
+        """Counts the epoch into the average of the tensors, where the method has one."""
+        if self.classifier.averaging is not None:
+            self.classifier.averaging.add(self.current_epoch + 1, self.trained())
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Trainable tensors by name."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    @torch.no_grad()
+    def take_average(self) -> None:
+        """Puts the average over the epochs in the place of the trained tensors, where the method has one."""
+        if self.classifier.averaging is not None:
+            trained = self.trained()
+            for name, mean in self.classifier.averaging.mean().items():
+                trained[name].copy_(mean)
+
+    def on_fit_end(self) -> None:
+        """Takes the average, and chooses what is left to choose on the validation shots."""
+        self.take_average()
+        data = cast("FewShotDataModule | None", getattr(self.trainer, "datamodule", None))
+        if self.classifier.selects and not self.classifier.closed_form and data is not None:
+            val = self.validation_shots(data)
+            assert val is not None, "check_fit has seen to it"
+            self.classifier.select(val)
 
     def on_train_epoch_start(self) -> None:
         """Makes the chance in an epoch depend on the seed and the epoch alone, so that a resumed run is the same."""
@@ -302,7 +395,7 @@ class FewShotModule(pl.LightningModule):
         Raises:
             UserError: the loss is not finite.
         """
-        terms = self.losses(self.features_of(batch), batch.label)
+        terms = self.losses(batch)
         loss = sum(terms.values(), torch.zeros((), device=self.device))
         if not torch.isfinite(loss):
             raise UserError(
@@ -329,37 +422,55 @@ class FewShotModule(pl.LightningModule):
         self.log("val/acc", self.accuracy, prog_bar=True, batch_size=len(batch.label))
 
     def on_test_start(self) -> None:
-        """Prepares the zero-shot row: text features of the untouched backbone."""
-        backbone = self.backbone
+        """Takes on the averaged tensors, and begins with the first test set."""
+        self.take_average()
+        data = getattr(self.trainer, "datamodule", None)
+        task = self.classifier.task
+        self.test_sets = [TestSet("test", task.class_names, task.templates)] if data is None else list(data.test_sets)
+        self.tested: dict[str, dict[str, float]] = {}
+        self.per_class: dict[str, list[float]] = {}
+        self.open_test_set(0)
+
+    def open_test_set(self, number: int) -> None:
+        """Serves the classes of a test set, and prepares its zero-shot row: text features of the untouched backbone."""
+        self.test_set = self.test_sets[number]
+        names, templates, backbone = self.test_set.class_names, self.test_set.templates, self.backbone
+        if Task(names, templates) != self.classifier.task:
+            self.classifier.set_class_names(names, templates)
+        self.meter = Meter(len(names)).to(self.device)
         self.zero_shot_text: Tensor | None = None
         if isinstance(backbone, VisionLanguageBackbone):
-            task = self.classifier.task
             with unadapted(backbone), torch.no_grad():
-                self.zero_shot_text = TextFeatures(backbone, task.class_names, task.templates).encode()
+                self.zero_shot_text = TextFeatures(backbone, names, templates).encode()
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002  Lightning's signature
+    def close_test_set(self) -> None:
+        """Keeps the results of a test set."""
+        results, self.per_class[self.test_set.name] = self.meter.results()
+        self.tested[self.test_set.name] = results
+
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:  # noqa: ARG002  Lightning's signature
         """Counts what is right with the adapted and with the untouched backbone."""
+        if self.test_sets[dataloader_idx].name != self.test_set.name:
+            self.close_test_set()
+            self.open_test_set(dataloader_idx)
         features, logits = self.logits_of(batch)
-        self.test_metrics.update(logits, batch.label)
-        self.class_accuracy.update(logits, batch.label)
-        # torchmetrics puts a confidence of exactly 1 into a bin of its own (its issue 3510): stay just below.
-        self.calibration.update(logits.softmax(-1).clamp(max=1 - 1e-6), batch.label)
+        zero_shot = None
         if self.zero_shot_text is not None:
             if not self.has_frozen_images():
                 with unadapted(self.backbone):
                     features = self.backbone.encode_image(batch.input)
             scale = cast(VisionLanguageBackbone, self.backbone).logit_scale
-            self.zero_shot_accuracy.update(cosine_logits(features, self.zero_shot_text, scale), batch.label)
+            zero_shot = cosine_logits(features, self.zero_shot_text, scale)
+        self.meter.update(logits, batch.label, zero_shot)
 
     def on_test_epoch_end(self) -> None:
-        """Logs the test results."""
-        self.log_dict({f"test/{name}": value for name, value in self.test_metrics.compute().items()})
-        self.log("test/ece", self.calibration.compute())
-        if self.zero_shot_text is not None:
-            self.log("test/zero_shot_acc", self.zero_shot_accuracy.compute())
-        self.per_class = self.class_accuracy.compute().tolist()
-        for metric in (self.test_metrics, self.class_accuracy, self.calibration, self.zero_shot_accuracy):
-            metric.reset()
+        """Logs the results: of the classes trained on as ``test/acc``, of other test sets as ``test/NAME/acc``."""
+        self.close_test_set()
+        for number, test_set in enumerate(self.test_sets):
+            prefix = "test" if number == 0 else f"test/{test_set.name}"
+            self.log_dict({f"{prefix}/{name}": value for name, value in self.tested[test_set.name].items()})
+        if len(self.test_sets) > 1:
+            self.open_test_set(0)  # serves the classes trained on again
 
     def predict_step(self, batch: Batch, batch_idx: int) -> tuple[Tensor, Tensor]:  # noqa: ARG002  Lightning's signature
         """Positions, (B,), and class probabilities, (B, classes)."""
@@ -407,7 +518,11 @@ class FewShotModule(pl.LightningModule):
         """Leaves the frozen weights out."""
         checkpoint["state_dict"] = self.tuned_state()
         checkpoint[HEADER] = self.header()
-        checkpoint[TRAINING] = [shared.training_state() for shared in self.shared]
+        averaging = self.classifier.averaging
+        checkpoint[TRAINING] = {
+            "shared": [shared.training_state() for shared in self.shared],
+            "average": None if averaging is None else averaging.state(),
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint of another backbone, method, basis or task, and takes on the shapes of this one."""
@@ -421,6 +536,12 @@ class FewShotModule(pl.LightningModule):
             own = layer.from_stored(own)
             layer.fit_shapes(own)
             saved |= {f"{name}.{key}": tensor for key, tensor in own.items()}
+        inside = {k.removeprefix("classifier."): v for k, v in saved.items() if k.startswith("classifier.")}
+        self.classifier.fit_shapes(inside)
         check_tensors(saved, self.tuned_state())
-        for shared, state in zip(self.shared, checkpoint.get(TRAINING, []), strict=False):  # none in the small file
-            shared.load_training_state(state)
+        training = checkpoint.get(TRAINING)  # none in the small file
+        if training is not None:
+            for shared, state in zip(self.shared, training["shared"], strict=True):
+                shared.load_training_state(state)
+            if self.classifier.averaging is not None:
+                self.classifier.averaging.load_state(training["average"])

@@ -6,9 +6,11 @@ import math
 from collections.abc import Iterable
 from typing import Protocol
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+from kshot.errors import UserError
 
 
 class OptimizerFactory(Protocol):
@@ -20,9 +22,9 @@ class OptimizerFactory(Protocol):
 
 
 class ScheduleFactory(Protocol):
-    """A schedule but for its optimizer and the number of steps, which the run knows."""
+    """A schedule but for its optimizer, the number of steps and of steps an epoch, which the run knows."""
 
-    def __call__(self, optimizer: Optimizer, total_steps: int) -> LRScheduler:
+    def __call__(self, optimizer: Optimizer, total_steps: int, steps_per_epoch: int) -> LRScheduler:
         """Builds the schedule; it is stepped once per optimizer step."""
         ...
 
@@ -33,15 +35,86 @@ class WarmupCosine(LambdaLR):
     Args:
         optimizer: its learning rates are the peaks.
         total_steps: optimizer steps in the run.
-        warmup_steps: steps before the peak; the first runs at peak / (warmup_steps + 1).
+        steps_per_epoch: optimizer steps in an epoch.
+        warmup_steps: steps before the peak; the first of w runs at peak / (w + 1).
+        warmup_epochs: epochs before the peak, in addition to these steps.
         floor: final rate as a fraction of the peak.
+
+    Raises:
+        UserError: a negative warm-up, a floor outside [0, 1].
     """
 
-    def __init__(self, optimizer: Optimizer, total_steps: int, warmup_steps: int = 0, floor: float = 0.0) -> None:
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        total_steps: int,
+        steps_per_epoch: int,
+        warmup_steps: int = 0,
+        warmup_epochs: float = 0.0,
+        floor: float = 0.0,
+    ) -> None:
+        require("WarmupCosine", "warmup_steps", warmup_steps, warmup_steps >= 0, "be 0 or more")
+        require("WarmupCosine", "warmup_epochs", warmup_epochs, 0 <= warmup_epochs < math.inf, "be 0 or more")
+        require("WarmupCosine", "floor", floor, 0 <= floor <= 1, "lie in [0, 1]")
+        warmup = warmup_steps + round(warmup_epochs * steps_per_epoch)
+
         def factor(step: int) -> float:
-            if step < warmup_steps:
-                return (step + 1) / (warmup_steps + 1)
-            progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+            if step < warmup:
+                return (step + 1) / (warmup + 1)
+            progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
             return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
         super().__init__(optimizer, factor)
+
+
+class DasslCosine(LRScheduler):
+    """The schedule of CoOp and its successors, as the toolbox Dassl composes it; constant within an epoch.
+
+    In epoch e of E, after w epochs of warm-up, with each parameter group's own rate η::
+
+        warmup_lr                              for e < w
+        η (1 + cos(π (e - w) / E)) / 2         for e ≥ w
+
+    The cosine spans E epochs, not E - w, so that the rate does not reach 0.
+
+    Args:
+        optimizer: its learning rates are η.
+        total_steps: optimizer steps in the run.
+        steps_per_epoch: optimizer steps in an epoch.
+        warmup_epochs: w.
+        warmup_lr: rate of every group while it warms up, whatever its η.
+
+    Raises:
+        UserError: a negative warm-up.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        total_steps: int,
+        steps_per_epoch: int,
+        warmup_epochs: int = 1,
+        warmup_lr: float = 1e-5,
+    ) -> None:
+        require("DasslCosine", "warmup_epochs", warmup_epochs, warmup_epochs >= 0, "be 0 or more")
+        require("DasslCosine", "warmup_lr", warmup_lr, 0 <= warmup_lr < math.inf, "be 0 or more")
+        self.steps_per_epoch, self.epochs = steps_per_epoch, math.ceil(total_steps / steps_per_epoch)
+        self.warmup_epochs, self.warmup_lr = warmup_epochs, warmup_lr
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[float | Tensor]:
+        """The rates of the groups at the present step."""
+        epoch = self.last_epoch // self.steps_per_epoch - self.warmup_epochs  # torch counts steps as epochs
+        if epoch < 0:
+            return [self.warmup_lr for _ in self.base_lrs]
+        return [0.5 * eta * (1 + math.cos(math.pi * epoch / self.epochs)) for eta in self.base_lrs]
+
+
+def require(who: str, name: str, value: float, holds: bool, what: str) -> None:
+    """Refuses a setting of a schedule.
+
+    Raises:
+        UserError: ``holds`` is False.
+    """
+    if not holds:
+        raise UserError(f"{who}: {name} is {value}, and must {what}.")

@@ -102,12 +102,53 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def write_per_class(path: Path, class_names: Sequence[str], accuracy: Sequence[float]) -> None:
-    """Writes ``label,class_name,accuracy`` rows."""
+def write_per_class(path: Path, sets: Iterable[tuple[str, Sequence[str], Sequence[float]]]) -> None:
+    """Writes ``test_set,label,class_name,accuracy`` rows from names of test sets, their classes and accuracies."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["label", "class_name", "accuracy"])
-        writer.writerows((i, name, f"{a:.6f}") for i, (name, a) in enumerate(zip(class_names, accuracy, strict=True)))
+        writer.writerow(["test_set", "label", "class_name", "accuracy"])
+        for test_set, class_names, accuracy in sets:
+            for label, name in enumerate(class_names):
+                writer.writerow([test_set, label, name, f"{accuracy[label]:.6f}"])
+
+
+def harmonic_mean(base: float, new: float) -> float:
+    """H = 2 b n / (b + n) of the accuracies on base and new classes (Xian et al. 2017; Zhou et al. 2022)."""
+    return 2 * base * new / (base + new) if base + new else 0.0
+
+
+def summary(protocol: str, tested: Mapping[str, Mapping[str, float]], metric: str = "acc") -> dict[str, float]:
+    """The one figure in which a protocol ends, by name; nothing for all-to-all.
+
+    Args:
+        protocol: of the data.
+        tested: results by test set, the classes trained on first.
+        metric: ``acc`` or ``zero_shot_acc``.
+    """
+    values = [results[metric] for results in tested.values() if metric in results]
+    if len(values) < 2:
+        return {}
+    if protocol == "base-to-new":
+        return {"harmonic_mean": harmonic_mean(values[0], values[1])}
+    return {"targets_mean": sum(values[1:]) / len(values[1:])}
+
+
+def base_to_new_over_runs(runs: Sequence[tuple[float, float]]) -> dict[str, float]:
+    """Mean base and new accuracy over runs, and H in both ways that tables give it.
+
+    The harmonic mean of the averages is what the field prints in its average rows; the average of the runs' own
+    harmonic means is lower.
+
+    Args:
+        runs: accuracies on base and new classes of each run.
+    """
+    base, new = (sum(values) / len(runs) for values in zip(*runs, strict=True))
+    return {
+        "base": base,
+        "new": new,
+        "h_of_averages": harmonic_mean(base, new),
+        "average_of_h": sum(harmonic_mean(*run) for run in runs) / len(runs),
+    }
 
 
 def write_predictions(

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import zip_longest
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from kshot.errors import UserError
 from kshot.layers import AdapterLayer
 from kshot.slots import Slot
+
+logger = logging.getLogger("kshot")
+
+# Values that a block of the text tower keeps for the backward pass: a token's, in units of its width, and a pair of
+# tokens', in each head (benchmarks/prompts.py compares the estimate with the memory that is taken).
+ACTIVATIONS, SCORES = 21, 3
 
 
 class Backbone(nn.Module, ABC):
@@ -24,11 +34,15 @@ class Backbone(nn.Module, ABC):
         image_size: side of the square images it takes, in pixels.
         feature_dim: width of an image feature.
         weight_sha256: digest of the weights as loaded; checkpoints carry it.
+        image_blocks: blocks of the image tower that learned tokens can enter; 0 when it takes none.
+        image_width: width of its tokens.
     """
 
     mean: Tensor
     std: Tensor
     trainable_towers = False
+    image_blocks: int = 0
+    image_width: int = 0
 
     def __init__(
         self, name: str, image_size: int, feature_dim: int, mean: Sequence[float], std: Sequence[float]
@@ -51,18 +65,24 @@ class Backbone(nn.Module, ABC):
     def encode_normalised(self, image: Tensor) -> Tensor:
         """Image features, (B, feature_dim), of normalised images, (B, 3, H, W)."""
 
-    def encode_image(self, image: Tensor) -> Tensor:
+    def encode_prompted(self, image: Tensor, prompts: Sequence[Tensor]) -> Tensor:
+        """The same with learned tokens, as :meth:`encode_image`; for a tower with ``image_blocks``."""
+        raise NotImplementedError(f"the image tower of {self.name} takes no learned tokens")
+
+    def encode_image(self, image: Tensor, prompts: Sequence[Tensor] = ()) -> Tensor:
         """Image features, not normalised to unit length.
 
         Args:
             image: (B, 3, image_size, image_size), uint8, or floats in [0, 1].
+            prompts: learned tokens, (n, image_width) for each of the first blocks; those of the first stand behind the
+                tokens of the image, those of a later block replace them (Jia et al. 2022, arXiv:2203.12119).
 
         Returns:
             (B, feature_dim).
         """
         image = image.float() / 255 if image.dtype == torch.uint8 else image
-        features: Tensor = self.encode_normalised((image - self.mean) / self.std)
-        return features
+        image = (image - self.mean) / self.std
+        return self.encode_prompted(image, prompts) if prompts else self.encode_normalised(image)
 
     def slots(self) -> dict[str, Slot]:
         """All slots by canonical name, ``<tower>.<block>.<q|k|v|o|fc1|fc2>``.
@@ -118,13 +138,21 @@ class VisionLanguageBackbone(Backbone):
 
     Attributes:
         text_width: width of a token embedding.
+        text_blocks: blocks of the text tower.
+        text_heads: attention heads of one.
         context_length: positions that a prompt can take.
         supports_prompts: False when the text tower takes no embeddings in place of tokens.
+        text_memory: bytes that the activations of the text tower may take; None for a quarter of the device's memory.
+        chunks: how many parts the last prompts were divided into to keep within that.
     """
 
     text_width: int
+    text_blocks: int
+    text_heads: int
     context_length: int
     supports_prompts: bool
+    text_memory: int | None = None
+    chunks: int = 1
 
     @property
     @abstractmethod
@@ -151,18 +179,67 @@ class VisionLanguageBackbone(Backbone):
     def end_of_text(self, tokens: Tensor) -> Tensor:
         """Position of the token at which each row of (N, L) is pooled, (N,)."""
 
-    @abstractmethod
-    def encode_embeddings(self, prefix: Tensor, suffix: Tensor, end: Tensor) -> Tensor:
-        """Text features of prompts that share a prefix.
+    def encode_embeddings(self, prefix: Tensor, suffix: Tensor, end: Tensor, deep: Tensor | None = None) -> Tensor:
+        """Text features of prompts that share a prefix, in as many parts as the memory budget asks for.
+
+        With a gradient, each of several parts is computed again in the backward pass instead of being kept.
 
         Args:
             prefix: (G, P, text_width) embeddings of the shared first tokens, start token included, in G groups.
             suffix: (G, C, S, text_width) embeddings of what differs by class, padding included.
             end: (C,) position of the end token in the whole prompt, in P ... P+S-1.
+            deep: (J - 1, n, text_width) tokens that take the places 1 ... n, which lie in the prefix, before block
+                2 ... J (Khattak et al. 2022, arXiv:2210.03117).
 
         Returns:
             (G, C, feature_dim), not normalised to unit length.
         """
+        if torch.compiler.is_compiling():
+            return self.encode_part(prefix, suffix, end, deep)
+        learned = [t for t in (prefix, suffix, deep) if t is not None and t.requires_grad]
+        gradient = torch.is_grad_enabled() and bool(learned or self.trainable("text"))
+        groups, classes = self.part_size(prefix, suffix, gradient)
+        if groups >= len(suffix) and classes >= suffix.shape[1]:
+            return self.encode_part(prefix, suffix, end, deep)
+        rows = []
+        for g in range(0, len(suffix), groups):
+            parts = []
+            for c in range(0, suffix.shape[1], classes):
+                part = (prefix[g : g + groups], suffix[g : g + groups, c : c + classes], end[c : c + classes], deep)
+                parts.append(
+                    checkpoint(self.encode_part, *part, use_reentrant=False) if gradient else self.encode_part(*part)
+                )
+            rows.append(torch.cat(parts, 1))
+        return torch.cat(rows)
+
+    @abstractmethod
+    def encode_part(self, prefix: Tensor, suffix: Tensor, end: Tensor, deep: Tensor | None) -> Tensor:
+        """:meth:`encode_embeddings` at once."""
+
+    def part_size(self, prefix: Tensor, suffix: Tensor, gradient: bool) -> tuple[int, int]:
+        """Groups and classes that are encoded at once, so that their activations keep within ``text_memory``.
+
+        Several groups only with all their classes. What is chosen is logged when it changes.
+        """
+        (groups, p, width), (classes, s) = prefix.shape, suffix.shape[1:3]
+        device = prefix.device.type
+        size = torch.get_autocast_dtype(device).itemsize if torch.is_autocast_enabled(device) else prefix.itemsize
+        kept = (ACTIVATIONS * width + SCORES * self.text_heads * (p + s)) * (self.text_blocks if gradient else 1)
+        token, budget = kept * size, self.text_memory or memory_of(prefix.device) // 4
+        fit = budget // token  # tokens
+        if fit >= p + classes * s:
+            size_of = min(groups, fit // (p + classes * s)), classes
+        else:
+            size_of = 1, max(1, min(classes, (fit - p) // s))
+        chunks = -(-groups // size_of[0]) * -(-classes // size_of[1])
+        if chunks > 1 and chunks != self.chunks:
+            again = ", each computed again in the backward pass" if gradient else ""
+            logger.info(
+                f"Text tower: {groups * classes:,} prompts in {chunks} parts of {size_of[0] * size_of[1]:,}{again}, to "
+                f"keep within {budget / 1e9:.3g} GB (model.backbone.text_memory_gb)."
+            )
+        self.chunks = chunks
+        return size_of
 
     @abstractmethod
     def encode_tokens(self, tokens: Tensor) -> Tensor:
@@ -178,7 +255,7 @@ def require_text(backbone: Backbone, who: str) -> VisionLanguageBackbone:
     if not isinstance(backbone, VisionLanguageBackbone):
         raise UserError(
             f"{who} needs a text tower, and {backbone.name} has none: use an OpenClip backbone, or the classifier "
-            "LinearProbe or NearestClassMean."
+            "LinearProbe, LogisticProbe, NearestClassMean or VPT."
         )
     return backbone
 
@@ -195,6 +272,42 @@ def require_prompts(backbone: Backbone, who: str) -> VisionLanguageBackbone:
             f"{who} learns prompt embeddings, which the text tower of {text.name} cannot take (not causal)."
         )
     return text
+
+
+def require_image_prompts(backbone: Backbone, who: str) -> None:
+    """Makes sure that learned tokens can enter the image tower.
+
+    Raises:
+        UserError: they cannot.
+    """
+    if not backbone.image_blocks:
+        raise UserError(
+            f"{who} puts learned tokens into the image tower, which that of {backbone.name} cannot take: use a plain "
+            "vision transformer (no ResNet, no rotary positions)."
+        )
+
+
+def run_prompted(blocks: Iterable[nn.Module], x: Tensor, prompts: Sequence[Tensor]) -> Tensor:
+    """Runs blocks on tokens, (B, L, width), with prompts behind them; returns the L tokens without prompts.
+
+    Args:
+        blocks: of the tower.
+        x: (B, L, width).
+        prompts: (n, width) for each of the first blocks; after these, the states of the last ones stay.
+    """
+    length = x.shape[1]
+    for block, prompt in zip_longest(blocks, prompts):
+        if prompt is not None:
+            x = torch.cat([x[:, :length], prompt.to(x.dtype).expand(len(x), -1, -1)], 1)
+        x = block(x)
+    return x[:, :length]
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes of memory that a device has in all."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def sha256_of(model: nn.Module) -> str:

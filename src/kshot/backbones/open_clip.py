@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from kshot.backbones.attention import Attention, PackedText
-from kshot.backbones.base import VisionLanguageBackbone, check_image_size, sha256_of
+from kshot.backbones.base import VisionLanguageBackbone, check_image_size, run_prompted, sha256_of
 from kshot.backbones.hub import out_of_reach, quiet_hub
+from kshot.backbones.timm import prompt_shape, prompted_features
 from kshot.backbones.unfuse import unfuse_open_clip, unfuse_timm
 from kshot.errors import UserError, first_line, nearest_first
 from kshot.slots import Slot
@@ -29,15 +30,25 @@ class OpenClip(VisionLanguageBackbone):
         pretrained: for an architecture: a tag (``openai``), a file of weights, or ``random``. For the other forms
             nothing, since they carry their weights.
         image_size: side of the input in pixels; None takes the model's own.
+        text_memory_gb: memory that the activations of the text tower may take; more prompts than fit are encoded in
+            parts. None takes a quarter of the device's memory.
 
     Raises:
         UserError: unknown architecture, tag or folder; no weights named; weights out of reach; an activation that the
-            weights were not trained with; an image size that the patches do not tile.
+            weights were not trained with; an image size that the patches do not tile; a memory that is not positive.
     """
 
-    def __init__(self, model: str, pretrained: str | None = None, image_size: int | None = None) -> None:
+    def __init__(
+        self,
+        model: str,
+        pretrained: str | None = None,
+        image_size: int | None = None,
+        text_memory_gb: float | None = None,
+    ) -> None:
         import open_clip
 
+        if text_memory_gb is not None and text_memory_gb <= 0:
+            raise UserError(f"text_memory_gb is {text_memory_gb}, and must be positive; null takes a quarter of all.")
         source = resolve(model)
         named = source.startswith(("hf-hub:", "local-dir:"))
         check_weights_named(model, pretrained, named)
@@ -82,6 +93,15 @@ class OpenClip(VisionLanguageBackbone):
             and self._pool in ("argmax", "eos")
         )
         self.text_width = text.token_embedding.weight.shape[1] if hasattr(text, "token_embedding") else 0
+        self.text_memory = None if text_memory_gb is None else int(text_memory_gb * 1e9)
+        if self.supports_prompts:
+            self.text_blocks = len(text.transformer.resblocks)
+            self.text_heads = text.transformer.resblocks[0].attn.num_heads
+        visual = clip.visual
+        if hasattr(visual, "transformer") and hasattr(visual, "_embeds"):
+            self.image_blocks, self.image_width = len(visual.transformer.resblocks), visual.transformer.width
+        elif hasattr(visual, "trunk"):
+            self.image_blocks, self.image_width = prompt_shape(visual.trunk)
         self.freeze(clip, self._unfuse())
 
     def _unfuse(self) -> dict[str, Slot]:
@@ -110,6 +130,15 @@ class OpenClip(VisionLanguageBackbone):
 
     def encode_normalised(self, image: Tensor) -> Tensor:
         return cast(Tensor, self.clip.encode_image(image))
+
+    def encode_prompted(self, image: Tensor, prompts: Sequence[Tensor]) -> Tensor:
+        visual = self.clip.visual
+        if hasattr(visual, "trunk"):
+            return cast(Tensor, visual.head(prompted_features(visual.trunk, image, prompts)))
+        x = visual._embeds(image)  # ends with ln_pre, which treats tokens alike
+        x = run_prompted(visual.transformer.resblocks, x, [visual.ln_pre(prompts[0]), *prompts[1:]])
+        pooled, _ = visual._pool(x)
+        return cast(Tensor, pooled if visual.proj is None else pooled @ visual.proj)
 
     def named_tower_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         for name, parameter in self.clip.named_parameters():
@@ -150,7 +179,7 @@ class OpenClip(VisionLanguageBackbone):
         embeddings = self.embed_tokens(tokens[:, :longest])
         return self.encode_embeddings(embeddings[:1, :shared], embeddings[None, :, shared:], end)[0]
 
-    def encode_embeddings(self, prefix: Tensor, suffix: Tensor, end: Tensor) -> Tensor:
+    def encode_part(self, prefix: Tensor, suffix: Tensor, end: Tensor, deep: Tensor | None) -> Tensor:
         text = self._text
         (groups, p, width), (classes, s) = prefix.shape, suffix.shape[1:3]
         positions = text.positional_embedding
@@ -161,7 +190,11 @@ class OpenClip(VisionLanguageBackbone):
             ]
         )  # (tokens, width): every layer but attention treats tokens alike, so a shared prefix is there once
         layout = PackedText(groups, p, classes, s)
-        for block in text.transformer.resblocks:
+        for i, block in enumerate(text.transformer.resblocks):
+            if deep is not None and 1 <= i <= len(deep):
+                own, n = x[: groups * p].view(groups, p, width), deep.shape[1]
+                own = torch.cat([own[:, :1], deep[i - 1].to(x.dtype).expand(groups, -1, -1), own[:, 1 + n :]], 1)
+                x = torch.cat([own.flatten(0, 1), x[groups * p :]])
             attended = cast(Attention, block.attn).packed(block.ln_1(x), layout)
             x = x + block.ls_1(getattr(block, "ln_attn", nn.Identity())(attended))
             x = x + block.ls_2(block.mlp(block.ln_2(x)))

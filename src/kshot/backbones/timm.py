@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor, nn
 
-from kshot.backbones.base import Backbone, check_image_size, sha256_of
+from kshot.backbones.base import Backbone, check_image_size, run_prompted, sha256_of
 from kshot.backbones.hub import out_of_reach, quiet_hub
 from kshot.backbones.unfuse import unfuse_timm
 from kshot.errors import UserError, first_line, nearest_first
@@ -61,15 +61,36 @@ class Timm(Backbone):
         super().__init__(model, size, vit.num_features, config["mean"], config["std"])
         self.weight_sha256 = sha256_of(vit)
         self.vit = vit
+        self.image_blocks, self.image_width = prompt_shape(vit)
         self.freeze(vit, unfuse_timm(vit.blocks, "image"))
 
     def encode_normalised(self, image: Tensor) -> Tensor:
         return cast(Tensor, self.vit(image))
 
+    def encode_prompted(self, image: Tensor, prompts: Sequence[Tensor]) -> Tensor:
+        return prompted_features(self.vit, image, prompts)
+
     def named_tower_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         for name, parameter in self.vit.named_parameters():
             if ".adapters." not in name:
                 yield f"image.{name}", parameter
+
+
+def prompt_shape(vit: Any) -> tuple[int, int]:
+    """Blocks that learned tokens can enter and their width; (0, 0) for what is no plain vision transformer.
+
+    Rotary positions are given to all tokens but the first few, so that tokens without a position have no place there.
+    """
+    from timm.models.vision_transformer import VisionTransformer
+
+    return (len(vit.blocks), vit.embed_dim) if isinstance(vit, VisionTransformer) else (0, 0)
+
+
+def prompted_features(vit: Any, image: Tensor, prompts: Sequence[Tensor]) -> Tensor:
+    """Features, (B, D), of a plain vision transformer of timm with learned tokens, as ``Backbone.encode_image``."""
+    x = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(image))))
+    x = run_prompted(vit.blocks, x, [vit.norm_pre(prompts[0]), *prompts[1:]])
+    return cast(Tensor, vit.forward_head(vit.norm(x)))
 
 
 def create(model: str, weights: str, options: dict[str, Any]) -> Any:

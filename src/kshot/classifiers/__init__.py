@@ -1,9 +1,42 @@
 """From image features to logits: one file a method."""
 
-from kshot.classifiers.base import Classifier, ClassifierFactory, Task
+from kshot.classifiers.base import Classifier, ClassifierFactory, Shots, Task, TextClassifier
 from kshot.classifiers.class_mean import NearestClassMean
+from kshot.classifiers.clip_adapter import CLIPAdapter
+from kshot.classifiers.cocoop import CoCoOp
 from kshot.classifiers.coop import CoOp
+from kshot.classifiers.dept import DePT
+from kshot.classifiers.kgcoop import KgCoOp
 from kshot.classifiers.linear import LinearProbe
+from kshot.classifiers.logistic import LogisticProbe
+from kshot.classifiers.lp_plus_plus import LPPlusPlus
+from kshot.classifiers.maple import MaPLe
+from kshot.classifiers.promptsrc import PromptSRC
+from kshot.classifiers.task_res import TaskRes
+from kshot.classifiers.tip_adapter import TipAdapter, TipAdapterF
+from kshot.classifiers.vpt import VPT
 from kshot.classifiers.zero_shot import TextPrompt
 
-__all__ = ["Classifier", "ClassifierFactory", "CoOp", "LinearProbe", "NearestClassMean", "Task", "TextPrompt"]
+__all__ = [
+    "VPT",
+    "CLIPAdapter",
+    "Classifier",
+    "ClassifierFactory",
+    "CoCoOp",
+    "CoOp",
+    "DePT",
+    "KgCoOp",
+    "LPPlusPlus",
+    "LinearProbe",
+    "LogisticProbe",
+    "MaPLe",
+    "NearestClassMean",
+    "PromptSRC",
+    "Shots",
+    "Task",
+    "TaskRes",
+    "TextClassifier",
+    "TextPrompt",
+    "TipAdapter",
+    "TipAdapterF",
+]

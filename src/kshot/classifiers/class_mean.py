@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kshot.backbones.base import Backbone
-from kshot.classifiers.base import Classifier, Task, cosine_logits
+from kshot.classifiers.base import Classifier, Shots, Task, cosine_logits
 
 
 class NearestClassMean(Classifier):
@@ -22,6 +22,7 @@ class NearestClassMean(Classifier):
 
     means: Tensor
     from_features = True
+    class_bound = "its means are those of the training classes"
 
     def __init__(self, backbone: Backbone, task: Task, scale: float = 20.0, trainable: bool = False) -> None:
         super().__init__(backbone, task)
@@ -36,7 +37,8 @@ class NearestClassMean(Classifier):
         return cosine_logits(features, self.means, self.scale)
 
     @torch.no_grad()
-    def fit_features(self, features: Tensor, label: Tensor) -> None:
+    def fit_features(self, train: Shots, val: Shots | None) -> None:  # noqa: ARG002  nothing to choose
+        features, label = train.every_view
         features = F.normalize(features.float(), dim=-1)
         member = F.one_hot(label, len(self.means)).T.to(features)  # (C, N)
         self.means.copy_(F.normalize(member @ features / member.sum(1, keepdim=True).clamp(min=1), dim=-1))

@@ -1,4 +1,4 @@
-"""CoOp: learned context tokens (Zhou et al. 2021, arXiv:2109.01134)."""
+"""CoOp: learned context tokens (Zhou et al. 2021, arXiv:2109.01134), shallow or deep."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from kshot.backbones.base import Backbone, require_prompts
-from kshot.classifiers.base import Classifier, Task, cosine_logits
+from kshot.classifiers.base import Task, TextClassifier
+from kshot.classifiers.zero_shot import require_tokens
 from kshot.errors import UserError
 from kshot.memo import Memo
 
+PUBLISHED_DEPTH = 9  # blocks with prompts of their own in MaPLe and PromptSRC
 
-class CoOp(Classifier):
+
+class CoOp(TextClassifier):
     """``p(y=c|x) = softmax_c(τ cos(f, g([V, name_c])))`` with learned context V (the paper's equation 3).
 
     Args:
@@ -23,11 +26,16 @@ class CoOp(Classifier):
         class_specific: learn one context a class instead of one for all.
         position: where the class name stands: after, amid or before the context.
         init_words: start from the embeddings of these words, instead of N(0, 0.02²).
+        depth: text blocks that get context tokens of their own, the input counted as the first (Khattak et al. 2022,
+            arXiv:2210.03117, section 3.2); None takes 9, or all blocks of a smaller tower.
 
     Raises:
         UserError: no such text tower; ``init_words`` and ``context_length`` contradict each other; a prompt that does
-            not fit; a class name without tokens.
+            not fit; a class name without tokens; a depth beyond the tower, or with a context that is not shared.
     """
+
+    deep: nn.Parameter | None
+    keeps_words = False  # whether init words beyond the context length stay in the prompt as they are
 
     def __init__(
         self,
@@ -37,56 +45,64 @@ class CoOp(Classifier):
         class_specific: bool = False,
         position: Literal["end", "middle", "front"] = "end",
         init_words: str | None = None,
+        depth: int | None = 1,
     ) -> None:
         super().__init__(backbone, task)
-        text = require_prompts(backbone, "CoOp")
-        words = text.token_ids(init_words) if init_words else []
-        if init_words and not words:
-            raise UserError(f"CoOp: init_words {init_words!r} hold no token.")
-        if words and context_length not in (None, len(words)):
-            raise UserError(
-                f"CoOp: init_words {init_words!r} are {len(words)} tokens, but context_length is {context_length}: "
-                "give one of the two."
-            )
-        length = len(words) or (16 if context_length is None else context_length)
+        who = type(self).__name__
+        text = require_prompts(backbone, who)
+        words = init_words.split() if init_words else []
+        tokens = text.token_ids(init_words) if init_words else []
+        if init_words is not None and not tokens:
+            raise UserError(f"{who}: init_words {init_words!r} hold no token.")
+        length = context_length if context_length is not None else len(tokens) or 16
         if length < 1:
-            raise UserError(f"CoOp: context_length is {context_length}, and must be at least 1.")
-        if words:
-            context = text.embed_tokens(torch.tensor(words)).detach().clone()
+            raise UserError(f"{who}: context_length is {length}, and must be at least 1.")
+        kept = self.keeps_words and length <= len(tokens) == len(words)
+        if tokens and length != len(tokens) and not kept:
+            raise UserError(
+                f"{who}: init_words {init_words!r} are {len(tokens)} tokens, but context_length is {length}: give one "
+                "of the two, and null for the other."
+            )
+        self.fixed_words = " ".join(words[length:])
+        depth = checked_depth(who, depth, text.text_blocks, "text")
+        if depth > 1 and (class_specific or position != "end"):
+            raise UserError(f"{who}: depth {depth} needs a shared context before the class name (position: end).")
+        if tokens:
+            context = text.embed_tokens(torch.tensor(tokens[:length])).detach().clone()
         else:
             context = torch.randn(length, text.text_width) * 0.02
-        classes = len(task.class_names)
-        self.context = nn.Parameter(context.repeat(classes, 1, 1) if class_specific else context)
+        self.context = nn.Parameter(context.repeat(len(task.class_names), 1, 1) if class_specific else context)
+        deep = nn.Parameter(torch.randn(depth - 1, length, text.text_width) * 0.02) if depth > 1 else None
+        self.register_parameter("deep", deep)
         self.class_specific, self.position = class_specific, position
-        self.set_class_names(task.class_names)
+        if class_specific:
+            self.class_bound = "a class-specific context was learnt for each training class"
+        self.prepare_classes()
 
-    def set_class_names(self, class_names: tuple[str, ...]) -> None:
-        """Rebuilds the frozen parts of the prompts for other classes; the context stays.
-
-        Raises:
-            UserError: the context is class-specific and bound to other classes.
-        """
-        text = require_prompts(self.backbone, "CoOp")
-        if self.class_specific and len(class_names) != len(self.context):
-            raise UserError(
-                f"CoOp: a class-specific context of {len(self.context)} classes cannot serve {len(class_names)} others."
-            )
-        length = self.context.shape[-2]
+    def prepare_classes(self) -> None:
+        """Builds the frozen parts of the prompts; the context stays."""
+        who, names, length = type(self).__name__, self.task.class_names, self.context.shape[-2]
+        text = require_prompts(self.backbone, who)
+        self.name_lengths = [require_tokens(text, name) for name in names]
+        for name, own in zip(names, self.name_lengths, strict=True):
+            needed = len(text.token_ids(f"{self.fixed_words} {name}.")) + length + 2
+            if needed > text.context_length:
+                raise UserError(
+                    f"{who}: the class {name!r} has {own} tokens, and with {length} of context, start and end its "
+                    f"prompt takes {needed}; {text.name} reads {text.context_length}: shorten the name or the context."
+                )
         # "X" stands in for the context; it is one token. The full stop is part of the sentence, as in the paper's code.
-        placeholder = " ".join(["X"] * length)
-        tokens = text.tokenize([f"{placeholder} {name}." for name in class_names])
+        words = " ".join([*["X"] * length, *self.fixed_words.split()])
+        tokens = text.tokenize([f"{words} {name}." for name in names])
         self.end = text.end_of_text(tokens)
-        self.name_lengths = [len(text.token_ids(name)) for name in class_names]
-        for name, tokens_of_name in zip(class_names, self.name_lengths, strict=True):
-            if tokens_of_name == 0:
-                raise UserError(f"CoOp: the tokenizer finds no token in the class name {name!r}.")
         rest = tokens[:, 1 + length : int(self.end.max()) + 1]
+        same = int((rest == rest[:1]).all(0).long().cumprod(0).sum())
+        self.same = min(same, int(self.end.min()) - 1 - length)  # tokens with which every rest begins
         device = self.context.device
         with torch.no_grad():
             start, rest_embeddings = text.embed_tokens(tokens[:1, :1].to(device)), text.embed_tokens(rest.to(device))
         self.register_buffer("start", start, persistent=False)  # (1, 1, width)
         self.register_buffer("rest", rest_embeddings, persistent=False)  # (C, name, full stop, end and padding, width)
-        self.task = Task(tuple(class_names), self.task.templates)
         self._memo: Memo[Tensor] = Memo()
 
     def prompts(self) -> tuple[Tensor, Tensor]:
@@ -94,27 +110,46 @@ class CoOp(Classifier):
         start, rest = self.get_buffer("start"), self.get_buffer("rest")
         classes, length = len(rest), self.context.shape[-2]
         before = {"end": length, "middle": length // 2, "front": 0}[self.position]
+        if before == length and not self.class_specific:
+            return self.shared_prompts(self.context.unsqueeze(0))
         context = self.context if self.class_specific else self.context.expand(classes, -1, -1)
         first, second = context[:, :before], context[:, before:]
-        if before == length:
-            suffix = rest
-        else:
-            suffix = torch.stack(
-                [torch.cat([rest[c, :n], second[c], rest[c, n:]]) for c, n in enumerate(self.name_lengths)]
-            )
+        suffix = torch.stack(
+            [torch.cat([rest[c, :n], second[c], rest[c, n:]]) for c, n in enumerate(self.name_lengths)]
+        )
         if self.class_specific:
             return start, torch.cat([first, suffix], 1).unsqueeze(0)
         return torch.cat([start, self.context[None, :before]], 1), suffix.unsqueeze(0)
 
+    def shared_prompts(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Prefix, (G, P, width), and suffix, (G, C, S, width), of contexts, (G, M, width), before the class name."""
+        groups, rest = len(context), self.get_buffer("rest")
+        start, common = self.get_buffer("start"), rest[:1, : self.same]
+        prefix = torch.cat([start.expand(groups, -1, -1), context, common.expand(groups, -1, -1)], 1)
+        return prefix, rest[:, self.same :].expand(groups, -1, -1, -1)
+
     def encode(self) -> Tensor:
         """Class features, (C, D)."""
         prefix, suffix = self.prompts()
-        return require_prompts(self.backbone, "CoOp").encode_embeddings(prefix, suffix, self.end)[0]
+        text = require_prompts(self.backbone, type(self).__name__)
+        return text.encode_embeddings(prefix, suffix, self.end, self.deep)[0]
 
-    def forward(self, features: Tensor) -> Tensor:
-        text = require_prompts(self.backbone, "CoOp")
+    def text_features(self, features: Tensor) -> Tensor:  # noqa: ARG002  the same for every image
+        text = require_prompts(self.backbone, type(self).__name__)
         if torch.is_grad_enabled() or not text.settled("text"):
-            prototypes = self.encode()
-        else:
-            prototypes = self._memo.get([self.context, *text.trainable("text")], self.encode)
-        return cosine_logits(features, prototypes, text.logit_scale)
+            return self.encode()
+        own = [p for p in (self.context, self.deep) if p is not None]
+        return self._memo.get([*own, *text.trainable("text")], self.encode)
+
+
+def checked_depth(who: str, depth: int | None, blocks: int, tower: str) -> int:
+    """The number of blocks that get prompts of their own; None stands for 9, or all of a smaller tower.
+
+    Raises:
+        UserError: the tower has fewer.
+    """
+    if depth is None:
+        return min(PUBLISHED_DEPTH, blocks)
+    if not 1 <= depth <= blocks:
+        raise UserError(f"{who}: depth is {depth}, and the {tower} tower has {blocks} blocks: give 1 to {blocks}.")
+    return depth

@@ -19,6 +19,8 @@ class LinearProbe(Classifier):
         normalize: scale features to unit length, times the square root of their width, before the product.
     """
 
+    class_bound = "its layer has one row of weights for each training class"
+
     def __init__(self, backbone: Backbone, task: Task, normalize: bool = True) -> None:
         super().__init__(backbone, task)
         self.normalize = normalize

@@ -9,11 +9,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kshot.backbones.base import Backbone, VisionLanguageBackbone, require_text
-from kshot.classifiers.base import Classifier, Task, cosine_logits
+from kshot.classifiers.base import Task, TextClassifier
+from kshot.errors import UserError, nearest_first
 from kshot.memo import Memo
 
+# CoOp's choice of the templates of Radford et al. (2021) for ImageNet.
+IMAGENET_7 = (
+    "itap of a {}.",
+    "a bad photo of the {}.",
+    "a origami {}.",
+    "a photo of the large {}.",
+    "a {} in a video game.",
+    "art of the {}.",
+    "a photo of the small {}.",
+)
 
-class TextPrompt(Classifier):
+
+class TextPrompt(TextClassifier):
     """Compares an image with one sentence a class, or with the mean over several templates.
 
     Has nothing to train itself; with an adapter it is the head of CLIP-LoRA and its relatives.
@@ -21,30 +33,52 @@ class TextPrompt(Classifier):
     Args:
         backbone: must have a text tower.
         task: its class names and, unless overridden, its templates.
-        templates: override of the data set's templates.
+        templates: override of the data set's templates: sentences, or the name of an ensemble: ``imagenet7`` (CoOp's),
+            ``imagenet60`` (PromptSRC's) or ``imagenet80`` (CLIP's).
 
     Raises:
         UserError: the backbone has no text tower, or a prompt does not fit its context.
     """
 
-    def __init__(self, backbone: Backbone, task: Task, templates: Sequence[str] | None = None) -> None:
+    def __init__(self, backbone: Backbone, task: Task, templates: Sequence[str] | str | None = None) -> None:
         super().__init__(backbone, task)
-        self.text = TextFeatures(require_text(backbone, "TextPrompt"), task.class_names, templates or task.templates)
+        require_text(backbone, type(self).__name__)
+        self.templates = named_templates(templates) if templates else None
+        self.prepare_classes()
 
-    def forward(self, features: Tensor) -> Tensor:
-        return cosine_logits(features, self.text(), self.text.backbone.logit_scale)
+    def prepare_classes(self) -> None:
+        text = require_text(self.backbone, type(self).__name__)
+        self.text = TextFeatures(text, self.task.class_names, self.templates or self.task.templates)
+
+    def text_features(self, features: Tensor) -> Tensor:  # noqa: ARG002  the same for every image
+        return self.text()
 
 
 class TextFeatures:
-    """Class prototypes from text; encoded anew only when something in the text tower changed or needs a gradient."""
+    """Class prototypes from text; encoded anew only when something in the text tower changed or needs a gradient.
 
-    def __init__(self, backbone: VisionLanguageBackbone, class_names: Sequence[str], templates: Sequence[str]) -> None:
-        self.backbone = backbone
+    Args:
+        backbone: with the text tower.
+        class_names: in label order.
+        templates: one, whose features are taken as they are, or an ensemble.
+        normalise_first: normalise before the mean over templates (CLIP), or only after it (PromptSRC).
+    """
+
+    def __init__(
+        self,
+        backbone: VisionLanguageBackbone,
+        class_names: Sequence[str],
+        templates: Sequence[str],
+        normalise_first: bool = True,
+    ) -> None:
+        self.backbone, self.normalise_first = backbone, normalise_first
+        for name in class_names:
+            require_tokens(backbone, name)
         self.tokens = [backbone.tokenize([t.format(name) for name in class_names]) for t in templates]
         self._memo: Memo[Tensor] = Memo()
 
     def __call__(self) -> Tensor:
-        """Unit-length prototypes, (C, D): the normalised mean over templates of normalised features."""
+        """Prototypes, (C, D); those of an ensemble have unit length."""
         if not self.backbone.settled("text"):
             return self.encode()
         return self._memo.get([self.backbone.mean, *self.backbone.trainable("text")], self.encode)
@@ -52,5 +86,44 @@ class TextFeatures:
     def encode(self) -> Tensor:
         """The same, computed."""
         device = self.backbone.mean.device
-        features = [F.normalize(self.backbone.encode_tokens(t.to(device)).float(), dim=-1) for t in self.tokens]
+        features = [self.backbone.encode_tokens(t.to(device)).float() for t in self.tokens]
+        if len(features) == 1:
+            return features[0]
+        if self.normalise_first:
+            features = [F.normalize(f, dim=-1) for f in features]
         return F.normalize(torch.stack(features).mean(0), dim=-1)
+
+
+def require_tokens(backbone: VisionLanguageBackbone, name: str) -> int:
+    """The number of tokens of a class name.
+
+    Raises:
+        UserError: the tokenizer leaves nothing of it.
+    """
+    tokens = len(backbone.token_ids(name))
+    if tokens == 0:
+        raise UserError(f"The tokenizer of {backbone.name} finds no token in the class name {name!r}: give it words.")
+    return tokens
+
+
+def named_templates(templates: Sequence[str] | str) -> tuple[str, ...]:
+    """Sentences as they are given, or those of a named ensemble.
+
+    Raises:
+        UserError: no ensemble of that name.
+    """
+    if not isinstance(templates, str):
+        return tuple(templates)
+    if "{}" in templates:
+        return (templates,)
+    if templates == "imagenet7":
+        return IMAGENET_7
+    if templates not in ("imagenet60", "imagenet80"):
+        raise UserError(
+            f"templates: {templates!r} has no {{}} for the class name, nor is it an ensemble. "
+            f"{nearest_first(templates, ['imagenet7', 'imagenet60', 'imagenet80'])}"
+        )
+    from open_clip import OPENAI_IMAGENET_TEMPLATES
+
+    sentences = tuple(str(template("{}")) for template in OPENAI_IMAGENET_TEMPLATES)
+    return sentences[: int(templates.removeprefix("imagenet"))]  # PromptSRC's 60 are the first of CLIP's 80

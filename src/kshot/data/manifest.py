@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from kshot.data.sampling import FewShotDraw, draw_digest
+from kshot.data.sampling import PERCENT, SAMPLERS, FewShotDraw, draw_digest
 from kshot.data.splits import Row, Split
 from kshot.errors import UserError
 from kshot.files import write_atomically
@@ -42,7 +42,7 @@ def manifest_bytes(split: Split, draw: FewShotDraw) -> bytes:
             "shots": draw.shots,
             "val_shots": draw.val_shots,
             "repeat": False,
-            "order": ["train", "val"],
+            "order": list(SAMPLERS.get(draw.sampler, PERCENT).order),
         },
         "image_root": dict(split.image_root),
         "classnames": list(split.class_names),

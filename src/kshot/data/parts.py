@@ -32,11 +32,13 @@ class Batch(NamedTuple):
         input: (B, 3, S, S) uint8 images, or (B, D) float features once they replaced the images.
         label: (B,) int64, -1 where unknown.
         index: (B,) int64 position in the part.
+        frozen: (B, D) float features by the untouched backbone, for training batches where they are kept.
     """
 
     input: Tensor
     label: Tensor
     index: Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody looks for in a batch
+    frozen: Tensor | None = None
 
 
 class Part(Dataset[Batch], ABC):
@@ -49,9 +51,11 @@ class Part(Dataset[Batch], ABC):
         labels: (N,) int64.
         skipped: number of images that were left out because they cannot be read.
         features: (V, N, D) for V views, once they have replaced the images; loaders that exist already hand them out.
+        frozen: (V, N, D), the same for ``Batch.frozen``.
     """
 
     features: Tensor | None = None
+    frozen: Tensor | None = None
 
     def __init__(self, labels: Sequence[int] | Tensor, skipped: int = 0) -> None:
         self.labels = torch.as_tensor(labels, dtype=torch.int64)
@@ -66,15 +70,16 @@ class Part(Dataset[Batch], ABC):
 
     def __getitem__(self, key: int | Key) -> Batch:
         batch = self.__getitems__([key])
-        return Batch(batch.input[0], batch.label[0], batch.index[0])
+        frozen = None if batch.frozen is None else batch.frozen[0]
+        return Batch(batch.input[0], batch.label[0], batch.index[0], frozen)
 
     def __getitems__(self, keys: Sequence[int | Key]) -> Batch:
         pairs = [(key, 0) if isinstance(key, int) else key for key in keys]
         index = torch.tensor([position for position, _ in pairs], dtype=torch.int64)
-        if self.features is None:
-            return Batch(self.inputs(pairs), self.labels[index], index)
-        view = torch.tensor([view for _, view in pairs]) % len(self.features)
-        return Batch(self.features[view, index], self.labels[index], index)
+        view = torch.tensor([view for _, view in pairs], dtype=torch.int64)
+        inputs = self.inputs(pairs) if self.features is None else self.features[view % len(self.features), index]
+        frozen = None if self.frozen is None else self.frozen[view % len(self.frozen), index]
+        return Batch(inputs, self.labels[index], index, frozen)
 
 
 class StoredImages(Part):

@@ -1,9 +1,13 @@
 """k-shot sampling: pure functions of rows, shots and seed, whatever the state of the global random generators."""
 
 import hashlib
+import math
 import random
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
+from fractions import Fraction
 
 from kshot.data.splits import Row, Split, display_name
 from kshot.errors import UserError, nearest_first
@@ -34,44 +38,73 @@ class FewShotDraw:
     digest: str
 
 
-Drawn = tuple[list[Row], list[Row]]
-Sampler = Callable[[Sequence[Row], Sequence[Row], int, int, int], Drawn]  # train, val, shots, val_shots, seed
+Drawn = dict[str, list[Row]]  # by part
+Asked = int | Fraction  # so many images of every class, or that share of it
+Demands = Mapping[str, tuple[Sequence[Row], Asked]]  # by part, in the order of drawing
 
 
-def coop_v1(train: Sequence[Row], val: Sequence[Row], shots: int, val_shots: int, seed: int) -> Drawn:
-    """Draws as CoOp does: one stream over the classes in order of first appearance, training before validation.
+def one_stream(demands: Demands, seed: int) -> Drawn:
+    """Draws as CoOp does: one stream over the parts, and in each over the classes in order of first appearance.
 
     A class with fewer images gives all of them, and then takes nothing from the stream. Shots are not nested.
     """
     stream = random.Random(seed)
-
-    def of_part(rows: Sequence[Row], count: int) -> list[Row]:
-        drawn: list[Row] = []
+    drawn: Drawn = {part: [] for part in demands}
+    for part, (rows, asked) in demands.items():
         for members in _by_label(rows).values():
-            drawn += stream.sample(members, count) if len(members) >= count else members
-        return drawn
+            count = _count(asked, len(members))
+            drawn[part] += stream.sample(members, count) if len(members) >= count else members
+    return drawn
 
-    return of_part(train, shots), of_part(val, val_shots)
 
-
-def nested(train: Sequence[Row], val: Sequence[Row], shots: int, val_shots: int, seed: int) -> Drawn:
+def own_orders(demands: Demands, seed: int) -> Drawn:
     """Draws the first images of each class's own permutation.
 
     The 1-shot images are among the 2-shot images, and so on; the images of a class depend on no other class.
     """
-
-    def of_part(part: str, rows: Sequence[Row], count: int) -> list[Row]:
-        drawn: list[Row] = []
+    drawn: Drawn = {part: [] for part in demands}
+    for part, (rows, asked) in demands.items():
         for label, members in sorted(_by_label(rows).items()):
             order = list(members)
             random.Random(f"{seed}/{part}/{label}").shuffle(order)
-            drawn += order[:count]
-        return drawn
-
-    return of_part("train", train, shots), of_part("val", val, val_shots)
+            drawn[part] += order[: _count(asked, len(order))]
+    return drawn
 
 
-SAMPLERS: dict[str, Sampler] = {"coop-v1": coop_v1, "nested": nested}
+def _count(asked: Asked, size: int) -> int:
+    return asked if isinstance(asked, int) else max(1, math.floor(asked * size + Fraction(1, 2)))
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A rule for drawing.
+
+    Attributes:
+        choose: the images of parts.
+        val_shots: validation images per class at so many training images; None for the whole part.
+        order: in which the parts are drawn.
+    """
+
+    choose: Callable[[Demands, int], Drawn]
+    val_shots: Callable[[Asked], Asked | None] = lambda asked: min(asked, VAL_SHOTS)
+    order: tuple[str, str] = ("train", "val")
+
+    def __call__(self, train: Sequence[Row], val: Sequence[Row], asked: Asked, seed: int) -> Drawn:
+        """Draws ``asked`` training images per class, and what belongs to them for validation."""
+        rows, wanted = {"train": train, "val": val}, {"train": asked, "val": self.val_shots(asked)}
+        demands = {part: (rows[part], count) for part in self.order if (count := wanted[part]) is not None}
+        return {part: list(rows[part]) for part in rows} | self.choose(demands, seed)
+
+
+SAMPLERS = {
+    "coop-v1": Sampler(one_stream),
+    "nested": Sampler(own_orders),
+    # One seed, but other images than CoOp's: arXiv 2405.18541 draws the validation images first.
+    "cliplora": Sampler(one_stream, order=("val", "train")),
+    "lpp": Sampler(one_stream, val_shots=lambda asked: asked),  # LP++, arXiv 2404.02285
+    "tip": Sampler(one_stream, val_shots=lambda _: None),  # Tip-Adapter, arXiv 2207.09519
+}
+PERCENT = Sampler(own_orders, val_shots=lambda asked: asked)  # percent:P, as in RandLoRA, arXiv 2502.00987
 
 
 def draw_digest(train: Sequence[Row], val: Sequence[Row]) -> str:
@@ -87,19 +120,44 @@ def draw(
 
     Args:
         split: where from.
-        shots: training images per class, None for all images of both parts. Validation gets at most 4 per class.
+        shots: training images per class, None for all images of both parts, or for percent:P.
         seed: of the draw.
-        sampler: a name in ``SAMPLERS``.
+        sampler: a name in ``SAMPLERS``, or percent:P for P % of the images of every class, rounded, at least one.
         allow_fewer: take all images of a class that has fewer than ``shots``.
 
     Raises:
-        UserError: ``shots`` is below 1, the sampler is unknown, or a class has fewer images than ``shots``.
+        UserError: ``shots`` is below 1 or given with a percentage, the sampler is unknown, or a class has fewer images
+            than ``shots``.
     """
-    if sampler not in SAMPLERS:
-        raise UserError(f"unknown sampler {sampler!r}. {nearest_first(sampler, SAMPLERS)}")
-    if shots is None:
+    share = None
+    if sampler.startswith("percent"):
+        sampler, share = _percentage(sampler)
+        if shots is not None:
+            raise UserError(f"sampler {sampler} takes a share of every class, not {shots} shots: set --data.shots null")
+    elif sampler not in SAMPLERS:
+        raise UserError(f"unknown sampler {sampler!r}. {nearest_first(sampler, [*SAMPLERS, 'percent:50'])}")
+    if shots is not None:
+        _check_shots(split, shots, allow_fewer)
+    asked = share if shots is None else shots
+    if asked is None:
         digest = draw_digest(split.train, split.val)
         return FewShotDraw(split.train, split.val, None, None, seed, sampler, digest)
+    rule = SAMPLERS.get(sampler, PERCENT)
+    drawn, wanted = rule(split.train, split.val, asked, seed), rule.val_shots(asked)
+    train, val = tuple(drawn["train"]), tuple(drawn["val"])
+    val_shots = wanted if isinstance(wanted, int) else None
+    return FewShotDraw(train, val, shots, val_shots, seed, sampler, draw_digest(train, val))
+
+
+def _percentage(sampler: str) -> tuple[str, Fraction]:
+    number = re.fullmatch(r"percent:([0-9]+(?:\.[0-9]+)?)", sampler)
+    percent = Decimal(number[1]).normalize() if number else Decimal(0)
+    if not 0 < percent <= 100:
+        raise UserError(f"sampler {sampler!r}: percent: is followed by a number above 0, up to 100, as in percent:12.5")
+    return f"percent:{percent:f}", Fraction(percent) / 100  # 50.0 is the same draw as 50, and so the same name
+
+
+def _check_shots(split: Split, shots: int, allow_fewer: bool) -> None:
     if shots < 1:
         raise UserError(f"shots must be at least 1, or null for all images, not {shots}")
     sizes = {label: len(members) for label, members in _by_label(split.train).items()}
@@ -110,9 +168,6 @@ def draw(
         raise UserError(
             f"{split.name}: {shots} shots asked for, but {shown}{more}; take what there is with --data.allow_fewer true"
         )
-    val_shots = min(shots, VAL_SHOTS)
-    train, val = SAMPLERS[sampler](split.train, split.val, shots, val_shots, seed)
-    return FewShotDraw(tuple(train), tuple(val), shots, val_shots, seed, sampler, draw_digest(train, val))
 
 
 def _by_label(rows: Sequence[Row]) -> dict[int, list[Row]]:

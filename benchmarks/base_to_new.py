@@ -1,0 +1,105 @@
+"""Base-to-new: trained on the first half of the classes, tested on each half; the table in docs/methods.md.
+
+    python benchmarks/base_to_new.py
+
+Every run is an ordinary ``kshot fit --data.protocol base-to-new`` on the digits (zero to four, five to nine) with the
+carried CLIP, 16 shots, seeds 1-3; what follows ``--`` is handed to each of them. Rows are appended, and a row that is
+there already is not run again. H is given in both ways that tables use: of the averages over seeds, and as the average
+of each seed's H.
+"""
+
+import argparse
+import csv
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from few_shot import machine, rows_of
+
+DOC = Path(__file__).parents[1] / "docs" / "methods.md"
+METHODS = ["zero_shot", "coop", "cocoop", "kgcoop", "maple", "vpt", "ivlp", "promptsrc", "dept", "clip_adapter", "lora"]
+FIELDS = (
+    "label", "method", "seed", "base", "new", "zero_shot_base", "zero_shot_new", "trainable_parameters", "fit_seconds",
+    "split", "machine", "git_commit",
+)  # fmt: skip
+
+
+def run_method(method: str, seeds: list[int], extra: list[str], out: Path, label: str) -> None:
+    """Runs one method's seeds in this process and appends a row for each."""
+    from kshot.commands import run
+
+    done = {row["seed"] for row in rows_of(out) if (row["label"], row["method"]) == (label, method)}
+    for seed in [s for s in seeds if str(s) not in done]:
+        with tempfile.TemporaryDirectory() as folder:
+            arguments = ["fit", "--config", "clip_16shot.yaml", "--config", f"methods/{method}.yaml"]
+            arguments += ["--data.protocol", "base-to-new", "--data.split_seed", str(seed)]
+            arguments += ["--seed_everything", str(seed)]
+            cli = run([*arguments, "--run.root", folder, "--trainer.enable_progress_bar", "false", *extra])
+            result = json.loads((cli.directory / "result.json").read_text())
+        base, new = result["test_sets"]["base"], result["test_sets"]["new"]
+        row = {
+            "label": label, "method": method, "seed": seed, "base": base["acc"], "new": new["acc"],
+            "zero_shot_base": base["zero_shot_acc"], "zero_shot_new": new["zero_shot_acc"], "machine": machine(),
+            "trainable_parameters": result["trainable_parameters"], "fit_seconds": result["seconds"]["fit"],
+            "split": result["split"]["digest"][7:23], "git_commit": result["git_commit"],
+        }  # fmt: skip
+        fresh = not out.exists()
+        with out.open("a", newline="") as file:
+            writer = csv.DictWriter(file, FIELDS)
+            if fresh:
+                writer.writeheader()
+            writer.writerow(row)
+
+
+def table(rows: list[dict[str, str]], label: str) -> str:
+    """The table in Markdown."""
+    from kshot.results import base_to_new_over_runs
+
+    lines = ["| method | base | new | H of averages | average of H | trainable |", "|---|---|---|---|---|---|"]
+    for method in dict.fromkeys(row["method"] for row in rows if row["label"] == label):
+        found = [row for row in rows if (row["label"], row["method"]) == (label, method)]
+        runs = [(float(row["base"]), float(row["new"])) for row in found]
+        means = base_to_new_over_runs(runs)
+        cells = []
+        for i, part in enumerate(("base", "new")):
+            spread = statistics.stdev(100 * run[i] for run in runs) if len(runs) > 1 else 0.0
+            cells.append(f"{100 * means[part]:.1f} ± {spread:.1f}")
+        cells += [f"{100 * means[name]:.1f}" for name in ("h_of_averages", "average_of_h")]
+        lines.append(f"| {method} | " + " | ".join(cells) + f" | {int(found[0]['trainable_parameters']):,} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+", default=METHODS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "base_to_new.csv")
+    parser.add_argument("--label", default="digits")
+    parser.add_argument("--one-method", action="store_true", help=argparse.SUPPRESS)
+    own, extra = (sys.argv[1:], [])
+    if "--" in own:
+        at = own.index("--")
+        own, extra = own[:at], own[at + 1 :]
+    options = parser.parse_args(own)
+    if options.one_method:
+        run_method(options.methods[0], options.seeds, extra, options.out, options.label)
+        return
+    for method in options.methods:
+        command = [sys.executable, __file__, "--one-method", "--methods", method, "--label", options.label]
+        command += ["--seeds", *map(str, options.seeds), "--out", str(options.out), "--", *extra]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ)
+    text = table(rows_of(options.out), options.label)
+    if options.label == "digits":
+        before, rest = DOC.read_text(encoding="utf-8").split("<!-- base to new -->\n", 1)
+        _, after = rest.split("<!-- end of base to new -->\n", 1)
+        page = f"{before}<!-- base to new -->\n{text}\n<!-- end of base to new -->\n{after}"
+        DOC.write_text(page, encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

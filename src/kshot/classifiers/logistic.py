@@ -1,0 +1,116 @@
+"""The linear probe by L-BFGS (Radford et al. 2021, arXiv:2103.00020, appendix A.3; searched as in arXiv:2109.01134)."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kshot.backbones.base import Backbone
+from kshot.classifiers.base import Classifier, Shots, Task
+from kshot.errors import UserError
+
+NEVER = -1e9  # the logit of a class without training images: its probability is 0, and every number stays finite
+
+
+class LogisticProbe(Classifier):
+    """Multinomial logistic regression with an L2 penalty of ``1 / (2 C)``, by scikit-learn, on all recorded views.
+
+    Args:
+        backbone: any.
+        task: for the number of classes.
+        C: inverse strength of the penalty; None searches it on the validation shots (:func:`search`).
+        normalize: scale features to unit length; CoOp's baseline does not.
+
+    Raises:
+        UserError: C is not above 0.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    C: Tensor
+    closed_form = True
+    from_features = True
+    class_bound = "it has one row of weights for each training class"
+
+    def __init__(self, backbone: Backbone, task: Task, C: float | None = None, normalize: bool = False) -> None:  # noqa: N803  its name in every paper
+        super().__init__(backbone, task)
+        if C is not None and not 0 < C < math.inf:
+            raise UserError(f"LogisticProbe: C is {C}, and must be above 0, or null to search it.")
+        self.selects, self.normalize = C is None, normalize
+        self.register_buffer("weight", torch.zeros(len(task.class_names), backbone.feature_dim))
+        self.register_buffer("bias", torch.zeros(len(task.class_names)))
+        self.register_buffer("C", torch.tensor(1.0 if C is None else float(C)))
+
+    def scaled(self, features: Tensor) -> Tensor:
+        """Features as the probe takes them."""
+        return F.normalize(features, dim=-1) if self.normalize else features
+
+    def forward(self, features: Tensor) -> Tensor:
+        with torch.autocast(features.device.type, enabled=False):
+            return F.linear(self.scaled(features.float()), self.weight, self.bias)
+
+    @torch.no_grad()
+    def fit_features(self, train: Shots, val: Shots | None) -> None:
+        features, label = (x.cpu() for x in train.every_view)
+        features = self.scaled(features.double())
+
+        if self.selects and val is not None:
+            queries, truth = (x.cpu() for x in val.every_view)
+            queries = self.scaled(queries.double())
+
+            def right(log_c: float) -> int:
+                weight, bias = self.solve(features, label, 10**log_c)
+                return int((F.linear(queries, weight, bias).argmax(-1) == truth).sum())
+
+            self.C.fill_(10 ** search(right))
+        weight, bias = self.solve(features, label, float(self.C))
+        self.weight.copy_(weight)
+        self.bias.copy_(bias)
+
+    def solve(self, features: Tensor, label: Tensor, C: float) -> tuple[Tensor, Tensor]:  # noqa: N803
+        """Weights, (C, D), and intercepts, (C,), from features, (N, D), all in float64 and on the CPU.
+
+        Raises:
+            UserError: all images are of one class.
+        """
+        from sklearn.exceptions import ConvergenceWarning
+        from sklearn.linear_model import LogisticRegression
+
+        if len(label.unique()) < 2:
+            raise UserError("LogisticProbe: all training images are of one class, and it needs at least two.")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # 1,000 iterations are the recipe, large C needs more
+            model = LogisticRegression(C=C, max_iter=1000).fit(features.numpy(), label.numpy())
+        rows, intercepts = torch.from_numpy(model.coef_), torch.from_numpy(model.intercept_)
+        if len(rows) == 1:  # two classes: the logit of the second against the first
+            rows, intercepts = torch.cat([-rows, rows]) / 2, torch.cat([-intercepts, intercepts]) / 2
+        seen = torch.from_numpy(model.classes_)
+        weight = features.new_zeros(self.weight.shape).index_copy(0, seen, rows)
+        return weight, features.new_full(self.bias.shape, NEVER).index_copy(0, seen, intercepts)
+
+
+def search(right: Callable[[float], int]) -> float:
+    """CoOp's search of log10 C for the largest ``right(log10 C)``.
+
+    The best of 1e6, 1e4, ..., 1e-6 (the largest among equals), then eight steps on an interval from a decade below to a
+    decade above it: the better end stays (the lower among equals), the other moves to the middle.
+
+    Returns:
+        The better end of the last step.
+    """
+    right = cache(right)
+    peak = max((6.0, 4.0, 2.0, 0.0, -2.0, -4.0, -6.0), key=right)
+    low, high, best = peak - 1, peak + 1, peak
+    for _ in range(8):
+        middle = (low + high) / 2
+        if right(low) < right(high):
+            best, low = high, middle
+        else:
+            best, high = low, middle
+    return best

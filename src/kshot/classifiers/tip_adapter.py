@@ -1,0 +1,175 @@
+"""Tip-Adapter and Tip-Adapter-F: training images as a cache beside the text (Zhang et al. 2022, arXiv:2207.09519)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from kshot.backbones.base import Backbone
+from kshot.classifiers.base import Shots, Task
+from kshot.classifiers.zero_shot import TextPrompt
+from kshot.errors import UserError
+
+AT_ONCE = 2**24  # numbers in the largest tensor of the search: 64 MB
+
+
+class TipAdapter(TextPrompt):
+    """``z = τ f tᵀ + α exp(-β (1 - f Kᵀ)) Y``, all of unit length; nothing is trained.
+
+    The keys K, (N, D), are the training images: the mean over the recorded views of their raw features, then
+    normalised. The values Y are their labels, one-hot. ``α = 0`` is zero-shot.
+
+    Args:
+        backbone: must have a text tower.
+        task: its class names and, unless overridden, its templates.
+        alpha: weight of the cache; None searches it on the validation shots.
+        beta: sharpness of the affinity; None searches it likewise.
+        alpha_range: the search takes 20 values from 0.1 to below this one.
+        beta_range: the search takes 200 values from 0.1 to below this one.
+        templates: as :class:`TextPrompt`; the paper takes ``imagenet7`` for ImageNet.
+
+    Raises:
+        UserError: no text tower; a prompt does not fit; a setting out of its range.
+    """
+
+    keys: Tensor
+    values: Tensor
+    alpha: Tensor
+    beta: Tensor
+    closed_form = True
+    from_features = True
+    class_bound = "each key of its cache is a training image with the label of a training class"
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        task: Task,
+        alpha: float | None = None,
+        beta: float | None = None,
+        alpha_range: float = 3.0,
+        beta_range: float = 7.0,
+        templates: Sequence[str] | str | None = None,
+    ) -> None:
+        super().__init__(backbone, task, templates)
+        who = type(self).__name__
+        if alpha is not None:
+            check(who, "alpha", alpha, 0.0)
+        if beta is not None:
+            check(who, "beta", beta, 0.0, inclusive=False)
+        check(who, "alpha_range", alpha_range, 0.1, inclusive=False)
+        check(who, "beta_range", beta_range, 0.1, inclusive=False)
+        self.selects = alpha is None or beta is None
+        self.alphas = [alpha] if alpha is not None else [0.1 + i * (alpha_range - 0.1) / 20 for i in range(20)]
+        self.betas = [beta] if beta is not None else [0.1 + i * (beta_range - 0.1) / 200 for i in range(200)]
+        self.register_buffer("alpha", torch.tensor(0.0 if alpha is None else float(alpha)))  # 0 until it is chosen
+        self.register_buffer("beta", torch.tensor(1.0 if beta is None else float(beta)))
+        self.register_buffer("values", torch.zeros(0, dtype=torch.long))
+        self.register_buffer("keys", torch.zeros(0, backbone.feature_dim))
+
+    def reserve(self, images: int) -> None:
+        if images != len(self.keys):
+            device = self.backbone.mean.device
+            self.values = torch.zeros(images, dtype=torch.long, device=device)
+            self.keys = torch.zeros(images, self.backbone.feature_dim, device=device)
+
+    def fit_shapes(self, saved: Mapping[str, Tensor]) -> None:
+        if "keys" in saved:
+            self.reserve(len(saved["keys"]))
+
+    @torch.no_grad()
+    def fit_features(self, train: Shots, val: Shots | None) -> None:
+        self.reserve(len(train.label))
+        self.keys.copy_(F.normalize(train.features.float().mean(0), dim=-1))
+        self.values.copy_(train.label)
+        if self.closed_form and self.selects and val is not None:
+            self.select(val)
+
+    def logits(self, features: Tensor, text: Tensor) -> Tensor:
+        zero_shot = super().logits(features, text)
+        f = F.normalize(features.float(), dim=-1)
+        with torch.autocast(f.device.type, enabled=False):
+            affinity = torch.exp(-self.beta * (1 - f @ self.keys.T))  # (B, N)
+            return zero_shot + self.alpha * affinity @ F.one_hot(self.values, zero_shot.shape[-1]).to(affinity)
+
+    @torch.no_grad()
+    def select(self, val: Shots) -> None:
+        """Takes the α and β that are right most often; among equals the smallest β, then the smallest α."""
+        features, label = val.every_view
+        text = self.text_features(features)
+        by_class = [self.keys[self.values == c] for c in range(len(text))]
+        most = max(len(keys) for keys in by_class)
+        alphas, betas = (torch.tensor(grid, device=text.device) for grid in (self.alphas, self.betas))
+        right = torch.zeros(len(betas), len(alphas), dtype=torch.long, device=text.device)
+        chunk = max(1, AT_ONCE // (len(text) * max(most, len(alphas))))
+        with torch.autocast(text.device.type, enabled=False):
+            for some, truth in zip(features.split(chunk), label.split(chunk), strict=True):
+                zero_shot, f = super().logits(some, text), F.normalize(some.float(), dim=-1)
+                # (most, C, B): the keys class by class, so that a sum does for Y; exp makes the padding 0
+                similarity = pad_sequence([keys @ f.T for keys in by_class], padding_value=-math.inf)
+                for i, beta in enumerate(betas):
+                    cache = torch.exp(-beta * (1 - similarity)).sum(0).T
+                    guess = (zero_shot + alphas[:, None, None] * cache).argmax(-1)  # (alphas, B)
+                    right[i] += (guess == truth).sum(-1)
+        i, j = divmod(int(right.argmax()), len(alphas))
+        self.alpha.copy_(alphas[j])
+        self.beta.copy_(betas[i])
+
+
+class TipAdapterF(TipAdapter):
+    """Tip-Adapter whose keys are trained; they start from the cache and are not normalised again.
+
+    Composes with adapters in either tower: the features of a batch then carry gradients, the keys stay their own.
+
+    Args:
+        backbone: as :class:`TipAdapter`, like what is not listed here.
+        task: likewise.
+        alpha: of training and evaluation; None trains with ``initial_alpha`` and then searches.
+        beta: likewise with ``initial_beta``.
+        alpha_range: likewise.
+        beta_range: likewise.
+        templates: likewise.
+        initial_alpha: α in training.
+        initial_beta: β in training.
+    """
+
+    closed_form = False
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        task: Task,
+        alpha: float | None = None,
+        beta: float | None = None,
+        alpha_range: float = 3.0,
+        beta_range: float = 7.0,
+        templates: Sequence[str] | str | None = None,
+        initial_alpha: float = 1.17,
+        initial_beta: float = 1.0,
+    ) -> None:
+        super().__init__(backbone, task, alpha, beta, alpha_range, beta_range, templates)
+        check("TipAdapterF", "initial_alpha", initial_alpha, 0.0, inclusive=False)
+        check("TipAdapterF", "initial_beta", initial_beta, 0.0, inclusive=False)
+        self.alpha.fill_(initial_alpha if alpha is None else alpha)
+        self.beta.fill_(initial_beta if beta is None else beta)
+        del self.keys
+        self.keys = nn.Parameter(torch.zeros(0, backbone.feature_dim))
+
+    def reserve(self, images: int) -> None:
+        if images != len(self.keys):
+            self.values = torch.zeros(images, dtype=torch.long, device=self.keys.device)
+            self.keys = nn.Parameter(self.keys.new_zeros(images, self.keys.shape[1]))
+
+
+def check(who: str, name: str, value: float, least: float, inclusive: bool = True) -> None:
+    """Refuses a setting that is not finite, or below what it must be.
+
+    Raises:
+        UserError: names the class and the setting.
+    """
+    if not math.isfinite(value) or value < least or (value == least and not inclusive):
+        raise UserError(f"{who}: {name} is {value}, and must be {'at least' if inclusive else 'above'} {least}.")
