@@ -2,29 +2,32 @@
 
     OMP_NUM_THREADS=1 python benchmarks/prompts.py
 
-Four parts, each with random weights, and all that is compared by time in turns within one process, in CPU time. The
+Five parts, each with random weights, and all that is compared by time in turns within one process, in CPU time. The
 *straightforward* form is the usual one: every prompt is assembled to the model's 77 positions and goes through
 open_clip's own, untouched text transformer.
 
 * coop: a step of CoOp (forward, backward, SGD) with cached image features, against the straightforward form, which
   encodes the images too. Targets: 15 times as fast, a fifth of the memory.
 * cocoop: a step of CoCoOp with all images at once, against the straightforward form with one image after the other and
-  the gradient accumulated, in images per second; both have the image features at hand. Target: 5 times as fast. Then
-  one step over very many prompts in parts, which must keep within 6 GB in all.
+  the gradient accumulated, in images per second; both have the image features at hand. Target: 5 times as fast.
 * promptsrc: epochs of PromptSRC with the teacher's features kept, against epochs that run it in every step.
 * memory: the estimate by which the backbone divides prompts, over the memory that a step takes; between 1.0 and 1.3 in
   float32.
+* many: a step of CoCoOp over 32,000 prompts in parts, which must keep within 6 GB in all (a quarter of an hour); and
+  that parts give the result of the undivided form.
 
 Losses and gradients of the compared forms must agree to 1e-5 of their largest value; the run stops if they do not.
 Memory is measured in a process of its own for each row: the peak of resident memory (VmHWM) during the step, less what
 is resident before it, after a small step that makes torch set up what it needs once. malloc is told to give freed
-blocks back at once (MALLOC_MMAP_THRESHOLD_), so that what is measured is what is held and not how memory was cut up.
+blocks back at once (MALLOC_MMAP_THRESHOLD_), so that what is measured is what is held and not how memory was cut up;
+the 6 GB are the peak of a whole process with malloc as it is.
 Other work on the machine changes none of this and CPU time little: by the caches that are shared, a few percent.
 """
 
 import argparse
 import contextlib
 import copy
+import csv
 import json
 import logging
 import math
@@ -64,9 +67,10 @@ from kshot.data.datamodule import FewShotDataModule
 from kshot.data.images import Augment
 from kshot.module import FewShotModule
 
-PARTS = ("coop", "cocoop", "promptsrc", "memory")
+PARTS = ("coop", "cocoop", "promptsrc", "memory", "many")
 AGREE = 1e-5
 RANGE = "1.0 to 1.3"
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 COLUMNS = (
     "part", "case", "classes", "images", "dtype", "rounds", "slow_s", "quick_s", "slow/quick", "±", "target",
     "slow_MB", "quick_MB", "estimate_MB", "memory ratio", "memory target", "chunks", "loss_diff", "gradient_diff",
@@ -256,7 +260,7 @@ def compared(slow: list[float], quick: list[float], share: float = 1.0) -> Row:
 
 def measured(options: argparse.Namespace, what: str, **arguments: Any) -> dict[str, Any]:
     """What a worker of this script prints."""
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    environment = os.environ | ({} if what == "many" else GIVE_BACK)
     worker = json.dumps({"what": what, "model": options.model, "threads": options.threads, **arguments})
     ran = subprocess.run(
         [sys.executable, __file__, "--worker", worker], env=environment, stdout=subprocess.PIPE, text=True, check=True
@@ -324,8 +328,7 @@ def coop(options: argparse.Namespace) -> list[Row]:
 
 def cocoop(options: argparse.Namespace) -> list[Row]:
     sizes = ((3, 4, 2),) if options.quick else ((10, 32, 8), (100, 32, 2))
-    rows = [row for size in sizes for row in cocoop_steps(options, *size)]
-    return [*rows, parts_agree(options), many(options)]
+    return [row for size in sizes for row in cocoop_steps(options, *size)]
 
 
 def cocoop_steps(options: argparse.Namespace, classes: int, images: int, some: int) -> list[Row]:
@@ -348,27 +351,29 @@ def cocoop_steps(options: argparse.Namespace, classes: int, images: int, some: i
     ]
 
 
-def parts_agree(options: argparse.Namespace) -> Row:
+def many(options: argparse.Namespace) -> list[Row]:
+    return [parts_agree(options.model), many_step(options)]
+
+
+def parts_agree(model: str) -> Row:
     """Undivided and in many parts, on a case that fits either way."""
-    classes, images = (3, 2) if options.quick else (10, 8)
+    classes, images = 10, 8
     results = []
     for gigabytes in (None, 0.02):
-        setting = Setting(
-            "CoCoOp", options.model, classes, images, gigabytes=gigabytes, straightforward=False, features=False
-        )
+        setting = Setting("CoCoOp", model, classes, images, gigabytes=gigabytes, straightforward=False, features=False)
         results.append((setting.step(), setting.gradient()))
     chunks = setting.backbone.chunks
     assert chunks > 1, "the small budget divides nothing"
-    base = filled(part="cocoop", case="in parts, same result", classes=classes, images=images, dtype="float32")
+    base = filled(part="many", case="in parts, same result", classes=classes, images=images, dtype="float32")
     return base | agreement(results[1], results[0]) | {"chunks": chunks}
 
 
-def many(options: argparse.Namespace) -> Row:
+def many_step(options: argparse.Namespace) -> Row:
     """A step over very many prompts."""
     classes, images, gigabytes = (10, 4, 0.02) if options.quick else (1000, 32, 3.0)
     found = measured(options, "many", classes=classes, images=images, gigabytes=gigabytes)
     assert math.isfinite(found["loss"])
-    base = filled(part="cocoop", case="one step in parts", classes=classes, images=images, dtype="float32", rounds=1)
+    base = filled(part="many", case="CoCoOp step in parts", classes=classes, images=images, dtype="float32", rounds=1)
     return base | {
         "quick_s": round(found["seconds"], 1), "quick_MB": round(found["peak"]), "chunks": found["chunks"],
         "memory ratio": round(6000 / found["peak"], 2), "memory target": 1,
@@ -377,7 +382,7 @@ def many(options: argparse.Namespace) -> Row:
 
 
 def promptsrc(options: argparse.Namespace) -> list[Row]:
-    shots, epochs = (1, 2) if options.quick else (2, 3)
+    shots, epochs = 1, 2 if options.quick else 3
     backbone = OpenClip(options.model, "random")
     clocks: dict[bool, list[Clock]] = {False: [], True: []}
     calls: dict[bool, list[int]] = {}
@@ -425,7 +430,7 @@ def fit_promptsrc(backbone: OpenClip, folder: str, shots: int, epochs: int, kept
     """One run; the backbone stays frozen, so that the next run finds it as it was."""
     seed_everything(1, verbose=False)
     data = FewShotDataModule(
-        folder, shots=shots, batch_size=4, image_size=backbone.image_size, augment=Augment(), views=1
+        folder, shots=shots, batch_size=5, image_size=backbone.image_size, augment=Augment(), views=1
     )
     module = FewShotModule(
         backbone,
@@ -464,6 +469,19 @@ def memory(options: argparse.Namespace) -> list[Row]:
     return rows
 
 
+RUN = dict(zip(PARTS, (coop, cocoop, promptsrc, memory, many), strict=True))
+
+
+def with_others(path: Path, rows: list[Row]) -> list[Row]:
+    """The rows, and those of other parts that the file has from the same machine, in the order of the parts."""
+    fresh = {row["part"] for row in rows}
+    kept: list[Row] = []
+    if path.is_file():
+        with path.open(newline="") as file:
+            kept = [dict(r) for r in csv.DictReader(file) if r["part"] not in fresh and r.pop("machine") == machine()]
+    return sorted(kept + rows, key=lambda row: PARTS.index(str(row["part"])))
+
+
 def missed(row: Row) -> bool:
     """Whether a row misses a target of its own."""
     share, target = row["memory ratio"], row["memory target"]
@@ -494,7 +512,7 @@ def main() -> None:
     print(machine())
     rows = []
     for part in options.part:
-        found = {"coop": coop, "cocoop": cocoop, "promptsrc": promptsrc, "memory": memory}[part](options)
+        found = RUN[part](options)
         used = [name for name in COLUMNS if any(row[name] != "" for row in found)]
         print_table(part, [{name: row[name] for name in used} for row in found])
         rows += found
@@ -502,7 +520,8 @@ def main() -> None:
         below = [f"{row['part']}, {row['case']}, {row['classes']} classes" for row in rows if missed(row)]
         print("\nall reach their targets" if not below else "\noff the target:\n" + "\n".join(below))
     if options.out or not options.quick:
-        write_csv(options.out or RESULTS / "prompts.csv", rows)
+        path = options.out or RESULTS / "prompts.csv"
+        write_csv(path, with_others(path, rows))
 
 
 if __name__ == "__main__":

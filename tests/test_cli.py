@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import subprocess
 import sys
 import time
@@ -146,6 +147,30 @@ def test_config_names_resolve_from_any_directory(name, tmp_path, monkeypatch, ca
     with pytest.raises(SystemExit):
         main(["fit", *first, "--config", name, "--print_config"])
     assert "kshot:glyph_clip" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--config", "methods/coop.yaml", "--config", "methods/promptsrc.yaml"],
+        ["--config", "methods/coop.yaml", "--model.classifier", "PromptSRC"],
+        ["--config", "methods/dept.yaml", "--model.classifier.base", "PromptSRC"],
+    ],
+)
+def test_a_classifier_that_replaces_another_starts_from_its_own_defaults(options, capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", "clip_16shot.yaml", *options, "--print_config"])
+    chosen = capsys.readouterr().out.split("PromptSRC\n")[1]
+    assert re.search(r"context_length: null\s+init_words: a photo of a\s+prompt_length: 4\s+depth: null", chosen)
+
+
+def test_the_same_class_named_again_keeps_its_settings_and_other_kinds_keep_what_fits(capsys):
+    options = ["--config", "methods/coop.yaml", "--model.classifier", "CoOp", "--model.optimizer", "torch.optim.Adam"]
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", "clip_16shot.yaml", *options, "--print_config"])
+    out = capsys.readouterr().out
+    assert "context_length: 16" in out
+    assert re.search(r"class_path: torch.optim.Adam\s+init_args:\s+lr: 0.02\n", out)
 
 
 def test_a_local_file_wins_over_configs(tmp_path, monkeypatch, capsys):
@@ -506,6 +531,7 @@ REFUSALS = {
     "--config methods/vpt.yaml --model.classifier.head NearestClassMean": "has a closed form: use LinearProbe",
     "--config methods/zero_shot.yaml --model.classifier.templates imagenet8": "Did you mean 'imagenet80'?",
     "--model.backbone.text_memory_gb 0": "must be positive",
+    "--model.schedule.floor 2": "floor",
     "--model.classifier NearestClassMean": "NearestClassMean + LoRA would leave LoRA untrained",
     " ".join(TINY_VIT): "TextPrompt needs a text tower",
 }

@@ -141,7 +141,12 @@ def test_choosing_needs_validation_images(method, capsys, tmp_path):
 
 @pytest.mark.parametrize(
     ("sampler", "shots", "selection", "val"),
-    [("coop-v1", "2", "fewshot-val", 20), ("lpp", "8", "fewshot-val", 80), ("tip", "2", "full-val", 355)],
+    [
+        ("coop-v1", "2", "fewshot-val", 20),
+        ("lpp", "8", "fewshot-val", 80),
+        ("tip", "2", "full-val", 355),
+        ("percent:10", "null", "percent-val", 39),
+    ],
 )
 def test_what_was_chosen_by_is_in_the_result(sampler, shots, selection, val, tmp_path):
     options = ["--config", "methods/tip_adapter.yaml", "--data.sampler", sampler, "--data.shots", shots]

@@ -48,7 +48,8 @@ class FewShotModule(pl.LightningModule):
         targets: patterns that choose what the adapter changes, ``image.*.[qv]``.
         optimizer: for the trainable parameters.
         schedule: of the learning rate, per step; None keeps it constant.
-        head_lr: learning rate of the classifier's own tensors; None takes the optimizer's.
+        head_lr: learning rate of the classifier's own tensors, prompts in the image tower excepted; None takes the
+            optimizer's.
         cache_features: run an image tower that nothing trains once per image and keep the features.
 
     Raises:
@@ -178,6 +179,9 @@ class FewShotModule(pl.LightningModule):
             shared.plan(steps)
             if shared.searches and data is not None:
                 data.train_halves()
+        if self.schedule_factory is not None:  # settings that it refuses are refused before anything is written
+            optimizer = self.make_optimizer(list(self.trained().values()))
+            self.schedule_factory(optimizer=optimizer, total_steps=max(1, steps), steps_per_epoch=1)
         noise = torch.Generator().manual_seed(0)
         size = self.backbone.image_size
         image = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8, generator=noise).to(self.device)
@@ -213,11 +217,13 @@ class FewShotModule(pl.LightningModule):
 
     @property
     def selection(self) -> str:
-        """What decided hyper-parameters: ``none``, ``fewshot-val``, or ``full-val`` with all validation images."""
+        """What decided hyper-parameters: ``none``, ``fewshot-val``, ``percent-val``, or ``full-val`` with all images."""
         if not self.classifier.selects or self._trainer is None:
             return "none"
         data = cast("FewShotDataModule", self.trainer.datamodule)  # type: ignore[attr-defined]  # Lightning's own
-        return "fewshot-val" if data.draw.val_shots is not None else "full-val"
+        if data.draw.val_shots is not None:
+            return "fewshot-val"
+        return "percent-val" if data.draw.sampler.startswith("percent") else "full-val"
 
     # ------------------------------------------------------------------------------------------------ training
 
@@ -248,11 +254,11 @@ class FewShotModule(pl.LightningModule):
         """
         layers = self.adapter_layers().values()
         spared = {id(p) for v in layers for name, p in v.named_parameters(recurse=False) if name in v.undecayed}
-        inside = {id(p) for p in self.backbone.parameters()}
+        head = {id(p) for p in self.classifier.head_parameters()}
         factors = {id(p): factor for p, factor in self.classifier.rate_factors().items()}
         groups: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
         for p in parameters:
-            own_rate = self.head_lr is not None and id(p) not in inside
+            own_rate = self.head_lr is not None and id(p) in head
             groups.setdefault((id(p) in spared, own_rate, factors.get(id(p), 1.0)), []).append(p)
         params: list[Any] = [
             {"params": group, "rate_factor": factor}

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jsonargparse import ActionConfigFile
+import jsonargparse._typehints
+from jsonargparse import ActionConfigFile, Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.trainer import Trainer
 
@@ -23,6 +24,31 @@ from kshot.module import FewShotModule
 from kshot.results import RunOptions
 
 KINDS: dict[str, type] = {"backbone": Backbone, "adapter": Adapter, "classifier": Classifier}
+
+
+def forget_other_classifier(parser_or_action: Any, before: Any, value: Any) -> None:
+    """Starts a classifier that takes the place of another from its own defaults.
+
+    jsonargparse lets a class that replaces another keep all settings that it has a name for. That suits optimizers and
+    adapters (learning rate, rank), but a CoOp's ``depth`` or ``context_length`` must not become PromptSRC's.
+    """
+    if before and "init_args" in before and class_named(value["class_path"]) is not class_named(before["class_path"]):
+        if issubclass(class_named(value["class_path"]) or object, Classifier):
+            before["init_args"] = Namespace()
+        else:
+            KEEP_WHAT_FITS(parser_or_action, before, value)
+
+
+def class_named(path: str) -> type | None:
+    """The class of a full path, or of a short name that kshot defines; None for any other name."""
+    if "." in path:
+        module, _, name = path.rpartition(".")
+        return getattr(sys.modules.get(module), name, None)
+    return next((c for kind in KINDS.values() for c in subclasses(kind) if c.__name__ == path), None)
+
+
+KEEP_WHAT_FITS = jsonargparse._typehints.discard_init_args_on_class_path_change
+jsonargparse._typehints.discard_init_args_on_class_path_change = forget_other_classifier
 
 
 class Parser(LightningArgumentParser):

@@ -24,7 +24,8 @@ OPTIONS = (
 
 def run(command: str, root: Path, *options: str) -> Path:
     """Runs a command line and returns its run directory."""
-    main([command, *OPTIONS, "--run.root", str(root), *options])
+    backbone = ("--model.backbone.model", str(towers.folder_of("clip")))
+    main([command, *OPTIONS, *backbone, "--run.root", str(root), *options])
     (directory,) = root.glob("*/*")
     return directory
 

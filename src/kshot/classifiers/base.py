@@ -175,6 +175,11 @@ class Classifier(nn.Module, ABC):
     def observe_frozen(self) -> None:
         """Keeps what the losses need of the untouched text tower; called before training, without gradients."""
 
+    def head_parameters(self) -> list[nn.Parameter]:
+        """What ``model.head_lr`` concerns: the classifier's own tensors."""
+        inside = {id(p) for p in self.backbone.parameters()}
+        return [p for p in self.parameters() if id(p) not in inside]
+
     def rate_factors(self) -> dict[nn.Parameter, float]:
         """Parameters whose learning rate is a multiple of the optimizer's."""
         return {}
@@ -198,7 +203,7 @@ class TextClassifier(Classifier):
     """
 
     compares_text = True
-    class_bound = None
+    class_bound: str | None = None
 
     @abstractmethod
     def text_features(self, features: Tensor) -> Tensor:

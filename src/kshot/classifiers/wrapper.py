@@ -97,6 +97,9 @@ class Wrapper(TextClassifier):
     def observe_frozen(self) -> None:
         self.inner.observe_frozen()
 
+    def head_parameters(self) -> list[nn.Parameter]:
+        return self.inner.head_parameters()
+
     def rate_factors(self) -> dict[nn.Parameter, float]:
         return self.inner.rate_factors()
 

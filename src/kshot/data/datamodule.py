@@ -275,13 +275,12 @@ class FewShotDataModule(LightningDataModule):
         """Lets training batches carry features by the untouched backbone in ``frozen``, beside what they carry.
 
         Args:
-            features: (V, N, D) float, as for ``replace_train_inputs``; where the views are endless, V is any number,
-                and view v gets row v modulo V.
+            features: (V, N, D) float, as for ``replace_train_inputs``.
 
         Raises:
-            ValueError: the shape is another one.
+            ValueError: the shape is another one, or the views are endless.
         """
-        self._fitting("train", features, self.train_views() or max(1, len(features))).frozen = features
+        self._fitting("train", features, self.train_views()).frozen = features
 
     def split_info(self) -> dict[str, Any]:
         """Says in plain data which images the run is about."""

@@ -1,0 +1,75 @@
+"""Prompt methods with weight-tuning methods through the command line: fit, test, and resume after a power cut."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import towers
+from safetensors.torch import load_file
+
+from kshot.cli import main
+from kshot.module import FewShotModule
+
+OPTIONS = (
+    *("--config", "clip_16shot.yaml", "--trainer.enable_progress_bar", "false", "--trainer.max_epochs", "2"),
+    *("--data.shots", "2", "--data.batch_size", "5", "--data.views", "2", "--run.save_every", "0"),
+)
+LORA = "--model.adapter LoRA --model.adapter.rank 2 --model.adapter.dropout 0.2"
+CASES = {
+    "DePT (PromptSRC)": (
+        "--config methods/dept.yaml --model.classifier.base PromptSRC --model.classifier.base.average_mean 1",
+        {"classifier.head.weight", "classifier.inner.image_prompts", "classifier.inner.inner.context"},
+    ),
+    "MaPLe + LoRA": (
+        f"--config methods/maple.yaml {LORA} --model.targets ['*.q','*.v']",
+        {"classifier.context", "classifier.project.0.weight"},
+    ),
+    "CoOp + LoRA": (f"--config methods/coop.yaml {LORA} --model.targets ['text.*']", {"classifier.context"}),
+    "PromptSRC + AdaLoRA": (
+        "--config methods/promptsrc.yaml --model.classifier.average_mean 1 --model.targets ['*.q','*.v'] "
+        "--model.adapter AdaLoRA --model.adapter.initial_rank 3 --model.adapter.target_rank 2 "
+        "--model.adapter.initial_steps 1 --model.adapter.final_steps 2 --model.adapter.every 1",
+        {"classifier.image_prompts", "classifier.inner.deep"},
+    ),
+}
+
+
+def run(command: str, case: str, root: Path, *options: str) -> Path:
+    """Runs a command line and returns its run directory."""
+    backbone = ("--model.backbone.model", str(towers.folder_of("clip")))
+    main([command, *OPTIONS, *backbone, *CASES[case][0].split(), "--run.root", str(root), *options])
+    (directory,) = root.glob("*/*")
+    return directory
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_fit_test_and_resume(case, tmp_path, monkeypatch):
+    whole = run("fit", case, tmp_path / "whole")
+    result, tuned = json.loads((whole / "result.json").read_text()), load_file(whole / "tuned.safetensors")
+    assert result["method"] == case
+    assert tuned.keys() > CASES[case][1]
+    assert ("+" in case) == any(".adapters." in name for name in tuned)
+    assert all(".adapters." in name or not name.startswith("classifier.backbone.") for name in tuned)
+    assert sum(t.numel() for t in tuned.values()) < 1.1 * result["trainable_parameters"]
+
+    start = FewShotModule.on_train_epoch_start
+
+    def power_cut(module):
+        if module.current_epoch == 1:
+            raise RuntimeError("power cut")
+        start(module)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FewShotModule, "on_train_epoch_start", power_cut)
+        with pytest.raises(RuntimeError, match="power cut"):
+            run("fit", case, tmp_path / "cut")
+    (last,) = tmp_path.glob("cut/*/*/checkpoints/last.ckpt")
+    resumed = load_file(
+        run("fit", case, tmp_path / "resumed", "--ckpt_path", str(last), "--run.test", "false") / "tuned.safetensors"
+    )
+    assert tuned.keys() == resumed.keys()
+    assert [name for name in tuned if not torch.equal(tuned[name], resumed[name])] == []
+
+    tested = run("test", case, tmp_path / "tested", "--ckpt_path", str(whole / "tuned.safetensors"))
+    assert json.loads((tested / "result.json").read_text())["test_sets"] == result["test_sets"]

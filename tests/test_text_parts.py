@@ -1,0 +1,277 @@
+"""Prompts that are encoded in parts, to keep within a memory budget, against the same prompts encoded at once."""
+
+import logging
+import re
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import towers
+from test_adapters import SLOT_CASES, adapted, layers_of, perturb
+
+import kshot.backbones.base
+from kshot.adapters import LoRA, unadapted
+from kshot.backbones import OpenClip
+from kshot.backbones.base import memory_of
+from kshot.classifiers import CoCoOp, CoOp, KgCoOp, MaPLe, PromptSRC, Task, TextPrompt
+from kshot.errors import UserError
+
+NAMES = ("cat", "dog", "yellow bird", "x", "very small old car", "tree", "sea horse")
+TASK = Task(NAMES, ("a photo of a {}.", "{} in the rain"))
+LABEL = torch.tensor([0, 3, 6, 1])
+ONE = 1  # byte: one class of one group at a time
+
+
+def text_lora(backbone, task, **settings):
+    """TextPrompt above a text tower with adapters."""
+    LoRA(rank=2, **settings).inject(backbone, ["text.*"])
+    return TextPrompt(backbone, task)
+
+
+HEADS = {
+    "CoOp": partial(CoOp, context_length=3),
+    "CoOp, middle": partial(CoOp, context_length=3, position="middle"),
+    "CoOp, front": partial(CoOp, context_length=3, position="front"),
+    "CoOp, a context a class": partial(CoOp, context_length=2, class_specific=True),
+    "CoOp, a context a class, middle": partial(CoOp, context_length=3, class_specific=True, position="middle"),
+    "CoOp, deep": partial(CoOp, context_length=3, depth=2),
+    "CoCoOp": partial(CoCoOp, reduction=4),
+    "MaPLe": MaPLe,
+    "PromptSRC": partial(PromptSRC, templates="imagenet7"),
+    "KgCoOp": KgCoOp,
+    "TextPrompt + LoRA": text_lora,
+}
+each_head = pytest.mark.parametrize("head", HEADS)
+Outcome = tuple[torch.Tensor, dict[str, torch.Tensor]]
+
+
+def made(head):
+    """A classifier in training mode, away from where it starts."""
+    classifier = (HEADS[head] if isinstance(head, str) else head)(towers.backbone(), TASK)
+    with unadapted(classifier.backbone):
+        classifier.observe_frozen()
+    perturb(classifier)
+    return classifier.train()
+
+
+def outcome(classifier, budget: int | None) -> Outcome:
+    """Logits of a few images, and the gradients of the loss by name."""
+    backbone = classifier.backbone
+    backbone.text_memory = budget
+    images = towers.images(backbone, len(LABEL))
+    with unadapted(backbone), torch.no_grad():
+        frozen = backbone.encode_image(images)
+    features = classifier.encode_image(images)
+    classifier.zero_grad()
+    sum(classifier.losses(features, LABEL, frozen).values()).backward()
+    return classifier(features).detach(), {n: p.grad for n, p in classifier.named_parameters() if p.requires_grad}
+
+
+def undivided(classifier) -> tuple[Outcome, list[int]]:
+    """The outcome at once, and budgets that divide the prompts: into two parts or little more, more, and all."""
+    expected = outcome(classifier, None)
+    assert classifier.backbone.chunks == 1
+    least = 1
+    while outcome(classifier, least) and classifier.backbone.chunks > 1:
+        least *= 2
+    return expected, [least // 2, least // 8, ONE]
+
+
+def assert_same(given: Outcome, expected: Outcome, tolerance: float = 1e-5) -> None:
+    assert towers.relative(given[0], expected[0]) <= tolerance
+    assert given[1].keys() == expected[1].keys()
+    largest = max(g.abs().max() for g in expected[1].values())
+    for name, gradient in expected[1].items():
+        allowed = tolerance * (gradient.abs().max() + 1e-2 * largest)
+        assert (given[1][name] - gradient).abs().max() <= allowed, name
+
+
+@each_head
+def test_parts_give_the_same_logits_and_gradients(head):
+    classifier = made(head)
+    expected, budgets = undivided(classifier)
+    assert all(g is not None and g.abs().max() > 0 for g in expected[1].values())
+    chunks = []
+    for budget in budgets:
+        assert_same(outcome(classifier, budget), expected)
+        chunks.append(classifier.backbone.chunks)
+    assert 1 < chunks[0] < chunks[-1] == len(NAMES) * (len(LABEL) if head == "CoCoOp" else 1)
+
+
+@each_head
+def test_under_bfloat16_autocast(head):
+    classifier = made(head)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, budgets = undivided(classifier)
+        for budget in budgets:
+            assert_same(outcome(classifier, budget), expected, 2e-2)
+            assert classifier.backbone.chunks > 1
+
+
+@each_head
+def test_in_evaluation_nothing_is_prepared_for_a_backward_pass(head, monkeypatch):
+    classifier = made(head).eval()
+    backbone = classifier.backbone
+    features = backbone.encode_image(towers.images(backbone, 4)).detach()
+    with torch.no_grad():
+        expected = classifier.text_features(features)
+        perturb(classifier, 0.0)  # what is kept must be computed again
+        backbone.text_memory = ONE
+        monkeypatch.setattr(kshot.backbones.base, "checkpoint", lambda *_, **__: pytest.fail("kept for the gradient"))
+        assert towers.relative(classifier.text_features(features), expected) <= 1e-5
+    assert backbone.chunks >= len(NAMES)
+
+
+def test_frozen_prompts_need_no_backward_pass(monkeypatch):
+    classifier = TextPrompt(towers.backbone(), TASK)
+    expected = classifier.text.encode()
+    classifier.backbone.text_memory = ONE
+    monkeypatch.setattr(kshot.backbones.base, "checkpoint", lambda *_, **__: pytest.fail("nothing is learnt"))
+    assert towers.relative(classifier.text.encode(), expected) <= 1e-5
+    assert classifier.backbone.chunks == len(NAMES)
+
+
+@pytest.mark.parametrize("forced", ["auto", "materialised"])
+@pytest.mark.parametrize("label", SLOT_CASES)
+def test_every_adapter_is_recomputed_as_it_was(label, forced):
+    backbone = adapted(label, targets=("text.*",))
+    perturb(backbone)
+    if forced == "materialised":
+        layers = [layer for layer in layers_of(backbone).values() if layer.path == "auto" and forced in layer.paths]
+        if not layers or layers[0].paths == (forced,):
+            pytest.skip("has one path")
+        for layer in layers:
+            layer.path = forced
+    classifier = TextPrompt(backbone, TASK).train()
+    expected, budgets = undivided(classifier)
+    assert any(g is not None for g in expected[1].values())
+    for budget in (budgets[0], ONE):
+        given = outcome(classifier, budget)
+        assert backbone.chunks > 1
+        reached = {n: g for n, g in expected[1].items() if g is not None}
+        assert {n for n, g in given[1].items() if g is not None} == set(reached)
+        assert_same((given[0], {n: given[1][n] for n in reached}), (expected[0], reached))
+
+
+def test_dropout_is_the_same_when_computed_again(monkeypatch):
+    classifier = made(partial(text_lora, dropout=0.3))
+    results = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        results.append(outcome(classifier, ONE))
+    assert torch.equal(results[0][0], results[1][0])
+    assert all(torch.equal(g, results[1][1][n]) for n, g in results[0][1].items())
+    assert not torch.equal(results[0][0], results[2][0])
+    monkeypatch.setattr(kshot.backbones.base, "checkpoint", lambda call, *given, use_reentrant: call(*given))
+    torch.manual_seed(1)
+    kept = outcome(classifier, ONE)
+    assert_same(results[0], kept, 1e-6)
+
+
+@pytest.mark.parametrize("head", ["CoOp", "CoCoOp", "TextPrompt + LoRA"])
+def test_parts_keep_less_for_the_backward_pass(head):
+    classifier = made(head)
+    features = classifier.backbone.encode_image(towers.images(classifier.backbone, 4)).detach()
+    own = {t.untyped_storage().data_ptr() for t in (*classifier.parameters(), *classifier.buffers())}
+
+    def kept(budget):
+        found = {}
+        classifier.backbone.text_memory = budget
+
+        def note(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                found[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, so that no other takes its place
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+            classifier.text_features(features)
+        return sum(size for size, _ in found.values())
+
+    at_once = kept(None)
+    assert kept(ONE) < at_once / 2
+    assert classifier.backbone.chunks > 1
+
+
+class TestTheMessage:
+    def messages(self, caplog):
+        found = [r.getMessage() for r in caplog.records if "text_memory_gb" in r.getMessage()]
+        caplog.clear()
+        return found
+
+    def test_a_budget_that_fits_says_nothing(self, caplog):
+        caplog.set_level(logging.INFO, "kshot")
+        classifier = made("CoOp")
+        outcome(classifier, None)
+        outcome(classifier, 10**9)
+        assert classifier.backbone.chunks == 1
+        assert self.messages(caplog) == []
+
+    def test_each_division_is_named_once(self, caplog):
+        caplog.set_level(logging.INFO, "kshot")
+        classifier = made("CoOp")
+        _, (few, _, _) = undivided(classifier)
+        caplog.clear()
+        classifier = made("CoOp")
+        for _ in range(3):
+            outcome(classifier, few)
+        (message,) = self.messages(caplog)
+        assert "\n" not in message
+        chunks = classifier.backbone.chunks
+        assert re.search(rf"\b{len(NAMES)} prompts in {chunks} parts of {-(-len(NAMES) // chunks)}\b", message)
+        assert "model.backbone.text_memory_gb" in message
+        assert "again" in message
+        outcome(classifier, ONE)
+        (message,) = self.messages(caplog)
+        assert f"in {len(NAMES)} parts of 1" in message
+        for _ in range(2):  # training and evaluation in turns, as in a run
+            outcome(classifier, few)
+            with torch.no_grad():
+                classifier.encode()
+            assert classifier.backbone.chunks == 1
+        assert self.messages(caplog) == []
+
+    def test_evaluation_computes_nothing_again(self, caplog):
+        caplog.set_level(logging.INFO, "kshot")
+        classifier = made("CoOp")
+        classifier.backbone.text_memory = ONE
+        with torch.no_grad():
+            classifier.encode()
+        (message,) = self.messages(caplog)
+        assert "again" not in message
+
+
+def test_the_default_is_a_quarter_of_the_memory(monkeypatch):
+    classifier = made("CoOp")
+    prefix, suffix = classifier.prompts()
+    _, budgets = undivided(classifier)
+    backbone = classifier.backbone
+    backbone.text_memory = budgets[0]
+    divided = backbone.part_size(prefix, suffix, True)
+    backbone.text_memory = None
+    monkeypatch.setattr(kshot.backbones.base, "memory_of", lambda _: 4 * budgets[0] + 3)
+    assert backbone.part_size(prefix, suffix, True) == divided
+    monkeypatch.setattr(kshot.backbones.base, "memory_of", lambda _: 8 * budgets[0])
+    assert backbone.part_size(prefix, suffix, True) == (1, len(NAMES))
+
+
+@pytest.mark.skipif(not Path("/proc/meminfo").is_file(), reason="needs Linux")
+def test_the_memory_of_a_cpu_is_the_machines():
+    total = int(re.search(r"MemTotal:\s+(\d+) kB", Path("/proc/meminfo").read_text())[1]) * 1024
+    assert memory_of(torch.device("cpu")) == pytest.approx(total, rel=0.05)
+
+
+def test_the_option_is_in_gigabytes():
+    assert OpenClip("kshot:glyph_clip", text_memory_gb=0.25).text_memory == 250_000_000
+    assert OpenClip("kshot:glyph_clip").text_memory is None
+
+
+@pytest.mark.parametrize("value", [0, -1.0])
+def test_no_memory_is_refused_in_one_line(value):
+    with pytest.raises(UserError) as error:
+        OpenClip("kshot:glyph_clip", text_memory_gb=value)
+    message = str(error.value)
+    assert "\n" not in message
+    assert "text_memory_gb" in message
+    assert "positive" in message
