@@ -20,6 +20,7 @@ from few_shot import rows_of
 HERE = Path(__file__).parent
 DOC = HERE.parent / "docs" / "methods.md"
 CLOSED = ["class_mean", "linear_probe_lbfgs"]  # and without text
+CHOOSING = ["linear_probe_lbfgs", "tip_adapter", "tip_adapter_f", "lp_plus_plus"]  # by validation images
 HEADS = [*CLOSED, "linear_probe"]
 TEXT = [
     "tip_adapter", "tip_adapter_f", "clip_adapter", "task_res", "lp_plus_plus", "coop", "cocoop", "kgcoop", "maple",
@@ -54,6 +55,8 @@ def arguments(case: str, method: str, options: argparse.Namespace) -> list[str]:
     if case == "digits":
         return extra
     own = [*extra, "--data.dataset", str(options.data / case)]
+    if method in CHOOSING:
+        own += ["--data.sampler", "coop-v1+val"]  # the same shots, and others to choose by
     if case == "fashion_mnist":
         return own
     own += ["--model.backbone.weights", str(options.weights)]

@@ -327,7 +327,7 @@ def coop(options: argparse.Namespace) -> list[Row]:
 
 
 def cocoop(options: argparse.Namespace) -> list[Row]:
-    sizes = ((3, 4, 2),) if options.quick else ((10, 32, 8), (100, 32, 2))
+    sizes = ((3, 4, 2),) if options.quick else ((10, 32, 8), (100, 32, 1))
     return [row for size in sizes for row in cocoop_steps(options, *size)]
 
 

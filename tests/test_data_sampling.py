@@ -35,6 +35,8 @@ def test_as_many_as_asked_for_of_every_class(sampler, train, val, shots, seed, s
     shuffle.shuffle(rows)
     drawn, val_drawn = drawn_by(sampler, rows, val_rows, shots, seed)
     most = {"lpp": shots, "tip": 999}.get(sampler, min(shots, 4))
+    if sampler == "coop-v1+val":  # what training leaves over
+        val, val_rows = {c: n - shots for c, n in train.items() if n > shots}, set(rows) - set(drawn)
     assert {label: len(r) for label, r in per_class(drawn).items()} == {c: min(shots, n) for c, n in train.items()}
     assert {c: len(r) for c, r in per_class(val_drawn).items()} == {c: min(most, n) for c, n in val.items()}
     assert len(set(drawn)) == len(drawn)
@@ -89,6 +91,7 @@ def test_golden_draws():
     rows, val = rows_of({1: 9, 0: 9}), rows_of({0: 5, 1: 5}, "val")
     expected = {
         "coop-v1": "bcc0215d8e556f3a",
+        "coop-v1+val": "0a44a5b00f011fad",
         "nested": "4ddad54e588f0a71",
         "cliplora": "a6318bc685b9f92a",
         "lpp": "bcc0215d8e556f3a",  # up to 4 shots coop-v1's
@@ -103,6 +106,7 @@ def test_variants_share_the_training_images_of_coop(train, val, shots, seed):
     coop = drawn_by("coop-v1", *parts, shots, seed)[0]
     assert drawn_by("lpp", *parts, shots, seed)[0] == coop
     assert drawn_by("tip", *parts, shots, seed) == (coop, parts[1])
+    assert drawn_by("coop-v1+val", *parts, shots, seed)[0] == coop
     # CLIP-LoRA's stream is CoOp's with the parts exchanged, where both parts want as many.
     few = min(shots, 4)
     exchanged = drawn_by("coop-v1", *parts[::-1], few, seed)

@@ -137,6 +137,11 @@ def test_choosing_needs_validation_images(method, capsys, tmp_path):
     line = refused(capsys, arguments)
     assert "chooses hyper-parameters on validation images, and shades has none" in line
     assert not (tmp_path / "runs").exists()
+    main([*arguments, "--data.sampler", "coop-v1+val"])
+    (directory,) = (tmp_path / "runs").glob("*/*")
+    result = result_of(directory)
+    assert (result["selection"], result["split"]["counts"]["val"]) == ("fewshot-val", 2)
+    main([*arguments, "--data.manifest", str(directory / "split.json")])
 
 
 @pytest.mark.parametrize(

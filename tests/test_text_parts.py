@@ -70,12 +70,18 @@ def outcome(classifier, budget: int | None) -> Outcome:
 
 def undivided(classifier) -> tuple[Outcome, list[int]]:
     """The outcome at once, and budgets that divide the prompts: into two parts or little more, more, and all."""
+    backbone, asked = classifier.backbone, []
+    part_size = backbone.part_size
+    backbone.part_size = lambda *given: asked.append(given) or part_size(*given)
     expected = outcome(classifier, None)
-    assert classifier.backbone.chunks == 1
+    del backbone.part_size
+    assert backbone.chunks == 1
     least = 1
-    while outcome(classifier, least) and classifier.backbone.chunks > 1:
+    while True:
+        backbone.text_memory = least
+        if all(backbone.part_size(*given)[0] and backbone.chunks == 1 for given in asked):
+            return expected, [least // 2, least // 8, ONE]
         least *= 2
-    return expected, [least // 2, least // 8, ONE]
 
 
 def assert_same(given: Outcome, expected: Outcome, tolerance: float = 1e-5) -> None:
@@ -151,7 +157,9 @@ def test_every_adapter_is_recomputed_as_it_was(label, forced):
         assert backbone.chunks > 1
         reached = {n: g for n, g in expected[1].items() if g is not None}
         assert {n for n, g in given[1].items() if g is not None} == set(reached)
-        assert_same((given[0], {n: given[1][n] for n in reached}), (expected[0], reached))
+        assert towers.relative(given[0], expected[0]) <= 1e-5
+        # A gradient is a sum over tokens, and sums over a method's fixed matrices multiply its rounding.
+        assert_same((given[0], {n: given[1][n] for n in reached}), (expected[0], reached), 5e-5)
 
 
 def test_dropout_is_the_same_when_computed_again(monkeypatch):

@@ -126,6 +126,102 @@ def distinct_towers() -> list[tuple[str, str]]:
     return distinct
 
 
+SIZES = {"width", "heads", "layers", "vocab_size", "hf_tokenizer_name", "hf_model_name"}
+POOLED_IMAGES = {"attentional_pool", "attn_pooler_heads", "output_tokens"}  # of CoCa, whose image tower must have them
+# Stand-ins for tokenizers on the hub: the first ids of the vocabulary, and what is put around a text.
+SPECIAL = {
+    "bert": (["[PAD]", "[UNK]", "[CLS]", "[SEP]"], "[CLS] $A [SEP]"),
+    "roberta": (["<s>", "<pad>", "</s>", "<unk>"], "<s> $A </s>"),
+    "nllb": (["<s>", "<pad>", "</s>", "<unk>", "eng_Latn"], "eng_Latn $A </s>"),
+    "t5": (["<pad>", "</s>", "<unk>"], "$A </s>"),
+}
+WORDS = ("a", "photo", "of", "the", "cat", "dog", "yellow", "bird", "small", "in", "rain", "x", ".")
+PUBLISHED: dict[str, Layout] = {}  # tiny text towers of published architectures, as far as families() made them
+
+
+def tokenizer_kind(text: dict[str, Any]) -> str:
+    """Which of SPECIAL stands in for the tokenizer of a text configuration; ``simple``: open_clip's own."""
+    name = text.get("hf_tokenizer_name", "").lower()
+    kinds = {"siglip": "t5", "mt5": "t5", "nllb": "nllb", "roberta": "roberta", "xlm": "roberta", "bert": "bert"}
+    return next((kind for part, kind in kinds.items() if part in name), "other") if name else "simple"
+
+
+@cache
+def families() -> dict[str, str]:
+    """Each kind of text tower among open_clip's published models: the first model of the kind, and its tokenizer.
+
+    Kinds differ in anything of the text configuration but sizes. Fills PUBLISHED, under the model's name and, where the
+    tokenizer lies on a hub, under ``<model>@hub`` with the true one.
+    """
+    import open_clip
+
+    first: dict[str, str] = {}
+    for model in dict.fromkeys(model for model, _ in open_clip.list_pretrained()):
+        config = open_clip.get_model_config(model)
+        text = config["text_cfg"]
+        form = {key: value for key, value in text.items() if key not in SIZES}
+        form |= {"custom": config.get("custom_text", False) or "hf_model_name" in text}
+        form |= {"coca": "multimodal_cfg" in config, "tokenizer": tokenizer_kind(text), "hf": text.get("hf_model_name")}
+        first.setdefault(json.dumps(form, sort_keys=True), model)
+    kinds = {model: tokenizer_kind(open_clip.get_model_config(model)["text_cfg"]) for model in first.values()}
+    for model, kind in kinds.items():
+        PUBLISHED[model] = shrunk(open_clip.get_model_config(model))
+        if kind != "simple":
+            PUBLISHED[f"{model}@hub"] = PUBLISHED[model]
+    return kinds
+
+
+def shrunk(config: dict[str, Any]) -> Layout:
+    """A published configuration with tiny towers; tokenizer, context, mask and pooling stay."""
+    small, vision, text = {"width": 32, "heads": 2, "layers": 2}, config["vision_cfg"], config["text_cfg"]
+    config |= {"embed_dim": 32}  # the width, as it must be without a projection
+    kept = {key: vision[key] for key in POOLED_IMAGES & vision.keys()}
+    top = {key: value for key, value in config.items() if key not in ("vision_cfg", "text_cfg")}
+    if "multimodal_cfg" in top:
+        top["multimodal_cfg"] |= small
+    causal = not text.get("no_causal_mask") and not text.get("embed_cls") and "hf_model_name" not in text
+    return clip(kept, text | small, prompts=causal, **top)
+
+
+def fetch_tokenizer(folder: Path, model: str) -> int:
+    """Writes the tokenizer of a published model; returns the size of its vocabulary."""
+    import open_clip
+
+    tokenizer = open_clip.get_tokenizer(model)
+    tokenizer.save_pretrained(folder)
+    return len(tokenizer.tokenizer)
+
+
+def write_tokenizer(folder: Path, kind: str) -> int:
+    """Writes a tokenizer of words, in the form that the hub's have; returns the size of its vocabulary."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    special, template = SPECIAL[kind]
+    words = {word: i for i, word in enumerate([*special, *WORDS])}
+    inner = Tokenizer(models.WordLevel(words, unk_token=next(w for w in special if "unk" in w.lower())))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    around = [(word, words[word]) for word in template.split() if word in special]
+    inner.post_processor = processors.TemplateProcessing(single=template, special_tokens=around)
+    names = {"pad_token": next(w for w in special if "pad" in w.lower()), "unk_token": inner.model.unk_token}
+    PreTrainedTokenizerFast(tokenizer_object=inner, sep_token=template.split()[-1], **names).save_pretrained(folder)
+    return len(words)
+
+
+def write_text_model(folder: Path, name: str, vocabulary: int) -> str:
+    """Writes the configuration of a tiny text tower of transformers; returns where."""
+    sizes = {"vocab_size": vocabulary, "pad_token_id": 1, "max_position_embeddings": 128}
+    if "nllb" in name:
+        sizes |= {"d_model": 32, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 64}
+        sizes |= {"decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 64}
+    else:
+        sizes |= {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    kind = "m2m_100" if "nllb" in name else "xlm-roberta" if "xlm" in name else "roberta"
+    (folder / "text_model").mkdir()
+    (folder / "text_model" / "config.json").write_text(json.dumps({"model_type": kind, **sizes}))
+    return str(folder / "text_model")
+
+
 _folder: list[Path] = []
 
 
@@ -154,17 +250,25 @@ def rough(state: dict[str, Tensor]) -> dict[str, Tensor]:
 @cache
 def model_folder(name: str, root: Path) -> Path:
     """Writes a layout's configuration and weights, once."""
-    layout, folder = (LAYOUTS | RANDOM_IN_TRAINING)[name], root / f"tiny_{name}"
+    layout, folder = (LAYOUTS | RANDOM_IN_TRAINING | PUBLISHED)[name], root / f"tiny_{name}"
     folder.mkdir()
     if layout.library == "open_clip":
         import open_clip
 
-        statistics = {"mean": [0.48, 0.46, 0.41], "std": [0.27, 0.26, 0.28]}
-        description = {"model_cfg": layout.config, "preprocess_cfg": statistics}
+        statistics, config = {"mean": [0.48, 0.46, 0.41], "std": [0.27, 0.26, 0.28]}, copy.deepcopy(layout.config)
+        text = config["text_cfg"]
+        if "hf_tokenizer_name" in text:
+            model, _, hub = name.partition("@")
+            text["vocab_size"] = (
+                fetch_tokenizer(folder, model) if hub else write_tokenizer(folder, tokenizer_kind(text))
+            )
+        if "hf_model_name" in text:
+            text["hf_model_name"] = write_text_model(folder, text["hf_model_name"], text["vocab_size"])
+        description = {"model_cfg": config, "preprocess_cfg": statistics}
         (folder / "open_clip_config.json").write_text(json.dumps(description))
         weights = folder / "open_clip_model.safetensors"
         logging.disable(logging.WARNING)  # "no weights found": they are about to be written
-        model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
+        model = open_clip.create_model(f"local-dir:{folder}", load_weights=False, pretrained_text=False)
         logging.disable(logging.NOTSET)
     else:
         import timm

@@ -202,7 +202,8 @@ class FewShotModule(pl.LightningModule):
         if self.classifier.selects and not data.draw.val:
             raise UserError(
                 f"{type(self.classifier).__name__} chooses hyper-parameters on validation images, and "
-                f"{data.dataset_name} has none: give values instead of null, or a data set with a val part."
+                f"{data.dataset_name} has none: give values instead of null, or draw some of its training images: "
+                "--data.sampler coop-v1+val."
             )
 
     def check_classes(self, data: FewShotDataModule) -> None:
@@ -420,6 +421,15 @@ class FewShotModule(pl.LightningModule):
         """Features and float32 logits of a batch."""
         features = self.features_of(batch)
         return features, cast(Tensor, self.classifier(features)).float()
+
+    def on_validation_start(self) -> None:
+        """Takes the average in a validation of its own; within a fit the last tensors are validated."""
+        if self.trainer.state.fn == "validate":
+            self.take_average()
+
+    def on_predict_start(self) -> None:
+        """Takes the average."""
+        self.take_average()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002  Lightning's signature
         """Counts correct validation shots."""

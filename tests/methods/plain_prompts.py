@@ -17,8 +17,9 @@ TASK = Task(NAMES[:4])
 
 def made(kind: Callable[..., Any], name: str = "clip", names: Sequence[str] = NAMES[:4], **settings: Any) -> Any:
     """A classifier on a tiny backbone, told of the untouched text tower as before a run; the same each time."""
+    backbone = towers.backbone(name)
     torch.manual_seed(3)
-    classifier = kind(towers.backbone(name), Task(tuple(names)), **settings)
+    classifier = kind(backbone, Task(tuple(names)), **settings)
     with unadapted(classifier.backbone):
         classifier.observe_frozen()
     return classifier

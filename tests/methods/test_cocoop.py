@@ -33,7 +33,7 @@ def plain(given, features, name="clip"):
     return torch.cat(rows)
 
 
-@pytest.mark.parametrize("settings", [{}, {"context_length": 2, "init_words": None, "reduction": 3}])
+@pytest.mark.parametrize("settings", [{"reduction": 4}, {"context_length": 2, "init_words": None, "reduction": 3}])
 @pytest.mark.parametrize("name", towers.WITH_PROMPTS)
 def test_equals_a_plain_computation_image_by_image(name, settings):
     given = disturb(made(CoCoOp, name, **settings))
@@ -47,7 +47,7 @@ def test_equals_a_plain_computation_image_by_image(name, settings):
 
 
 def test_the_loss_is_the_cross_entropy():
-    given, label = disturb(made(CoCoOp)), torch.tensor([3, 0, 1])
+    given, label = disturb(made(CoCoOp, reduction=4)), torch.tensor([3, 0, 1])
     features = features_of(given, 3)
     terms = given.losses(features, label)
     assert terms.keys() == {"cross_entropy"}
@@ -55,7 +55,7 @@ def test_the_loss_is_the_cross_entropy():
 
 
 def test_a_meta_net_of_zeros_is_coop():
-    given, coop = made(CoCoOp), made(CoOp, init_words="a photo of a")
+    given, coop = made(CoCoOp, reduction=4), made(CoOp, init_words="a photo of a")
     features = features_of(given)
     with torch.no_grad():
         assert towers.relative(given(features), coop(features)) > 1e-4
@@ -66,7 +66,7 @@ def test_a_meta_net_of_zeros_is_coop():
 
 @pytest.mark.parametrize("gradient", [True, False])
 def test_a_batch_is_its_images_one_by_one(gradient):
-    given = disturb(made(CoCoOp))
+    given = disturb(made(CoCoOp, reduction=4))
     features = features_of(given, 7)
     with torch.set_grad_enabled(gradient):
         together = given(features)
@@ -76,7 +76,7 @@ def test_a_batch_is_its_images_one_by_one(gradient):
 
 
 def test_the_meta_net_reads_normalised_features():
-    given = disturb(made(CoCoOp))
+    given = disturb(made(CoCoOp, reduction=4))
     seen = []
     given.meta_net.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     features = features_of(given)
@@ -121,7 +121,7 @@ def test_starts_and_counts():
 
 
 def test_other_classes_keep_context_and_net():
-    given = disturb(made(CoCoOp))
+    given = disturb(made(CoCoOp, reduction=4))
     features = features_of(given, 2)
     with torch.no_grad():
         given.set_class_names(NAMES)

@@ -35,11 +35,11 @@ LABEL = torch.tensor([3, 0, 1, 2, 2, 1])
 
 def module_of(prompts: str, adapter: str) -> FewShotModule:
     """The two methods together on both towers of a tiny CLIP, the same each time."""
+    backbone, method = towers.backbone(), METHODS[adapter]()
     torch.manual_seed(3)
-    method = METHODS[adapter]()
     # The embedding of words is not among what full tuning can train by learned prompts, which take its place.
     targets = ["image.*", "text.transformer.*", "text.ln_final.*"] if isinstance(method, FullTuning) else ["*"]
-    return FewShotModule(towers.backbone(), PROMPTS[prompts], NAMES[:4], adapter=method, targets=targets)
+    return FewShotModule(backbone, PROMPTS[prompts], NAMES[:4], adapter=method, targets=targets)
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)

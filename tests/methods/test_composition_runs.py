@@ -11,9 +11,10 @@ from safetensors.torch import load_file
 from kshot.cli import main
 from kshot.module import FewShotModule
 
-OPTIONS = (
-    *("--config", "clip_16shot.yaml", "--trainer.enable_progress_bar", "false", "--trainer.max_epochs", "2"),
-    *("--data.shots", "2", "--data.batch_size", "5", "--data.views", "2", "--run.save_every", "0"),
+BASE = ("--config", "clip_16shot.yaml")
+QUICK = (  # after the config of the method, which has a number of epochs of its own
+    *("--trainer.max_epochs", "2", "--trainer.enable_progress_bar", "false", "--run.save_every", "0"),
+    *("--data.shots", "2", "--data.batch_size", "5", "--data.views", "2"),
 )
 LORA = "--model.adapter LoRA --model.adapter.rank 2 --model.adapter.dropout 0.2"
 CASES = {
@@ -38,7 +39,7 @@ CASES = {
 def run(command: str, case: str, root: Path, *options: str) -> Path:
     """Runs a command line and returns its run directory."""
     backbone = ("--model.backbone.model", str(towers.folder_of("clip")))
-    main([command, *OPTIONS, *backbone, *CASES[case][0].split(), "--run.root", str(root), *options])
+    main([command, *BASE, *backbone, *CASES[case][0].split(), *QUICK, "--run.root", str(root), *options])
     (directory,) = root.glob("*/*")
     return directory
 

@@ -153,6 +153,7 @@ class VisionLanguageBackbone(Backbone):
     supports_prompts: bool
     text_memory: int | None = None
     chunks: int = 1
+    said: frozenset[str] = frozenset()  # what was logged about it
 
     @property
     @abstractmethod
@@ -219,7 +220,7 @@ class VisionLanguageBackbone(Backbone):
     def part_size(self, prefix: Tensor, suffix: Tensor, gradient: bool) -> tuple[int, int]:
         """Groups and classes that are encoded at once, so that their activations keep within ``text_memory``.
 
-        Several groups only with all their classes. What is chosen is logged when it changes.
+        Several groups only with all their classes. What is chosen is logged, each choice once.
         """
         (groups, p, width), (classes, s) = prefix.shape, suffix.shape[1:3]
         device = prefix.device.type
@@ -227,17 +228,19 @@ class VisionLanguageBackbone(Backbone):
         kept = (ACTIVATIONS * width + SCORES * self.text_heads * (p + s)) * (self.text_blocks if gradient else 1)
         token, budget = kept * size, self.text_memory or memory_of(prefix.device) // 4
         fit = budget // token  # tokens
-        if fit >= p + classes * s:
-            size_of = min(groups, fit // (p + classes * s)), classes
-        else:
-            size_of = 1, max(1, min(classes, (fit - p) // s))
-        chunks = -(-groups // size_of[0]) * -(-classes // size_of[1])
-        if chunks > 1 and chunks != self.chunks:
+        most = max(1, min(groups, fit // (p + classes * s))), max(1, min(classes, (fit - p) // s))
+        parts = [-(-n // m) for n, m in zip((groups, classes), most, strict=True)]
+        size_of = -(-groups // parts[0]), -(-classes // parts[1])  # parts of one size, or nearly
+        chunks = parts[0] * parts[1]
+        if chunks > 1:
             again = ", each computed again in the backward pass" if gradient else ""
-            logger.info(
+            message = (
                 f"Text tower: {groups * classes:,} prompts in {chunks} parts of {size_of[0] * size_of[1]:,}{again}, to "
                 f"keep within {budget / 1e9:.3g} GB (model.backbone.text_memory_gb)."
             )
+            if message not in self.said:  # training and validation take turns
+                self.said |= {message}
+                logger.info(message)
         self.chunks = chunks
         return size_of
 

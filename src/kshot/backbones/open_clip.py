@@ -149,11 +149,13 @@ class OpenClip(VisionLanguageBackbone):
     def token_ids(self, text: str) -> list[int]:
         if hasattr(self.tokenizer, "encode"):
             return list(self.tokenizer.encode(text))
-        return list(self.tokenizer.tokenizer(text, add_special_tokens=False)["input_ids"])
+        clean = self.tokenizer.clean_fn
+        return list(self.tokenizer.tokenizer(clean(text), add_special_tokens=False)["input_ids"])
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
+        added = 2 if hasattr(self.tokenizer, "encode") else self.tokenizer.tokenizer.num_special_tokens_to_add()
         for text in texts:
-            needed = len(self.token_ids(text)) + 2
+            needed = len(self.token_ids(text)) + added
             if needed > self.context_length:
                 raise UserError(
                     f"The prompt {text!r} takes {needed} tokens, and {self.name} reads {self.context_length}: shorten "

@@ -102,22 +102,20 @@ class TipAdapter(TextPrompt):
         features, label = val.every_view
         text = self.text_features(features)
         by_class = [self.keys[self.values == c] for c in range(len(text))]
-        most = max(len(keys) for keys in by_class)
-        alphas, betas = (torch.tensor(grid, device=text.device) for grid in (self.alphas, self.betas))
-        right = torch.zeros(len(betas), len(alphas), dtype=torch.long, device=text.device)
-        chunk = max(1, AT_ONCE // (len(text) * max(most, len(alphas))))
+        chunk = max(1, AT_ONCE // (len(text) * max(1, *map(len, by_class))))
+        right = torch.zeros(len(self.betas), len(self.alphas), dtype=torch.long, device=text.device)
         with torch.autocast(text.device.type, enabled=False):
             for some, truth in zip(features.split(chunk), label.split(chunk), strict=True):
                 zero_shot, f = super().logits(some, text), F.normalize(some.float(), dim=-1)
-                # (most, C, B): the keys class by class, so that a sum does for Y; exp makes the padding 0
+                # (keys of a class, C, B), so that a sum over the first takes the place of Y; exp makes the padding 0
                 similarity = pad_sequence([keys @ f.T for keys in by_class], padding_value=-math.inf)
-                for i, beta in enumerate(betas):
-                    cache = torch.exp(-beta * (1 - similarity)).sum(0).T
-                    guess = (zero_shot + alphas[:, None, None] * cache).argmax(-1)  # (alphas, B)
-                    right[i] += (guess == truth).sum(-1)
-        i, j = divmod(int(right.argmax()), len(alphas))
-        self.alpha.copy_(alphas[j])
-        self.beta.copy_(betas[i])
+                for i, beta in enumerate(self.betas):
+                    cache = ((similarity - 1) * beta).exp_().sum(0).T.contiguous()
+                    guesses = [torch.add(zero_shot, cache, alpha=alpha).argmax(-1) for alpha in self.alphas]
+                    right[i] += torch.stack([(guess == truth).sum() for guess in guesses])
+        i, j = divmod(int(right.argmax()), len(self.alphas))
+        self.alpha.fill_(self.alphas[j])
+        self.beta.fill_(self.betas[i])
 
 
 class TipAdapterF(TipAdapter):

@@ -38,8 +38,9 @@ class FewShotDataModule(LightningDataModule):
         shots: training images per class; null for all.
         split_seed: seed of the draw, of the order and of the views; independent of seed_everything.
         sampler: coop-v1 (CoOp's images), nested (1-shot images are among the 2-shot images) or cliplora (CLIP-LoRA's
-            images), all with at most 4 validation images per class; lpp or tip (coop-v1's training images, with shots
-            or all validation images); percent:P (P % of every class of both parts, with shots null).
+            images), all with at most 4 validation images per class; coop-v1's training images with 4 validation images
+            of those left over (coop-v1+val), with shots (lpp) or all validation images (tip); percent:P (P % of every
+            class of both parts, with shots null).
         protocol: all-to-all; base-to-new (train on the first half of the classes, test on each half); cross-dataset
             (test on targets as well); domain-generalisation (the same, on targets with classes of the data set).
         targets: data sets to test on besides, each anything that dataset takes.

@@ -99,7 +99,10 @@ def read_manifest(path: str | Path, split: Split) -> FewShotDraw:
     if source.get("sha256") != split.sha256:
         drawn_from = f"{source.get('file')!r} with SHA-256 {str(source.get('sha256'))[:12]}..."
         raise UserError(f"{path}: drawn from {drawn_from}, but {split.file!r} has {split.sha256[:12]}...")
-    train, val = (_rows(data[part], part, split, path) for part in ("train", "val"))
+    rule = SAMPLERS.get(data["protocol"], PERCENT)
+    train = _rows(data["train"], "train", split.train, split, path)
+    held_out = split.train if rule.val_part == "train" else ()
+    val = _rows(data["val"], "val", (*split.val, *held_out), split, path)
     digest = draw_digest(train, val)
     if digest != data["digest"]:
         raise UserError(f"{path}: the rows have the digest {digest[:19]}..., not {data['digest'][:19]}... as it says")
@@ -122,8 +125,8 @@ def _check_schema(data: Any, path: Path) -> None:
         raise UserError(f"{path}: 'sampler' must have a whole seed, shots and val_shots")
 
 
-def _rows(values: list[Any], part: str, split: Split, path: Path) -> tuple[Row, ...]:
-    known = {(row.path, row.label): row for row in (split.train if part == "train" else split.val)}
+def _rows(values: list[Any], part: str, choice: tuple[Row, ...], split: Split, path: Path) -> tuple[Row, ...]:
+    known = {(row.path, row.label): row for row in choice}
     kind = int if split.item_kind == "index" else str
     rows = []
     for value in values:

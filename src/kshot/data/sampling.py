@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
+from typing import Literal
 
 from kshot.data.splits import Row, Split, display_name
 from kshot.errors import UserError, nearest_first
@@ -49,11 +50,22 @@ def one_stream(demands: Demands, seed: int) -> Drawn:
     A class with fewer images gives all of them, and then takes nothing from the stream. Shots are not nested.
     """
     stream = random.Random(seed)
-    drawn: Drawn = {part: [] for part in demands}
-    for part, (rows, asked) in demands.items():
-        for members in _by_label(rows).values():
-            count = _count(asked, len(members))
-            drawn[part] += stream.sample(members, count) if len(members) >= count else members
+    return {part: _sampled(rows, asked, stream) for part, (rows, asked) in demands.items()}
+
+
+def one_stream_of_train(demands: Demands, seed: int) -> Drawn:
+    """Draws the training images as CoOp does, and then, by the same stream, validation images from those left over."""
+    stream, (rows, asked) = random.Random(seed), demands["train"]
+    train = _sampled(rows, asked, stream)
+    drawn = set(train)
+    return {"train": train, "val": _sampled([r for r in rows if r not in drawn], demands["val"][1], stream)}
+
+
+def _sampled(rows: Sequence[Row], asked: Asked, stream: random.Random) -> list[Row]:
+    drawn: list[Row] = []
+    for members in _by_label(rows).values():
+        count = _count(asked, len(members))
+        drawn += stream.sample(members, count) if len(members) >= count else members
     return drawn
 
 
@@ -83,11 +95,13 @@ class Sampler:
         choose: the images of parts.
         val_shots: validation images per class at so many training images; None for the whole part.
         order: in which the parts are drawn.
+        val_part: the part of the split that validation images are drawn from.
     """
 
     choose: Callable[[Demands, int], Drawn]
     val_shots: Callable[[Asked], Asked | None] = lambda asked: min(asked, VAL_SHOTS)
     order: tuple[str, str] = ("train", "val")
+    val_part: Literal["train", "val"] = "val"
 
     def __call__(self, train: Sequence[Row], val: Sequence[Row], asked: Asked, seed: int) -> Drawn:
         """Draws ``asked`` training images per class, and what belongs to them for validation."""
@@ -98,6 +112,7 @@ class Sampler:
 
 SAMPLERS = {
     "coop-v1": Sampler(one_stream),
+    "coop-v1+val": Sampler(one_stream_of_train, val_part="train"),  # for a data set without a validation part
     "nested": Sampler(own_orders),
     # One seed, but other images than CoOp's: arXiv 2405.18541 draws the validation images first.
     "cliplora": Sampler(one_stream, order=("val", "train")),
