@@ -64,7 +64,7 @@ from kshot.backbones import OpenClip
 from kshot.classifiers import CoCoOp, CoOp, PromptSRC, Task
 from kshot.commands import settle_chatter
 from kshot.data.datamodule import FewShotDataModule
-from kshot.data.images import Augment
+from kshot.data.images import CropFlip
 from kshot.module import FewShotModule
 
 PARTS = ("coop", "cocoop", "promptsrc", "memory", "many")
@@ -279,7 +279,9 @@ def step_memory(model: str, form: str, classes: int, images: int) -> dict[str, A
 
 def text_memory(model: str, classes: int, dtype: str, gradient: bool, class_specific: bool) -> dict[str, Any]:
     """Megabytes that kshot's text tower takes, with the backward pass or for evaluation, and what is expected."""
-    setting = Setting("CoOp", model, classes, 2, class_specific=class_specific, straightforward=False, features=False)
+    setting = Setting(
+        "CoOp", model, classes, 2, gigabytes=1e6, class_specific=class_specific, straightforward=False, features=False
+    )  # a budget that divides nothing
     autocast = torch.autocast("cpu", torch.bfloat16) if dtype == "bfloat16" else contextlib.nullcontext()
 
     def encode(head: CoOp) -> None:
@@ -430,7 +432,7 @@ def fit_promptsrc(backbone: OpenClip, folder: str, shots: int, epochs: int, kept
     """One run; the backbone stays frozen, so that the next run finds it as it was."""
     seed_everything(1, verbose=False)
     data = FewShotDataModule(
-        folder, shots=shots, batch_size=5, image_size=backbone.image_size, augment=Augment(), views=1
+        folder, shots=shots, batch_size=5, image_size=backbone.image_size, augment=CropFlip(), views=1
     )
     module = FewShotModule(
         backbone,

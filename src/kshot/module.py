@@ -218,7 +218,7 @@ class FewShotModule(pl.LightningModule):
 
     @property
     def selection(self) -> str:
-        """What decided hyper-parameters: ``none``, ``fewshot-val``, ``percent-val``, or ``full-val`` with all images."""
+        """What decided hyper-parameters: ``none``, ``fewshot-val``, ``percent-val``, or ``full-val`` for all."""
         if not self.classifier.selects or self._trainer is None:
             return "none"
         data = cast("FewShotDataModule", self.trainer.datamodule)  # type: ignore[attr-defined]  # Lightning's own
@@ -313,7 +313,8 @@ class FewShotModule(pl.LightningModule):
 
     def on_device(self, batch: Batch) -> Batch:
         """The batch where this module is."""
-        return batch._replace(input=batch.input.to(self.device), label=batch.label.to(self.device))
+        frozen = None if batch.frozen is None else batch.frozen.to(self.device)
+        return batch._replace(input=batch.input.to(self.device), label=batch.label.to(self.device), frozen=frozen)
 
     def keep_features(self, data: FewShotDataModule) -> None:
         """Gives the classifier the features it starts from, and replaces a frozen tower's images by their features."""
@@ -559,5 +560,5 @@ class FewShotModule(pl.LightningModule):
         if training is not None:
             for shared, state in zip(self.shared, training["shared"], strict=True):
                 shared.load_training_state(state)
-            if self.classifier.averaging is not None:
+            if self.classifier.averaging is not None and training["average"] is not None:
                 self.classifier.averaging.load_state(training["average"])

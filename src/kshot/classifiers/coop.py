@@ -83,8 +83,8 @@ class CoOp(TextClassifier):
         """Builds the frozen parts of the prompts; the context stays."""
         who, names, length = type(self).__name__, self.task.class_names, self.context.shape[-2]
         text = require_prompts(self.backbone, who)
-        self.name_lengths = [require_tokens(text, name) for name in names]
-        for name, own in zip(names, self.name_lengths, strict=True):
+        name_lengths = [require_tokens(text, name) for name in names]
+        for name, own in zip(names, name_lengths, strict=True):
             needed = len(text.token_ids(f"{self.fixed_words} {name}.")) + length + 2
             if needed > text.context_length:
                 raise UserError(
@@ -94,6 +94,7 @@ class CoOp(TextClassifier):
         # "X" stands in for the context; it is one token. The full stop is part of the sentence, as in the paper's code.
         words = " ".join([*["X"] * length, *self.fixed_words.split()])
         tokens = text.tokenize([f"{words} {name}." for name in names])
+        self.name_lengths = name_lengths
         self.end = text.end_of_text(tokens)
         rest = tokens[:, 1 + length : int(self.end.max()) + 1]
         same = int((rest == rest[:1]).all(0).long().cumprod(0).sum())

@@ -50,7 +50,7 @@ class DePT(Wrapper):
             )
         if not 0 <= balance <= 1:
             raise UserError(f"DePT: balance is {balance}, and must lie in [0, 1].")
-        if rate_factor <= 0:
+        if not rate_factor > 0:
             raise UserError(f"DePT: rate_factor is {rate_factor}, and must be positive.")
         self.balance, self.rate_factor = balance, rate_factor
         width = backbone.feature_dim
@@ -59,9 +59,15 @@ class DePT(Wrapper):
         self.head = nn.Linear(width, len(task.class_names))
         self.trained_on = task.class_names
 
+    def own_parameters(self) -> list[nn.Parameter]:
+        """γ, β, W and b."""
+        return [self.text_gain, self.image_gain, self.text_shift, self.image_shift, *self.head.parameters()]
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        return [*super().head_parameters(), *self.own_parameters()]
+
     def rate_factors(self) -> dict[nn.Parameter, float]:
-        own = [self.text_gain, self.image_gain, self.text_shift, self.image_shift, *self.head.parameters()]
-        return self.inner.rate_factors() | dict.fromkeys(own, self.rate_factor)
+        return self.inner.rate_factors() | dict.fromkeys(self.own_parameters(), self.rate_factor)
 
     def terms(self, features: Tensor, text: Tensor, label: Tensor, frozen: Tensor | None) -> dict[str, Tensor]:
         base = super().terms(features, text, label, frozen)
@@ -77,9 +83,13 @@ class DePT(Wrapper):
 
     def forward(self, features: Tensor) -> Tensor:
         logits = super().forward(features)
-        if not set(self.task.class_names) <= set(self.trained_on):
-            return logits
-        rows = [self.trained_on.index(name) for name in self.task.class_names]
+        weight: Tensor = self.head.weight
+        bias: Tensor = self.head.bias
+        if self.task.class_names != self.trained_on:
+            if not set(self.task.class_names) <= set(self.trained_on):
+                return logits
+            rows = [self.trained_on.index(name) for name in self.task.class_names]
+            weight, bias = weight[rows], bias[rows]
         with torch.autocast(features.device.type, enabled=False):
-            transfer = F.linear(self.adjusted(features), self.head.weight[rows], self.head.bias[rows])
+            transfer = F.linear(self.adjusted(features), weight, bias)
         return (1 - self.balance) * logits + self.balance * transfer

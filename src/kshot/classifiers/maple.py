@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from kshot.backbones.base import Backbone, require_image_prompts
+from kshot.backbones.base import Backbone, require_image_prompts, require_prompts
 from kshot.classifiers.base import Task
-from kshot.classifiers.coop import CoOp, checked_depth
+from kshot.classifiers.coop import PUBLISHED_DEPTH, CoOp, checked_depth
 
 
 class MaPLe(CoOp):
@@ -38,8 +38,11 @@ class MaPLe(CoOp):
         init_words: str | None = "a photo of a",
         depth: int | None = None,
     ) -> None:
-        super().__init__(backbone, task, context_length, init_words=init_words, depth=depth)
+        require_prompts(backbone, "MaPLe")
         require_image_prompts(backbone, "MaPLe")
+        if depth is None:
+            depth = min(PUBLISHED_DEPTH, require_prompts(backbone, "MaPLe").text_blocks, backbone.image_blocks)
+        super().__init__(backbone, task, context_length, init_words=init_words, depth=depth)
         count = 1 if self.deep is None else 1 + len(self.deep)
         checked_depth("MaPLe", count, backbone.image_blocks, "image")
         width = self.context.shape[-1]

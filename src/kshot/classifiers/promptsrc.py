@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -69,7 +70,7 @@ class PromptSRC(VPT):
         require_text(backbone, "PromptSRC")
         head = partial(CoOp, context_length=context_length, init_words=init_words, depth=depth)
         super().__init__(backbone, task, prompt_length, depth, head)
-        if average_std <= 0:
+        if not average_std > 0:
             raise UserError(f"PromptSRC: average_std is {average_std}, and must be positive.")
         self.text_weight, self.image_weight, self.logit_weight = text_weight, image_weight, logit_weight
         self.templates = named_templates(templates)
@@ -106,7 +107,8 @@ class PromptSRC(VPT):
 class GaussianAverage:
     """``Σ_e w_e θ_e / Σ_e w_e`` with ``w_e = exp(-(e - μ)² / 2σ²)`` over the epochs e that were run (equation 9).
 
-    Kept in float32 and over trained tensors alone. A tensor whose shape changes during the run starts anew.
+    Kept as a running mean in float32, over trained tensors alone. A tensor whose shape changes during the run starts
+    anew. Weights are kept as logarithms, since a run may end far from μ.
 
     Args:
         mean: μ, an epoch counted from 1.
@@ -115,29 +117,26 @@ class GaussianAverage:
 
     def __init__(self, mean: float, std: float) -> None:
         self.peak, self.std = mean, std
-        self.sums: dict[str, Tensor] = {}
-        self.weights: dict[str, float] = {}
-
-    def weight(self, epoch: int) -> float:
-        """w_e, not normalised."""
-        return math.exp(-((epoch - self.peak) ** 2) / (2 * self.std**2))
+        self.means: dict[str, Tensor] = {}
+        self.log_weights: dict[str, float] = {}  # log Σ w_e so far
 
     @torch.no_grad()
     def add(self, epoch: int, tensors: Mapping[str, Tensor]) -> None:
-        w = self.weight(epoch)
+        log_weight = -((epoch - self.peak) ** 2) / (2 * self.std**2)
         for name, tensor in tensors.items():
-            value = tensor.detach().float()
-            if name in self.sums and self.sums[name].shape == value.shape:
-                self.sums[name] = self.sums[name].to(value.device) + w * value
-                self.weights[name] += w
-            else:
-                self.sums[name], self.weights[name] = w * value, w
+            value, before = tensor.detach().float(), self.means.get(name)
+            if before is None or before.shape != value.shape:
+                self.means[name], self.log_weights[name] = value.clone(), log_weight
+                continue
+            total = float(np.logaddexp(self.log_weights[name], log_weight))
+            self.means[name] = torch.lerp(before.to(value.device), value, math.exp(log_weight - total))
+            self.log_weights[name] = total
 
     def mean(self) -> dict[str, Tensor]:
-        return {name: total / self.weights[name] for name, total in self.sums.items() if self.weights[name] > 0}
+        return dict(self.means)
 
     def state(self) -> dict[str, Any]:
-        return {"sums": dict(self.sums), "weights": dict(self.weights)}
+        return {"means": dict(self.means), "log_weights": dict(self.log_weights)}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        self.sums, self.weights = dict(state["sums"]), dict(state["weights"])
+        self.means, self.log_weights = dict(state["means"]), dict(state["log_weights"])

@@ -54,6 +54,8 @@ class VPT(Wrapper):
                 f"{who} is trained by gradient steps, and {type(self.inner).__name__} has a closed form: use "
                 "LinearProbe, or NearestClassMean with trainable: true."
             )
+        if self.inner.prompts_images:
+            raise UserError(f"{who}: {type(self.inner).__name__} has image prompts of its own: use it without {who}.")
         self.image_prompts = nn.Parameter(torch.randn(depth, prompt_length, backbone.image_width) * 0.02)
 
     def encode_image(self, image: Tensor) -> Tensor:

@@ -110,12 +110,14 @@ def named_templates(templates: Sequence[str] | str) -> tuple[str, ...]:
     """Sentences as they are given, or those of a named ensemble.
 
     Raises:
-        UserError: no ensemble of that name.
+        UserError: no ensemble of that name, no sentence, or one without a place for the class name.
     """
-    if not isinstance(templates, str):
-        return tuple(templates)
-    if "{}" in templates:
-        return (templates,)
+    if not isinstance(templates, str) or "{" in templates:
+        given = (templates,) if isinstance(templates, str) else tuple(templates)
+        wrong = [t for t in given if t.count("{}") != 1 or t.replace("{}", "").strip("{}") != t.replace("{}", "")]
+        if not given or wrong:
+            raise UserError(f"templates: {(wrong or ['[]'])[0]!r} must have {{}} once, where the class name goes.")
+        return given
     if templates == "imagenet7":
         return IMAGENET_7
     if templates not in ("imagenet60", "imagenet80"):
