@@ -13,7 +13,7 @@ open_clip's own, untouched text transformer.
 * promptsrc: epochs of PromptSRC with the teacher's features kept, against epochs that run it in every step.
 * memory: the estimate by which the backbone divides prompts, over the memory that a step takes; between 1.0 and 1.3 in
   float32.
-* many: a step of CoCoOp over 32,000 prompts in parts, which must keep within 6 GB in all (a quarter of an hour); and
+* many: a step of CoCoOp over 32,000 prompts in parts, which must keep within 6 GB in all (takes twenty minutes); and
   that parts give the result of the undivided form.
 
 Losses and gradients of the compared forms must agree to 1e-5 of their largest value; the run stops if they do not.
@@ -344,6 +344,7 @@ def cocoop_steps(options: argparse.Namespace, classes: int, images: int, some: i
         "quick": setting.step,
     }
     times = interleave(calls, options.seconds, least=3, warm_up=0)
+    setting.step()  # the number of parts is that of the last prompts
     base = filled(part="cocoop", classes=classes, images=images, dtype="float32", chunks=setting.backbone.chunks)
     plain, single = (compared(times[name], times["quick"], some / images) for name in ("slow", "single"))
     timed = f"one image after the other, timed on {some}"

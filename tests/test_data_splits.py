@@ -34,7 +34,7 @@ class TestSplitFile:
         path = plain
         if packed:
             path = tmp_path / "s.json.gz"
-            path.write_bytes(gzip.compress(content))
+            path.write_bytes(gzip.compress(content, mtime=0))
         split = read_split_zhou(path, "toy", "images")
         assert split.train == (Row("b/1.jpg", 1, "b_b"), Row("a/1.jpg", 0, "a"))
         assert split.class_names == ("a", "b_b")
@@ -98,7 +98,7 @@ class TestSplitFile:
             ("s.json", b"[]", "one object with the lists"),
             ("s.json", b'{"train": [], "val": []}', "one object with the lists"),
             ("s.json.gz", b"{}", "not a gzip file"),
-            ("s.json.gz", gzip.compress(b'{"train": []}' * 50)[:-12], "not a gzip file"),
+            ("s.json.gz", gzip.compress(b'{"train": []}' * 50, mtime=0)[:-12], "not a gzip file"),
         ],
     )
     def test_refuses_other_files(self, tmp_path, name, content, message):
