@@ -170,7 +170,7 @@ def test_the_same_class_named_again_keeps_its_settings_and_other_kinds_keep_what
         main(["fit", "--config", "clip_16shot.yaml", *options, "--print_config"])
     out = capsys.readouterr().out
     assert "context_length: 16" in out
-    assert re.search(r"class_path: torch.optim.Adam\s+init_args:\s+lr: 0.02\n", out)
+    assert re.search(r"class_path: torch.optim.Adam\s+init_args:\s+lr: 0.002\n", out)
 
 
 def test_a_local_file_wins_over_configs(tmp_path, monkeypatch, capsys):

@@ -242,6 +242,7 @@ class FewShotModule(pl.LightningModule):
         optimizer = self.make_optimizer(parameters)
         if self.schedule_factory is None:
             return optimizer
+        self.trainer.fit_loop.setup_data()  # or a run counted in steps knows nothing of its epochs yet
         steps = int(self.trainer.estimated_stepping_batches)
         each = max(1, math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches))
         schedule = self.schedule_factory(optimizer=optimizer, total_steps=steps, steps_per_epoch=each)

@@ -211,13 +211,15 @@ class VisionLanguageBackbone(Backbone):
             return_freed_memory(prefix.device)
             return self.encode_part(*part)
 
-        rows = []
+        rows, order = [], end.argsort(stable=True)  # prompts of like length together: a part ends with its longest
         for g in range(0, len(suffix), groups):
             parts = []
-            for c in range(0, suffix.shape[1], classes):
-                part = (prefix[g : g + groups], suffix[g : g + groups, c : c + classes], end[c : c + classes], deep)
+            for chosen in order.split(classes):
+                longest = int(end[chosen].max()) + 1 - prefix.shape[1]
+                own = suffix[g : g + groups, chosen.to(suffix.device), :longest]
+                part = (prefix[g : g + groups], own, end[chosen], deep)
                 parts.append(checkpoint(encode, *part, use_reentrant=False) if gradient else encode(*part))
-            rows.append(torch.cat(parts, 1))
+            rows.append(torch.cat(parts, 1)[:, order.argsort().to(suffix.device)])
         return torch.cat(rows)
 
     @abstractmethod
@@ -279,7 +281,8 @@ def require_prompts(backbone: Backbone, who: str) -> VisionLanguageBackbone:
     text = require_text(backbone, who)
     if not text.supports_prompts:
         raise UserError(
-            f"{who} learns prompt embeddings, which the text tower of {text.name} cannot take (not causal)."
+            f"{who} learns prompt embeddings, which the text tower of {text.name} cannot take: it is not causal, pools "
+            "elsewhere than at the end token, or its tokenizer has no start token."
         )
     return text
 
@@ -328,6 +331,8 @@ def memory_of(device: torch.device) -> int:
     """Bytes of memory that a device has in all."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
+    if not hasattr(os, "sysconf"):  # Windows does not say
+        return 8 * 10**9
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 

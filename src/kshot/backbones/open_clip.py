@@ -57,8 +57,8 @@ class OpenClip(VisionLanguageBackbone):
             patch = config.get("vision_cfg", {}).get("patch_size")
             if isinstance(patch, int):
                 check_image_size(image_size, patch, model)
-        try:
-            with quiet_hub():
+        with quiet_hub():
+            try:
                 clip: Any = open_clip.create_model(
                     source,
                     pretrained=None if pretrained == "random" else pretrained,
@@ -67,8 +67,15 @@ class OpenClip(VisionLanguageBackbone):
                     pretrained_image=False,
                     pretrained_text=False,
                 )
-        except Exception as error:  # hubs and loaders raise what they like
-            raise weights_error(model, pretrained, error) from error
+            except Exception as error:  # hubs and loaders raise what they like
+                raise weights_error(model, pretrained, error) from error
+            try:
+                tokenizer = tokenizer_of(source)
+            except Exception as error:  # likewise
+                raise UserError(
+                    f"The tokenizer of {model} could not be loaded ({first_line(error)}): it comes from the hub, so "
+                    "run once with a network, or point HF_HUB_CACHE at a filled cache."
+                ) from error
         size = clip.visual.image_size
         statistics = clip.visual.preprocess_cfg
         size = size[0] if isinstance(size, tuple | list) else size
@@ -84,13 +91,14 @@ class OpenClip(VisionLanguageBackbone):
         )
         self.weight_sha256 = sha256_of(clip)
         self.clip = clip
-        self.tokenizer = tokenizer_of(source)
+        self.tokenizer = tokenizer
         text = self._text
         self.context_length = self.tokenizer.context_length
         self.supports_prompts = (
             getattr(text, "attn_mask", None) is not None
             and getattr(text, "cls_emb", None) is None
             and self._pool in ("argmax", "eos")
+            and int(self.tokenizer(["X"])[0, 0]) != self.token_ids("X")[0]  # a start token stands before the context
         )
         self.text_width = text.token_embedding.weight.shape[1] if hasattr(text, "token_embedding") else 0
         self.text_memory = None if text_memory_gb is None else int(text_memory_gb * 1e9)
