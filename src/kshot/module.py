@@ -391,7 +391,7 @@ class FewShotModule(pl.LightningModule):
         data = cast("FewShotDataModule | None", getattr(self.trainer, "datamodule", None))
         if self.classifier.selects and not self.classifier.closed_form and data is not None:
             val = self.validation_shots(data)
-            assert val is not None, "check_fit has seen to it"
+            assert val is not None, "check_validation has seen to it"
             self.classifier.select(val)
 
     def on_train_epoch_start(self) -> None:
