@@ -9,7 +9,6 @@ of each seed's H.
 """
 
 import argparse
-import csv
 import json
 import os
 import statistics
@@ -18,7 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from few_shot import machine, rows_of
+from few_shot import append, machine, parse, rows_of
 
 DOC = Path(__file__).parents[1] / "docs" / "methods.md"
 METHODS = ["zero_shot", "coop", "cocoop", "kgcoop", "maple", "vpt", "ivlp", "promptsrc", "dept", "clip_adapter", "lora"]
@@ -47,12 +46,7 @@ def run_method(method: str, seeds: list[int], extra: list[str], out: Path, label
             "trainable_parameters": result["trainable_parameters"], "fit_seconds": result["seconds"]["fit"],
             "split": result["split"]["digest"][7:23], "git_commit": result["git_commit"],
         }  # fmt: skip
-        fresh = not out.exists()
-        with out.open("a", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS)
-            if fresh:
-                writer.writeheader()
-            writer.writerow(row)
+        append(out, FIELDS, row)
 
 
 def table(rows: list[dict[str, str]], label: str) -> str:
@@ -80,11 +74,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "base_to_new.csv")
     parser.add_argument("--label", default="digits")
     parser.add_argument("--one-method", action="store_true", help=argparse.SUPPRESS)
-    own, extra = (sys.argv[1:], [])
-    if "--" in own:
-        at = own.index("--")
-        own, extra = own[:at], own[at + 1 :]
-    options = parser.parse_args(own)
+    options, extra = parse(parser)
     if options.one_method:
         run_method(options.methods[0], options.seeds, extra, options.out, options.label)
         return

@@ -52,12 +52,26 @@ def run_method(config: str, method: str, cells: list[tuple[int, int]], extra: li
             "fit_seconds": result["seconds"]["fit"], "test_seconds": result["seconds"]["test"],
             "peak_memory_mb": round(result["peak_memory_bytes"] / 1e6), "split": result["split"]["digest"][7:23],
         }  # fmt: skip
-        fresh = not out.exists()
-        with out.open("a", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS)
-            if fresh:
-                writer.writeheader()
-            writer.writerow(row)
+        append(out, FIELDS, row)
+
+
+def append(out: Path, fields: tuple[str, ...], row: dict[str, object]) -> None:
+    """Appends a row to a CSV file, which gets a header when it is new."""
+    fresh = not out.exists()
+    with out.open("a", newline="") as file:
+        writer = csv.DictWriter(file, fields)
+        if fresh:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, list[str]]:
+    """The script's own options, and what follows ``--`` for every run."""
+    own, extra = (sys.argv[1:], [])
+    if "--" in own:
+        at = own.index("--")
+        own, extra = own[:at], own[at + 1 :]
+    return parser.parse_args(own), extra
 
 
 def rows_of(out: Path) -> list[dict[str, str]]:
@@ -104,11 +118,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "few_shot.csv")
     parser.add_argument("--label", help="name of this table; by default the config's")
     parser.add_argument("--one-method", action="store_true", help=argparse.SUPPRESS)
-    own, extra = (sys.argv[1:], [])
-    if "--" in own:
-        at = own.index("--")
-        own, extra = own[:at], own[at + 1 :]
-    options = parser.parse_args(own)
+    options, extra = parse(parser)
     label = options.label or Path(options.config).stem
     options.out.parent.mkdir(parents=True, exist_ok=True)
     if options.one_method:
