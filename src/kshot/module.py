@@ -236,7 +236,7 @@ class FewShotModule(pl.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over trainable parameters, and the schedule over the run's own number of steps."""
-        parameters = [p for p in self.parameters() if p.requires_grad]
+        parameters = list(self.trained().values())
         if not parameters:
             return None
         optimizer = self.make_optimizer(parameters)
@@ -303,7 +303,7 @@ class FewShotModule(pl.LightningModule):
                 val,
                 self.loss_of,
                 optimizer=lambda chosen: self.make_optimizer(list(chosen)),
-                parameters=[p for p in self.parameters() if p.requires_grad],
+                parameters=list(self.trained().values()),
                 steps=int(self.trainer.estimated_stepping_batches),
             )
             torch.manual_seed(derived_seed(self.run_seed, "search"))
@@ -452,14 +452,18 @@ class FewShotModule(pl.LightningModule):
     def open_test_set(self, number: int) -> None:
         """Serves the classes of a test set, and prepares its zero-shot row: text features of the untouched backbone."""
         self.test_set = self.test_sets[number]
+        self.serve(self.test_set)
         names, templates, backbone = self.test_set.class_names, self.test_set.templates, self.backbone
-        if Task(names, templates) != self.classifier.task:
-            self.classifier.set_class_names(names, templates)
         self.meter = Meter(len(names)).to(self.device)
         self.zero_shot_text: Tensor | None = None
         if isinstance(backbone, VisionLanguageBackbone):
             with unadapted(backbone), torch.no_grad():
                 self.zero_shot_text = TextFeatures(backbone, names, templates).encode()
+
+    def serve(self, test_set: TestSet) -> None:
+        """Lets the classifier tell the classes of a test set apart."""
+        if Task(test_set.class_names, test_set.templates) != self.classifier.task:
+            self.classifier.set_class_names(test_set.class_names, test_set.templates)
 
     def close_test_set(self) -> None:
         """Keeps the results of a test set."""
@@ -487,8 +491,7 @@ class FewShotModule(pl.LightningModule):
         for number, test_set in enumerate(self.test_sets):
             prefix = "test" if number == 0 else f"test/{test_set.name}"
             self.log_dict({f"{prefix}/{name}": value for name, value in self.tested[test_set.name].items()})
-        if len(self.test_sets) > 1:
-            self.open_test_set(0)  # serves the classes trained on again
+        self.serve(self.test_sets[0])  # the classes trained on again
 
     def predict_step(self, batch: Batch, batch_idx: int) -> tuple[Tensor, Tensor]:  # noqa: ARG002  Lightning's signature
         """Positions, (B,), and class probabilities, (B, classes)."""

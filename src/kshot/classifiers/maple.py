@@ -38,10 +38,10 @@ class MaPLe(CoOp):
         init_words: str | None = "a photo of a",
         depth: int | None = None,
     ) -> None:
-        require_prompts(backbone, "MaPLe")
+        text_blocks = require_prompts(backbone, "MaPLe").text_blocks
         require_image_prompts(backbone, "MaPLe")
         if depth is None:
-            depth = min(PUBLISHED_DEPTH, require_prompts(backbone, "MaPLe").text_blocks, backbone.image_blocks)
+            depth = min(PUBLISHED_DEPTH, text_blocks, backbone.image_blocks)
         super().__init__(backbone, task, context_length, init_words=init_words, depth=depth)
         count = 1 if self.deep is None else 1 + len(self.deep)
         checked_depth("MaPLe", count, backbone.image_blocks, "image")
