@@ -27,6 +27,7 @@ against the same model run eagerly.
 """
 
 import argparse
+import contextlib
 import csv
 import ctypes
 import gc
@@ -77,8 +78,7 @@ from kshot.adapters import (
 )
 from kshot.backbones import OpenClip, Timm
 from kshot.backbones.base import Backbone
-from kshot.layers import AdapterLayer
-from kshot.slots import Projection, Slot, merge
+from kshot.slots import AdapterLayer, Projection, merge, stored_as
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -186,7 +186,8 @@ class Encoder(nn.Module):
         self.backbone = backbone
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.backbone.encode_normalised(images)
+        with self.backbone.passing("image"):
+            return self.backbone.encode_normalised(images)
 
 
 class WithLoss(nn.Module):
@@ -212,7 +213,7 @@ def frozen(model: WithLoss, stem: str) -> WithLoss:
 def adapted(tower: Tower, adapter: Adapter) -> Backbone:
     """Our backbone in training mode."""
     backbone = tower.ours()
-    adapter.inject(backbone, ["image.*"] if isinstance(adapter, FullTuning) else TARGETS)
+    adapter.attach(backbone, ["image.*"] if isinstance(adapter, FullTuning) else TARGETS)
     return backbone.train()
 
 
@@ -251,6 +252,7 @@ class Training:
         torch.manual_seed(1)
         adapter, config = METHODS[method]
         self.shared: list[Any] = []
+        self.layers: dict[str, AdapterLayer] = {}
         self.model: nn.Module
         if side == "library":
             self.model = frozen(WithLoss(tower.library()), tower.stem)
@@ -260,27 +262,30 @@ class Training:
             self.model = adapted_by_peft(tower, config)
         else:
             backbone = adapted(tower, adapter)
-            self.shared = list(backbone.shared)
+            self.shared, self.layers = list(backbone.shared), backbone.layers()
             self.model = WithLoss(Encoder(backbone))
         self.model.to(DEVICE)
         for shared in self.shared:
             shared.plan(STEPS)
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        parameters = trained_of(self.model)
         self.trained = sum(p.numel() for p in parameters)
         self.optimizer = torch.optim.AdamW(parameters, lr=1e-5) if parameters else None
         self.allocate = getattr(getattr(self.model, "base_model", None), "update_and_allocate", None)
         self.bfloat16, self.steps = dtype == "bfloat16", 0
+        self.open = contextlib.ExitStack()
+        if self.bfloat16:  # as a run does: a library's model has nothing to be stored
+            self.open.enter_context(stored_as(self.model, torch.bfloat16))
 
     def __call__(self) -> Tensor:
         with torch.autocast(DEVICE, torch.bfloat16, enabled=self.bfloat16):
             output = self.model(self.images)
-            penalties = [p for shared in self.shared if (p := shared.penalty()) is not None]
+            penalties = [p for shared in self.shared if (p := shared.penalty(self.layers)) is not None]
         sum(penalties, output.loss).backward()
         self.steps += 1
         if self.optimizer is not None:
             self.optimizer.step()
             for shared in self.shared:
-                shared.after_step(self.steps, [self.optimizer])
+                shared.after_step(self.steps, self.layers)
             if self.allocate is not None:
                 self.allocate(self.steps)
             self.optimizer.zero_grad()
@@ -309,8 +314,10 @@ def megabytes(side: str, tower: str, method: str, images: int, dtype: str, threa
     return (held_bytes() - before) / 1e6 + peak_megabytes(step)
 
 
-def megabytes_apart(*given: Any) -> int:
-    """:func:`megabytes` in a process of its own, rounded."""
+def megabytes_apart(in_process: bool, *given: Any) -> float:
+    """:func:`megabytes` in a process of its own, or for a try in this one, rounded."""
+    if in_process:
+        return round(megabytes(*given), 1)
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
         return round(process.submit(megabytes, *given).result())
 
@@ -358,7 +365,7 @@ def compare(part: str, tower: str, method: str, images: int, dtype: str, options
     del steps, step
     for side, name in (("theirs", "peft"), ("ours", "ours")):
         given = (side, tower, method, images, dtype, options.threads)
-        row[f"{name}_MB"] = megabytes_apart(*given) if side in times else math.nan
+        row[f"{name}_MB"] = megabytes_apart(options.in_process, *given) if side in times else math.nan
     return row | {"peft_trained": trained.get("theirs", math.nan), "ours_trained": trained["ours"], "note": note}
 
 
@@ -423,8 +430,9 @@ def layers_of(adapter: SlotAdapter, blocks: int = 1) -> tuple[list[AdapterLayer]
     slots = {}
     for block in range(blocks):
         for part, weight in weights.items():
-            projection = Projection(weight, torch.zeros(len(weight), device=DEVICE), {part: len(weight)})
-            slots[f"image.{block}.{part}"] = Slot(f"image.{block}.{part}", projection, part)
+            bias = torch.zeros(len(weight), device=DEVICE)
+            slot = Projection(weight, bias, {part: len(weight)}, f"image.{block}").slot(part)
+            slots[slot.name] = slot
     shared = adapter.prepare(slots)
     layers = [adapter.wrap(slot, shared).to(DEVICE) for slot in slots.values()]
     for slot, layer in zip(slots.values(), layers, strict=True):
@@ -439,6 +447,10 @@ def stir(parameters: Iterable[Tensor]) -> None:
     with torch.no_grad():
         for parameter in parameters:
             parameter.add_(0.02 * torch.randn_like(parameter))
+
+
+def trained_of(layer: nn.Module) -> list[nn.Parameter]:
+    return [p for p in layer.parameters() if p.requires_grad]
 
 
 def inputs(layers: Sequence[AdapterLayer], tokens: int) -> list[tuple[Tensor, Tensor]]:
@@ -461,7 +473,7 @@ def both_ways(run: Callable[[AdapterLayer, Tensor], Tensor], layers: Sequence[Ad
         found = []
         for layer, (x, g) in zip(layers, given, strict=True):
             y = run(layer, x)
-            found += [y, *torch.autograd.grad(y, [x, *layer.sources()], g)]
+            found += [y, *torch.autograd.grad(y, [x, *trained_of(layer)], g)]
         return found
 
     return call
@@ -531,7 +543,7 @@ def form_of_nola(tokens: int, blocks: int) -> Form:  # noqa: ARG001  tokens meet
     towards = [(torch.randn(v.slot.out_features, 1), torch.randn(1, v.slot.in_features)) for v in layers]
 
     def quick() -> list[Tensor]:
-        made = [factor for kept in shared.combine() for factor in kept.factors]
+        made = [factor for factors in shared.combine(layers) for factor in factors]
         return list(torch.autograd.grad(made, [p for p, _ in sides], [g.to(DEVICE) for pair in towards for g in pair]))
 
     def plain() -> list[Tensor]:
@@ -620,7 +632,7 @@ def run_forms(options: argparse.Namespace) -> None:
 def run_compiled(options: argparse.Namespace) -> None:
     """Part ``compile``."""
     name, rows = "timm test_vit", []
-    backend = "inductor" if CUDA or shutil.which("c++") or shutil.which("g++") else "aot_eager"
+    backend = options.backend or ("inductor" if CUDA or shutil.which("c++") or shutil.which("g++") else "aot_eager")
     for method in options.methods:
         for state in ("adapted, training", "merged, evaluation"):
             row = {"part": "compile", "backbone": name, "method": method, "dtype": "float32", "state": state}
@@ -635,7 +647,7 @@ def compiled(tower: Tower, adapter: Adapter, state: str, backend: str, options: 
     """What compiling and exporting change in time and in numbers, or why they fail."""
     torch.manual_seed(1)
     backbone = adapted(tower, adapter)
-    trained = [p for p in backbone.parameters() if p.requires_grad]
+    trained = trained_of(backbone)
     stir(trained)
     model = Encoder(backbone).to(DEVICE)
     images = torch.randn(16, 3, tower.size, tower.size, device=DEVICE)
@@ -719,7 +731,7 @@ def quiet(threads: int) -> None:
     warnings.filterwarnings("ignore")
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = [*TOWER_OF, "forms", "compile"]
     parser.add_argument("--part", nargs="+", choices=parts, default=parts)
@@ -730,8 +742,10 @@ def main() -> None:
     parser.add_argument("--least", type=int, default=3, help="rounds that are run whatever they take")
     parser.add_argument("--threads", type=int, default=1, help="of torch on a CPU")
     parser.add_argument("--quick", action="store_true", help="tiny models: shows that all runs")
+    parser.add_argument("--backend", help="of torch.compile; default: inductor, or aot_eager without a C++ compiler")
+    parser.add_argument("--in-process", action="store_true", help="measure memory in this process: quick and not exact")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the tables")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     quiet(options.threads)
     print(machine())
     run_towers([part for part in options.part if part in TOWER_OF], options)

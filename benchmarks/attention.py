@@ -25,7 +25,7 @@ import argparse
 import contextlib
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -34,16 +34,18 @@ from side_by_side import RESULTS, difference, interleave, machine, milliseconds,
 from torch import Tensor, nn
 
 from kshot.adapters import LoRA
-from kshot.backbones import OpenClip, Timm
+from kshot.backbones import Backbone, OpenClip, Timm
 from kshot.backbones.attention import LONGEST_UNFUSED, attend
 from kshot.backbones.open_clip import resolve
+from kshot.slots import merged, stored_as
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TARGET = 1.03
 DINO = "vit_small_patch14_dinov2"
 Tower = Callable[[Tensor], Tensor]
-Case = tuple[Tensor, Tower, Tower, Tower, list[Tensor]]  # input; fused, un-fused, with LoRA; the LoRA's tensors
+# Input; fused, un-fused, with LoRA; the LoRA's tensors; the backbones behind the last two towers.
+Case = tuple[Tensor, Tower, Tower, Tower, list[Tensor], list[Backbone]]
 
 
 def towers_of_clip(model: str, pretrained: str | None, batch: int, text: bool) -> Case:
@@ -60,14 +62,14 @@ def towers_of_clip(model: str, pretrained: str | None, batch: int, text: bool) -
         torch.manual_seed(0)
         backbone = OpenClip(model, pretrained)
         if adapted:
-            LoRA(rank=8).inject(backbone, ["text.*.[qv]" if text else "image.*.[qv]"])
-        built.append(backbone.eval().to(DEVICE))  # a new LoRA is in training mode, which would not be merged
+            LoRA(rank=8).attach(backbone, ["text.*.[qv]" if text else "image.*.[qv]"])
+        built.append(backbone.to(DEVICE))
     trained = built[1].trainable("text" if text else "image")
     if text:
         x = torch.randn(batch, built[0].context_length, built[0].text_width)
-        return x, transformer(original), *(transformer(b.clip) for b in built), trained
+        return x, transformer(original), *(transformer(b.clip) for b in built), trained, built
     x = torch.randn(batch, 3, built[0].image_size, built[0].image_size)
-    return x, original.encode_image, built[0].encode_normalised, built[1].encode_normalised, trained
+    return x, original.encode_image, *(b.encode_normalised for b in built), trained, built
 
 
 def towers_of_timm(model: str, size: int, batch: int) -> Case:
@@ -84,15 +86,9 @@ def towers_of_timm(model: str, size: int, batch: int) -> Case:
 
     original = build(lambda: timm.create_model(model, num_classes=0, dynamic_img_size=True))
     plain, adapted = (build(lambda: Timm(model, "random", size)) for _ in range(2))
-    LoRA(rank=8).inject(adapted, ["image.*.[qv]"])
-    adapted.eval().to(DEVICE)
-    return (
-        torch.randn(batch, 3, size, size),
-        original,
-        plain.encode_normalised,
-        adapted.encode_normalised,
-        adapted.trainable("image"),
-    )
+    LoRA(rank=8).attach(adapted, ["image.*.[qv]"])
+    x, built = torch.randn(batch, 3, size, size), [plain, adapted.to(DEVICE)]
+    return x, original, *(b.encode_normalised for b in built), adapted.trainable("image"), built
 
 
 def cases(batch: int) -> dict[str, Callable[[], Case]]:
@@ -113,9 +109,19 @@ def autocast(dtype: str) -> contextlib.AbstractContextManager[object]:
     return torch.autocast(DEVICE, torch.bfloat16) if dtype == "bf16" else contextlib.nullcontext()
 
 
+@contextlib.contextmanager
+def as_in_a_run(kind: str, backbones: list[Backbone], dtype: str) -> Iterator[None]:
+    """Keeps what a run keeps: frozen weights in the dtype of training steps, merged ones in evaluation."""
+    with contextlib.ExitStack() as stack:
+        with autocast(dtype):
+            for backbone in backbones:
+                stack.enter_context(stored_as(backbone, DTYPES[dtype]) if kind == "train" else merged(backbone))
+        yield
+
+
 def compare_towers(name: str, case: Case, dtype: str, seconds: float) -> list[dict[str, object]]:
     """A row for the training step and one for evaluation."""
-    x, fused, unfused, lora, trained = case
+    x, fused, unfused, lora, trained, backbones = case
     x = x.to(DEVICE).requires_grad_()
     with torch.no_grad():
         towards = torch.randn_like(fused(x))
@@ -143,10 +149,11 @@ def compare_towers(name: str, case: Case, dtype: str, seconds: float) -> list[di
             "lora": lambda: evaluate(lora),
         },
     }.items():
-        a, b, _ = (call() for call in calls.values())  # now all are warm
+        with as_in_a_run(kind, backbones, dtype):
+            a, b, _ = (call() for call in calls.values())  # now all are warm
+            times = interleave(calls, seconds if kind == "train" else seconds / 2, warm_up=0)
         _, features = difference(b[0], a[0]) if kind == "train" else difference(b, a)
         gradient = difference(b[1], a[1])[1] if kind == "train" else math.nan
-        times = interleave(calls, seconds if kind == "train" else seconds / 2, warm_up=0)
         cost, spread = ratio(times["unfused"], times["fused"])
         rows.append({
             "case": name, "dtype": dtype, "step": kind, "rounds": len(times["fused"]),
@@ -209,7 +216,7 @@ def same_path(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return bool(spy.called)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=6.0, help="time for one case, dtype and training step")
     parser.add_argument(
@@ -224,7 +231,7 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=12, help="heads of 64 in the second table")
     parser.add_argument("--threads", type=int, default=1, help="of torch on a CPU")
     parser.add_argument("--out", type=Path, default=RESULTS / "attention.csv", help="the second table: ..._lengths.csv")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     logging.disable(logging.WARNING)  # that weights are random
     print(machine())

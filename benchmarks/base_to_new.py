@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from few_shot import append, machine, parse, rows_of
@@ -27,12 +28,17 @@ FIELDS = (
 )  # fmt: skip
 
 
+def missing(out: Path, label: str, method: str, seeds: list[int]) -> list[int]:
+    """Seeds that have no row yet."""
+    done = {row["seed"] for row in rows_of(out) if (row["label"], row["method"]) == (label, method)}
+    return [seed for seed in seeds if str(seed) not in done]
+
+
 def run_method(method: str, seeds: list[int], extra: list[str], out: Path, label: str) -> None:
     """Runs one method's seeds in this process and appends a row for each."""
     from kshot.commands import run
 
-    done = {row["seed"] for row in rows_of(out) if (row["label"], row["method"]) == (label, method)}
-    for seed in [s for s in seeds if str(s) not in done]:
+    for seed in seeds:
         with tempfile.TemporaryDirectory() as folder:
             arguments = ["fit", "--config", "clip_16shot.yaml", "--config", f"methods/{method}.yaml"]
             arguments += ["--data.protocol", "base-to-new", "--data.split_seed", str(seed)]
@@ -51,7 +57,7 @@ def run_method(method: str, seeds: list[int], extra: list[str], out: Path, label
 
 def table(rows: list[dict[str, str]], label: str) -> str:
     """The table in Markdown."""
-    from kshot.results import base_to_new_over_runs
+    from kshot.record import base_to_new_over_runs
 
     lines = ["| method | base | new | H of averages | average of H | trainable |", "|---|---|---|---|---|---|"]
     for method in dict.fromkeys(row["method"] for row in rows if row["label"] == label):
@@ -67,27 +73,31 @@ def table(rows: list[dict[str, str]], label: str) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "base_to_new.csv")
-    parser.add_argument("--label", default="digits")
+    parser.add_argument("--label", default="digits", help="of the rows; the table of this one stands in the page")
+    parser.add_argument("--page", type=Path, default=DOC, help="the page, which has markers around the table")
     parser.add_argument("--one-method", action="store_true", help=argparse.SUPPRESS)
-    options, extra = parse(parser)
-    if options.one_method:
-        run_method(options.methods[0], options.seeds, extra, options.out, options.label)
-        return
+    options, extra = parse(parser, arguments)
     for method in options.methods:
+        seeds = missing(options.out, options.label, method, options.seeds)
+        if options.one_method:
+            run_method(method, seeds, extra, options.out, options.label)
+            return
+        if not seeds:
+            continue
         command = [sys.executable, __file__, "--one-method", "--methods", method, "--label", options.label]
         command += ["--seeds", *map(str, options.seeds), "--out", str(options.out), "--", *extra]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ)
     text = table(rows_of(options.out), options.label)
     if options.label == "digits":
-        before, rest = DOC.read_text(encoding="utf-8").split("<!-- base to new -->\n", 1)
+        before, rest = options.page.read_text(encoding="utf-8").split("<!-- base to new -->\n", 1)
         _, after = rest.split("<!-- end of base to new -->\n", 1)
         page = f"{before}<!-- base to new -->\n{text}\n<!-- end of base to new -->\n{after}"
-        DOC.write_text(page, encoding="utf-8")
+        options.page.write_text(page, encoding="utf-8")
     print(text)
 
 

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 FIELDS = (
@@ -34,6 +35,16 @@ def machine() -> str:
         return torch.cuda.get_device_name()
     model = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "")
     return f"{model.split(':')[-1].strip() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def missing(out: Path, label: str, method: str, shots: list[int], seeds: list[int]) -> list[tuple[int, int]]:
+    """Shots and seeds that have no row yet."""
+    found = [row for row in rows_of(out) if (row["config"], row["method"]) == (label, method)]
+    done = {(int(row["shots"]), int(row["seed"])) for row in found}
+    cells = [(k, s) for k in shots for s in seeds]
+    if method in ONCE:
+        return [] if done.intersection(cells) else cells[:1]
+    return [cell for cell in cells if cell not in done]
 
 
 def run_method(config: str, method: str, cells: list[tuple[int, int]], extra: list[str], out: Path, label: str) -> None:
@@ -65,9 +76,9 @@ def append(out: Path, fields: tuple[str, ...], row: dict[str, object]) -> None:
         writer.writerow(row)
 
 
-def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, list[str]]:
+def parse(parser: argparse.ArgumentParser, given: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """The script's own options, and what follows ``--`` for every run."""
-    own, extra = (sys.argv[1:], [])
+    own, extra = (list(sys.argv[1:] if given is None else given), [])
     if "--" in own:
         at = own.index("--")
         own, extra = own[:at], own[at + 1 :]
@@ -109,7 +120,7 @@ def print_table(rows: list[dict[str, str]], label: str) -> None:
         print(f"| {method} | " + " | ".join(cells) + f" | {parameters} | {seconds:.1f} | {memory} |")
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="clip_16shot.yaml")
     parser.add_argument("--methods", nargs="+", default=["zero_shot", "class_mean", "linear_probe", "coop", "lora"])
@@ -118,22 +129,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "few_shot.csv")
     parser.add_argument("--label", help="name of this table; by default the config's")
     parser.add_argument("--one-method", action="store_true", help=argparse.SUPPRESS)
-    options, extra = parse(parser)
+    options, extra = parse(parser, arguments)
     label = options.label or Path(options.config).stem
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    if options.one_method:
-        (method,) = options.methods
-        done = {
-            (int(r["shots"]), int(r["seed"]))
-            for r in rows_of(options.out)
-            if (r["config"], r["method"]) == (label, method)
-        }
-        cells = [(k, s) for k in options.shots for s in options.seeds]
-        if method in ONCE:
-            cells = [] if done.intersection(cells) else cells[:1]
-        run_method(options.config, method, [c for c in cells if c not in done], extra, options.out, label)
-        return
     for method in options.methods:
+        cells = missing(options.out, label, method, options.shots, options.seeds)
+        if options.one_method:
+            run_method(options.config, method, cells, extra, options.out, label)
+            return
+        if not cells:
+            continue
         command = [sys.executable, __file__, "--one-method", "--config", options.config, "--methods", method]
         command += ["--shots", *map(str, options.shots), "--seeds", *map(str, options.seeds)]
         command += ["--out", str(options.out), "--label", label, "--", *extra]

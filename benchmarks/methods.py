@@ -13,6 +13,7 @@ import json
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from few_shot import rows_of
@@ -89,15 +90,18 @@ def table(case: str, rows: list[dict[str, str]]) -> list[str]:
     return [*lines, ""]
 
 
-def main() -> None:
+def main(given: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with fashion_mnist, rsscn7 and gtsrb")
-    parser.add_argument("--weights", type=Path, required=True, help="ViT-S/14 weights for timm")
+    parser.add_argument("--data", type=Path, help="folder with fashion_mnist, rsscn7 and gtsrb")
+    parser.add_argument("--weights", type=Path, help="ViT-S/14 weights for timm")
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--seeds", nargs="+", default=["1", "2", "3"])
     parser.add_argument("--out", type=Path, default=HERE / "results" / "methods.csv")
-    options = parser.parse_args()
+    parser.add_argument("--page", type=Path, default=DOC, help="has markers around the tables")
+    options = parser.parse_args(given)
+    if set(options.cases) - {"digits"} and None in (options.data, options.weights):
+        parser.error("all cases but digits need --data and --weights")
     for case in options.cases:
         for method in [m for m in RUN_ON[case] if m in options.methods]:
             command = [sys.executable, str(HERE / "few_shot.py"), "--config", CASES[case][1], "--methods", method]
@@ -105,10 +109,10 @@ def main() -> None:
             command += ["--label", f"methods_{case}", "--", *arguments(case, method, options)]
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     lines = [line for case in CASES for line in table(case, rows_of(options.out))]
-    before, rest = DOC.read_text(encoding="utf-8").split("<!-- table -->\n", 1)
+    before, rest = options.page.read_text(encoding="utf-8").split("<!-- table -->\n", 1)
     _, after = rest.split("<!-- end of table -->\n", 1)
     text = "\n".join(lines)
-    DOC.write_text(f"{before}<!-- table -->\n{text}\n<!-- end of table -->\n{after}", encoding="utf-8")
+    options.page.write_text(f"{before}<!-- table -->\n{text}\n<!-- end of table -->\n{after}", encoding="utf-8")
     print(text)
 
 

@@ -36,15 +36,14 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from feature_cache import NAMES, Clock, generate
-from lightning.pytorch import Trainer, seed_everything
+from feature_cache import NAMES, Clock, filling, generate
 from side_by_side import (
     RESULTS,
     difference,
@@ -65,7 +64,8 @@ from kshot.classifiers import CoCoOp, CoOp, PromptSRC, Task
 from kshot.commands import settle_chatter
 from kshot.data.datamodule import FewShotDataModule
 from kshot.data.images import CropFlip
-from kshot.module import FewShotModule
+from kshot.run import build, fit, make_trainer
+from kshot.slots import stored_as
 
 PARTS = ("coop", "cocoop", "promptsrc", "memory", "many")
 AGREE = 1e-5
@@ -213,6 +213,11 @@ class Setting:
         a, b = ours(), plain()
         return agreement((a, self.gradient()), (b, self.gradient(plain=True)))
 
+    def parts(self) -> int:
+        """In how many parts a step of CoCoOp encodes the prompts of all images."""
+        self.head.images_together(self.features)
+        return self.backbone.chunks
+
     def estimate(self, gradient: bool = True) -> int:
         """Bytes of the smallest budget at which the backbone does not divide the prompts."""
         prefix, suffix = self.head.prompts()
@@ -259,7 +264,9 @@ def compared(slow: list[float], quick: list[float], share: float = 1.0) -> Row:
 
 
 def measured(options: argparse.Namespace, what: str, **arguments: Any) -> dict[str, Any]:
-    """What a worker of this script prints."""
+    """What a worker of this script prints, or for a try finds in this process."""
+    if options.in_process:
+        return WORKERS[what](options.model, **arguments)
     environment = os.environ | ({} if what == "many" else GIVE_BACK)
     worker = json.dumps({"what": what, "model": options.model, "threads": options.threads, **arguments})
     ran = subprocess.run(
@@ -282,15 +289,17 @@ def text_memory(model: str, classes: int, dtype: str, gradient: bool, class_spec
     setting = Setting(
         "CoOp", model, classes, 2, gigabytes=1e6, class_specific=class_specific, straightforward=False, features=False
     )  # a budget that divides nothing
-    autocast = torch.autocast("cpu", torch.bfloat16) if dtype == "bfloat16" else contextlib.nullcontext()
+    low = dtype == "bfloat16"
+    autocast = torch.autocast("cpu", torch.bfloat16) if low else contextlib.nullcontext()
+    stored = stored_as(setting.backbone, torch.bfloat16) if low else contextlib.nullcontext()  # as in a run
 
     def encode(head: CoOp) -> None:
         features = head.encode()
         if gradient:
             features.sum().backward()
 
-    with autocast, torch.set_grad_enabled(gradient):
-        encode(CoOp(setting.backbone, Task(names_of(2)), 16))  # also casts the weights, which are kept
+    with stored, autocast, torch.set_grad_enabled(gradient):
+        encode(CoOp(setting.backbone, Task(names_of(2)), 16))  # so that torch sets up what it needs once
         megabytes = peak_megabytes(lambda: encode(setting.head))
         return {"MB": megabytes, "estimate": setting.estimate(gradient) / 1e6}
 
@@ -301,8 +310,7 @@ def many_prompts(model: str, classes: int, images: int, gigabytes: float) -> dic
     start = now()
     loss = setting.step()
     return {
-        "seconds": now() - start, "peak": resident("VmHWM") / 1e6, "chunks": setting.backbone.chunks,
-        "loss": loss.item(),
+        "seconds": now() - start, "peak": resident("VmHWM") / 1e6, "chunks": setting.parts(), "loss": loss.item(),
     }  # fmt: skip
 
 
@@ -344,8 +352,7 @@ def cocoop_steps(options: argparse.Namespace, classes: int, images: int, some: i
         "quick": setting.step,
     }
     times = interleave(calls, options.seconds, least=3, warm_up=0)
-    setting.step()  # the number of parts is that of the last prompts
-    base = filled(part="cocoop", classes=classes, images=images, dtype="float32", chunks=setting.backbone.chunks)
+    base = filled(part="cocoop", classes=classes, images=images, dtype="float32", chunks=setting.parts())
     plain, single = (compared(times[name], times["quick"], some / images) for name in ("slow", "single"))
     timed = f"one image after the other, timed on {some}"
     return [
@@ -365,7 +372,7 @@ def parts_agree(model: str) -> Row:
     for gigabytes in (None, 0.02):
         setting = Setting("CoCoOp", model, classes, images, gigabytes=gigabytes, straightforward=False, features=False)
         results.append((setting.step(), setting.gradient()))
-    chunks = setting.backbone.chunks
+    chunks = setting.parts()
     assert chunks > 1, "the small budget divides nothing"
     base = filled(part="many", case="in parts, same result", classes=classes, images=images, dtype="float32")
     return base | agreement(results[1], results[0]) | {"chunks": chunks}
@@ -401,7 +408,7 @@ def promptsrc(options: argparse.Namespace) -> list[Row]:
     every, keep = ([t for c in clocks[kept] for t in c.epochs[1:]] for kept in (False, True))
     losses = [torch.tensor([c.losses for c in clocks[kept]]).double() for kept in (False, True)]
     steps = losses[0].shape[1] // epochs
-    fill = statistics.median(c.fill for c in clocks[True])
+    fill = filling(clocks)
     base = filled(part="promptsrc", case="PromptSRC epoch", classes=len(NAMES), images=shots * len(NAMES))
     base |= compared(every, keep) | {"dtype": "float32", "loss_diff": difference(*losses)[1]}
     note = f"slow: teacher in each of {steps} steps ({calls[False][0]} calls an epoch); kept: {calls[True][0]} calls, "
@@ -431,25 +438,12 @@ class Calls(Clock):
 
 def fit_promptsrc(backbone: OpenClip, folder: str, shots: int, epochs: int, kept: bool) -> tuple[Clock, list[int]]:
     """One run; the backbone stays frozen, so that the next run finds it as it was."""
-    seed_everything(1, verbose=False)
-    data = FewShotDataModule(
-        folder, shots=shots, batch_size=5, image_size=backbone.image_size, augment=CropFlip(), views=1
-    )
-    module = FewShotModule(
-        backbone,
-        partial(PromptSRC, templates="imagenet7"),
-        class_names=data.class_names,
-        templates=data.templates,
-        optimizer=partial(torch.optim.SGD, lr=1e-3),
-        cache_features=kept,
-    )
-    data.setup("fit")
-    module.preflight(1)
+    data = FewShotDataModule(folder, shots=shots, batch_size=5, augment=CropFlip(), views=1)
+    promptsrc, optimizer = partial(PromptSRC, templates="imagenet7"), partial(torch.optim.SGD, lr=1e-3)
+    module = build(backbone, data, classifier=promptsrc, optimizer=optimizer, cache_features=kept)
     clock = Calls(backbone)
-    Trainer(
-        max_epochs=epochs, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, callbacks=[clock],
-        enable_model_summary=False, enable_progress_bar=False, num_sanity_val_steps=0, limit_val_batches=0,
-    ).fit(module, datamodule=data)  # fmt: skip
+    fit(module, data, make_trainer([clock], max_epochs=epochs, accelerator="cpu", limit_val_batches=0))
+    module.detach()
     return clock, clock.counts
 
 
@@ -494,7 +488,7 @@ def missed(row: Row) -> bool:
     return any(aim != "" and float(str(value)) < float(str(aim)) for value, aim in wanted)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure")
     parser.add_argument("--quick", action="store_true", help="tiny cases, to see that everything runs")
@@ -502,13 +496,14 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0, help="time for a case; at least three rounds are run")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--out", type=Path, default=None, help="CSV; default: results/prompts.csv unless --quick")
+    parser.add_argument("--in-process", action="store_true", help="measure memory in this process: quick and not exact")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     logging.disable(logging.WARNING)  # that weights are random, and in how many parts prompts run
     if options.worker:
-        arguments = json.loads(options.worker)
-        torch.set_num_threads(arguments.pop("threads"))
-        print(json.dumps(WORKERS[arguments.pop("what")](**arguments)))
+        given = json.loads(options.worker)
+        torch.set_num_threads(given.pop("threads"))
+        print(json.dumps(WORKERS[given.pop("what")](**given)))
         return
     torch.set_num_threads(options.threads)
     settle_chatter()

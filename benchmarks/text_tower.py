@@ -19,7 +19,7 @@ import gzip
 import json
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -39,8 +39,10 @@ from torch import Tensor
 from kshot.backbones import OpenClip
 from kshot.classifiers import CoOp, Task
 from kshot.files import packaged_folder
+from kshot.slots import stored_as
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WAYS = ("full", "short", "kshot")
 TARGET = 8.0
 
@@ -115,8 +117,9 @@ def compare(options: argparse.Namespace, kind: str, classes: int) -> dict[str, o
     call = towers.call(kind)
     towers.zero_shot("short")  # so that no way pays for what torch sets up once
     outputs: dict[str, tuple[Tensor, Tensor | None]] = {}
-    megabytes = {way: round(peak_megabytes(lambda way=way: outputs.update({way: call(way)}))) for way in WAYS}
-    times = interleave({way: lambda way=way: call(way) for way in WAYS}, options.seconds, least=2, warm_up=0)
+    with stored_as(towers.backbone, DTYPES[options.dtype]):  # as in a run
+        megabytes = {way: round(peak_megabytes(lambda way=way: outputs.update({way: call(way)}))) for way in WAYS}
+        times = interleave({way: lambda way=way: call(way) for way in WAYS}, options.seconds, least=2, warm_up=0)
     tokens = towers.tokens if kind == "zero-shot" else towers.padded
     row: dict[str, object] = {
         "case": kind, "classes": classes, "dtype": options.dtype, "longest": int(tokens.argmax(-1).max()) + 1,
@@ -131,16 +134,16 @@ def compare(options: argparse.Namespace, kind: str, classes: int) -> dict[str, o
     return row | {f"{way}_MB": value for way, value in megabytes.items()}
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="ViT-B-32", help="an architecture of open_clip with CLIP's text tower")
     parser.add_argument("--classes", nargs="+", type=int, default=[50, 100], help="numbers of classes of a CoOp step")
     parser.add_argument("--context", type=int, default=16, help="learned tokens")
-    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="bf16: autocast")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="bf16: autocast")
     parser.add_argument("--seconds", type=float, default=10.0, help="time for a case; at least two rounds are run")
     parser.add_argument("--threads", type=int, default=1, help="of torch on a CPU")
     parser.add_argument("--out", type=Path, default=RESULTS / "text_tower.csv")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     logging.disable(logging.WARNING)  # that weights are random
     print(machine())

@@ -3,9 +3,12 @@
 import json
 from pathlib import Path
 
+import lightning.pytorch as pl
 import numpy as np
+import torch
 from PIL import Image
 
+from kshot.data import Batch, FewShotDataModule
 from kshot.data.splits import Row, Split, make_split
 
 
@@ -45,3 +48,59 @@ def split_of(train: dict[int, int], val: dict[int, int] | None = None) -> Split:
         "test": rows_of(dict.fromkeys(train, 2), "test"),
     }
     return make_split("toy", parts, file="toy.json", sha256="0" * 64)
+
+
+def digits(**settings):
+    return FewShotDataModule("digits", **{"shots": 4, "image_size": 16, "batch_size": 8} | settings)
+
+
+def fitted(**settings):
+    module = digits(**settings)
+    module.setup("fit")
+    return module
+
+
+def collected(loader, epoch=None):
+    if epoch is not None:
+        loader.sampler.set_epoch(epoch)
+    batches = list(loader)
+    return joined(batches)
+
+
+def joined(batches):
+    fields = zip(*batches, strict=True)
+    return Batch(*(None if values[0] is None else torch.cat(values) for values in fields))
+
+
+def same(first, second):
+    pairs = [(a, b) for a, b in zip(first, second, strict=True) if a is not None or b is not None]
+    assert len(pairs) >= 3
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+class Recorder(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(3 * 16 * 16, 10)
+        self.seen = {"train": [], "val": 0, "test": 0}
+
+    def training_step(self, batch):
+        assert isinstance(batch, Batch)
+        self.seen["train"].append((self.current_epoch, batch))
+        return torch.nn.functional.cross_entropy(self.layer(batch.image.flatten(1) / 255), batch.label)
+
+    def validation_step(self, batch):
+        self.seen["val"] += len(batch.label)
+
+    def test_step(self, batch):
+        self.seen["test"] += len(batch.label)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def trainer(tmp_path, epochs, callbacks=()):
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return pl.Trainer(
+        max_epochs=epochs, accelerator="cpu", default_root_dir=tmp_path, callbacks=list(callbacks), **quiet
+    )

@@ -1,6 +1,7 @@
 """One block of four linear layers, as plain modules for PEFT and as projections for kshot, with the same weights.
 
-PEFT's support of ``nn.MultiheadAttention`` is LoRA alone, so methods are compared on plain linear layers.
+PEFT's support of ``nn.MultiheadAttention`` is LoRA alone, so methods are compared on plain linear layers, in double
+precision, in which no processor's way to sum up matters.
 """
 
 from __future__ import annotations
@@ -15,8 +16,7 @@ from torch import Tensor, nn
 
 from kshot.adapters import Adapter
 from kshot.backbones.base import Backbone
-from kshot.layers import AdapterLayer
-from kshot.slots import Projection, Slot, merge, unmerge
+from kshot.slots import AdapterLayer, Projection, merge, unmerge
 
 SHAPES = {"qkv": (72, 24), "proj": (24, 24), "fc1": (96, 24), "fc2": (24, 96)}  # (out, in)
 SLOT_OF = {"qkv": "image.0.qkv", "proj": "image.0.o", "fc1": "image.0.fc1", "fc2": "image.0.fc2"}
@@ -46,13 +46,10 @@ class Ours(Backbone):
     def __init__(self, plain: Plain) -> None:
         super().__init__("block", 8, 24, (0.5,) * 3, (0.5,) * 3)
         parts = {"qkv": dict.fromkeys("qkv", 24), "proj": {"o": 24}, "fc1": {"fc1": 96}, "fc2": {"fc2": 24}}
-        slots = {}
         for name, rows in parts.items():
             linear = copy.deepcopy(plain.get_submodule(name))
-            projection = Projection(linear.weight, linear.bias, rows)
-            self.add_module(name, projection)
-            slots |= {f"image.0.{part}": Slot(f"image.0.{part}", projection, part) for part in rows}
-        self.freeze(self, slots)
+            self.add_module(name, Projection(linear.weight, linear.bias, rows, "image.0"))
+        self.freeze(self)
 
     def encode_normalised(self, image: Tensor) -> Tensor:
         raise NotImplementedError
@@ -61,7 +58,8 @@ class Ours(Backbone):
         yield from ((f"image.{n}", p) for n, p in self.named_parameters() if ".adapters." not in n)
 
     def run(self, x: Tensor) -> Tensor:
-        return block(x, {name: self.get_submodule(name) for name in SHAPES})
+        with self.passing("image"):
+            return block(x, {name: self.get_submodule(name) for name in SHAPES})
 
 
 def block(x: Tensor, layers: Mapping[str, Callable[[Tensor], Tensor]]) -> Tensor:
@@ -73,16 +71,16 @@ def block(x: Tensor, layers: Mapping[str, Callable[[Tensor], Tensor]]) -> Tensor
 
 def ours(adapter: Adapter, targets: Iterable[str] = TARGETS, double: bool = False) -> Ours:
     """The adapted block, in training mode."""
-    backbone = Ours(Plain().double() if double else Plain())
-    adapter.inject(backbone, list(targets))
-    return backbone.train()
+    backbone = Ours(Plain())
+    adapter.attach(backbone, list(targets))
+    return backbone.double().train() if double else backbone.train()
 
 
 def theirs(config: Any) -> Any:
-    """PEFT's model of the plain block; ``config`` has ``target_modules=list(SHAPES)``."""
+    """PEFT's model of the plain block in double precision; ``config`` has ``target_modules=list(SHAPES)``."""
     from peft import get_peft_model
 
-    return get_peft_model(Plain(), config)
+    return get_peft_model(Plain(), config).double()
 
 
 def layer(backbone: Backbone, name: str) -> AdapterLayer:
@@ -119,21 +117,22 @@ def step(
     return y.detach(), x.grad
 
 
-def agree(backbone: Ours, model: Any, tolerance: float = 1e-5) -> None:
-    """Compares outputs and input gradients; parameter gradients are left on both for the caller to compare."""
+def agree(backbone: Ours, model: Any, tolerance: float = 1e-7) -> None:
+    """Compares outputs and input gradients in float64; those of parameters are left on both for the caller to compare."""
     for module in (backbone, model):
         for parameter in module.parameters():
             parameter.grad = None
-    for a, b in zip(step(backbone.run), step(model), strict=True):
+    steps = (step(run, dtype=torch.float64) for run in (backbone.run, model))
+    for a, b in zip(*steps, strict=True):
         assert relative(a, b) <= tolerance
 
 
-def merged_agree(backbone: Ours, model: Any, tolerance: float = 1e-5) -> None:
-    """Compares merged weights with those that PEFT leaves after ``merge_and_unload``; ours are restored to the bit."""
+def merged_agree(backbone: Ours, model: Any, tolerance: float = 1e-7) -> None:
+    """Compares merged weights with those that PEFT leaves after ``merge_and_unload``; frozen ones stay."""
     before = {name: backbone.get_submodule(name).weight.clone() for name in SHAPES}
     merge(backbone)
     plain = copy.deepcopy(model).merge_and_unload()
     for name in SHAPES:
-        assert relative(backbone.get_submodule(name).weight, plain.get_submodule(name).weight) <= tolerance
+        assert relative(backbone.get_submodule(name).held, plain.get_submodule(name).weight) <= tolerance
     unmerge(backbone)
     assert all(torch.equal(backbone.get_submodule(name).weight, before[name]) for name in SHAPES)

@@ -14,7 +14,7 @@ from kshot.backbones import Backbone, OpenClip, Timm, VisionLanguageBackbone
 from kshot.backbones.attention import DropInAttention
 from kshot.backbones.base import sha256_of
 from kshot.errors import UserError
-from kshot.slots import Projection
+from kshot.slots import Projection, merge
 
 NAME = re.compile(r"^(image|text)\.\d+\.(q|k|v|o|fc1|fc2|fc1_g|fc1_x)$")
 
@@ -124,12 +124,28 @@ def test_no_projection_is_left_behind(name):
         for block in backbone.modules()
         if id(block) in blocks
         for n, m in block.named_modules()
-        if isinstance(m, torch.nn.Linear | torch.nn.MultiheadAttention)
+        if isinstance(m, torch.nn.Linear | torch.nn.MultiheadAttention) and any(True for _ in m.parameters())
     ]
     assert left == []
     assert Counter(id(s.projection) for s in backbone.slots().values()) == Counter(
         {id(m): len(m.sizes) for m in backbone.modules() if isinstance(m, Projection)}
     )
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_library_gets_its_own_modules_back(name):
+    """Under its own names, with the weights that the adapters made, loadable without a word about kshot."""
+    backbone, original = towers.backbone(name), towers.original(name)
+    given = {t: towers.encode(backbone, t) for t in LAYOUTS[name].towers}
+    merge(backbone, keep=False)
+    assert backbone.slots() == {}
+    ours = backbone.clip if isinstance(backbone, OpenClip) else backbone.vit
+    original.load_state_dict(ours.state_dict(), strict=True)
+    mine, theirs = dict(ours.named_modules()), dict(original.named_modules())
+    assert mine.keys() == theirs.keys()
+    assert all(isinstance(theirs[n], type(m)) for n, m in mine.items())
+    for tower, expected in given.items():
+        assert towers.relative(original_output(ours, tower, backbone), expected) <= 1e-5
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -204,7 +220,7 @@ def test_images_are_normalised_by_the_backbone(name):
 def test_a_tower_that_trains_keeps_its_randomness(name):
     """Dropout and its relatives act as in the original once a method trains the whole tower."""
     backbone, original = towers.build(name), towers.original(name)
-    FullTuning().inject(backbone, ["image.*"])
+    FullTuning().attach(backbone, ["image.*"])
     outputs = []
     for training in (True, False):
         backbone.train(training)
@@ -334,7 +350,7 @@ class TestErrors:
             ({"model": "vit_tiny_patch61_224"}, "vit_tiny_patch16_224"),
             ({"model": "vit_tiny_patch16_224", "weights": "nowhere.pt"}, "nowhere.pt"),
             ({"model": "test_vit", "weights": "random", "image_size": 40}, "use 32 or 48"),
-            ({"model": "test_vit", "weights": "random", "image_size": 8}, "use 16 or"),
+            ({"model": "test_vit", "weights": "random", "image_size": 8}, "use 16."),
             ({"model": "resnet18", "weights": "random"}, "resnet18"),
             ({"model": "test_efficientnet", "weights": "random"}, "test_efficientnet"),
             ({"model": "test_convnext", "weights": "random"}, "test_convnext"),

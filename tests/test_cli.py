@@ -455,6 +455,45 @@ def test_feature_caching_changes_nothing_but_the_time(tmp_path):
     assert all(torch.allclose(weights[0][k], weights[1][k], atol=1e-6) for k in weights[0])
 
 
+STOPPING = json.dumps([{"class_path": "EarlyStopping", "init_args": {"monitor": "val/acc", "mode": "max"}}])
+
+
+@pytest.mark.parametrize(
+    ("options", "epochs"),
+    [
+        ([], 0),
+        (["--trainer.check_val_every_n_epoch", "2"], 1),
+        (["--trainer.val_check_interval", "1.0"], 2),
+        (["--trainer.callbacks", STOPPING], 2),
+    ],
+)
+def test_validation_in_training_waits_until_something_is_decided_by_it(options, epochs, tmp_path):
+    rows = list(csv.DictReader((fit(tmp_path, *options, "--run.test", "false") / "metrics.csv").open()))
+    assert sum(bool(row.get("val/acc")) for row in rows) == epochs
+
+
+def test_the_words_of_the_process_are_left_alone(tmp_path, monkeypatch):
+    """A launcher starts other processes by them."""
+    words = ["main.py", *FIT, "--x"]
+    monkeypatch.setattr(sys, "argv", words)
+    seen = []
+    monkeypatch.setattr(FewShotModule, "on_train_epoch_start", lambda self: seen.append(list(sys.argv)))
+    fit(tmp_path, "--run.test", "false")
+    assert seen == 2 * [words]
+
+
+def test_an_interrupted_run_ends_with_130(tmp_path, monkeypatch, capsys):
+    def interrupt(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(FewShotModule, "on_train_epoch_start", interrupt)
+    monkeypatch.setattr("signal.signal", lambda *_: None)  # Lightning ignores further ones
+    with pytest.raises(SystemExit) as end:
+        fit(tmp_path)
+    assert end.value.code == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted"
+
+
 def test_recorded_views_are_encoded_once_each(tmp_path, monkeypatch):
     from kshot.backbones import OpenClip
 
@@ -467,7 +506,7 @@ def test_recorded_views_are_encoded_once_each(tmp_path, monkeypatch):
     monkeypatch.setattr(OpenClip, "encode_normalised", count)
     fit(tmp_path, *["--config", "methods/coop.yaml", "--trainer.max_epochs", "6", "--data.augment", "CropFlip"],
         *["--data.views", "3", "--run.test", "false"])  # fmt: skip
-    assert sum(encoded) == 3 * 20 + 20 + 2  # three views of 20 shots, 20 validation images, 2 of the preflight
+    assert sum(encoded) == 3 * 20 + 2  # three views of 20 shots, 2 images of the step that is tried
 
 
 def test_image_only_backbone_trains_adapter_and_head(tmp_path):
@@ -518,6 +557,11 @@ REFUSALS = {
     "--data.template hello": "{}",
     "--data.shot 3": "Did you mean 'shots'?",
     "--fooo 3": "'--fooo'",
+    "--trainer.strategy nope": "trainer: ",
+    "--trainer.devices 0": "trainer: ",
+    "--trainer.accelerator tpu": "trainer: ",
+    "--trainer.precision 12": "trainer.precision: Expected",
+    "--ckpt_path best": "There is no checkpoint best",
     "--ckpt_path nope.ckpt": "There is no checkpoint nope.ckpt",
     "--config clip_16shoot": "Did you mean 'clip_16shot.yaml'?",
     "--config methods/linear_probe.yaml --model.adapter LoRA --model.targets [text.2.o]": "no gradient",
@@ -639,6 +683,36 @@ def test_the_readme_command_ends_with_the_table(tmp_path):
     assert result["zero_shot_acc"] >= 0.6
     assert result["acc"] >= 0.94
     assert "Epoch 39" in done.stdout + done.stderr  # the progress bar
+
+
+TWO = ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp", *QUICK]
+
+
+@pytest.mark.parametrize("launcher", [[], ["-m", "torch.distributed.run", "--nproc_per_node", "2"]])
+def test_several_processes_leave_one_run_and_one_table(launcher, tmp_path):
+    arguments = [*FIT, *TWO, "--run.root", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, *launcher, str(ROOT / "main.py"), *arguments], cwd=tmp_path, capture_output=True, text=True,
+        timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("adapted accuracy") == 1
+    (directory,) = tmp_path.glob("*/*")
+    assert json.loads((directory / "result.json").read_text())["tested"] == {"test": 539}
+    assert torch.load(directory / "checkpoints" / "last.ckpt", weights_only=True)["epoch"] == 1
+
+
+def test_prediction_is_refused_on_several_devices(tmp_path, capsys):
+    arguments = [
+        "predict",
+        *FIT[1:],
+        "--config",
+        "methods/zero_shot.yaml",
+        "--images",
+        str(photos(tmp_path, 1)),
+        *TWO[:6],
+    ]
+    assert "predict writes one file, and runs on one device" in refused(capsys, arguments)
 
 
 @pytest.mark.gpu

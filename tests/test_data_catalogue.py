@@ -12,8 +12,8 @@ from PIL import Image
 
 from kshot.data import sources
 from kshot.data.catalogue import CATALOGUE, DatasetEntry, load_split, open_images
-from kshot.data.sources import ImageFiles, TorchvisionArrays, digits_split_rows
-from kshot.data.splits import check_distinct, split_bytes
+from kshot.data.sources import ImageFiles, TorchvisionArrays
+from kshot.data.splits import PARTS, Row, check_distinct, split_bytes, stratify
 from kshot.errors import UserError
 from kshot.files import packaged_folder
 
@@ -104,7 +104,13 @@ def test_images_are_found_in_every_known_layout(name, tmp_path):
 
 
 def test_digits_json_is_made_from_scikit_learn():
-    assert (packaged_folder("data_splits") / "digits.json").read_bytes() == split_bytes(digits_split_rows(), "index")
+    from sklearn.datasets import load_digits
+
+    names = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    rows = [Row(str(i), int(label), names[label]) for i, label in enumerate(load_digits().target)]
+    parts = stratify(rows, (20, 30))
+    content = split_bytes({part: parts[part] for part in PARTS}, "index")
+    assert (packaged_folder("data_splits") / "digits.json").read_bytes() == content
 
 
 def test_digits_images():

@@ -4,41 +4,25 @@ import copy
 import json
 import pickle
 
-import lightning.pytorch as pl
 import pytest
 import torch
-from data_fixtures import image_folder, save_image, split_file
+from data_fixtures import (
+    Recorder,
+    collected,
+    digits,
+    fitted,
+    image_folder,
+    joined,
+    same,
+    save_image,
+    split_file,
+    trainer,
+)
 from lightning.pytorch.callbacks import Callback
 
 from kshot.data import Batch, CropFlip, FewShotDataModule
 from kshot.data.images import evaluation_transform
 from kshot.errors import UserError
-
-
-def digits(**settings):
-    return FewShotDataModule("digits", **{"shots": 4, "image_size": 16, "batch_size": 8} | settings)
-
-
-def fitted(**settings):
-    module = digits(**settings)
-    module.setup("fit")
-    return module
-
-
-def collected(loader, epoch=None):
-    if epoch is not None:
-        loader.sampler.set_epoch(epoch)
-    batches = list(loader)
-    return joined(batches)
-
-
-def joined(batches):
-    return Batch(*(torch.cat(field) for field in zip(*(batch[:3] for batch in batches), strict=True)))
-
-
-def same(first, second):
-    assert first.frozen is second.frozen is None
-    return all(torch.equal(a, b) for a, b in zip(first[:3], second[:3], strict=True))
 
 
 class TestInit:
@@ -120,7 +104,7 @@ class TestTraining:
         loader = module.train_dataloader()
         batch = next(iter(loader))
         assert isinstance(batch, Batch)
-        assert (batch.input.dtype, batch.input.shape) == (torch.uint8, (8, 3, 16, 16))
+        assert (batch.image.dtype, batch.image.shape) == (torch.uint8, (8, 3, 16, 16))
         assert batch.label.dtype == batch.index.dtype == torch.int64
         everything = collected(loader, epoch=0)
         assert sorted(everything.index.tolist()) == list(range(40))
@@ -155,7 +139,7 @@ class TestTraining:
         by_index = []
         for epoch in range(3):
             batch = collected(loader, epoch)
-            by_index.append(batch.input[batch.index.argsort()])
+            by_index.append(batch.image[batch.index.argsort()])
         assert torch.equal(by_index[0], by_index[2])
         assert not torch.equal(by_index[0], by_index[1])
 
@@ -179,9 +163,9 @@ class TestTraining:
 
     def test_setup_decodes_once(self):
         module = fitted()
-        part = module._part("train")
+        part = module.part("train")
         module.setup("fit")
-        assert module._part("train") is part
+        assert module.part("train") is part
 
     def test_image_size_is_needed_and_may_come_late(self):
         module = digits(image_size=None)
@@ -189,7 +173,7 @@ class TestTraining:
             module.setup("fit")
         module.image_size = 12
         module.setup("fit")
-        assert next(iter(module.train_dataloader())).input.shape[-2:] == (12, 12)
+        assert next(iter(module.train_dataloader())).image.shape[-2:] == (12, 12)
 
     def test_unreadable_images(self, tmp_path):
         image_folder(tmp_path, {"cat": 10, "dog": 10})
@@ -240,7 +224,7 @@ class TestGuard:
             todo += item.values() if isinstance(item, dict) else []
             todo += list(item) if isinstance(item, list | tuple | set) else []
         module.setup("test")
-        assert module._part("test").paths == ["a/secret.png"]
+        assert module.part("test").paths == ["a/secret.png"]
 
     def test_a_source_that_changed_meanwhile(self, tmp_path):
         image_folder(tmp_path, {"cat": 10, "dog": 10})
@@ -273,51 +257,6 @@ class TestGuard:
         assert module.skipped == {"test": 1}
 
 
-class TestFeatures:
-    @pytest.mark.parametrize(("settings", "views"), [({}, 1), ({"augment": CropFlip(), "views": 3}, 3)])
-    def test_features_take_the_place_of_images(self, settings, views):
-        module = fitted(**settings)
-        assert module.train_views() == views
-        images = [collected(module.eval_order_train_dataloader(view)) for view in range(views)]
-        for batch in images:
-            assert batch.index.tolist() == list(range(40))
-        expected = [collected(module.train_dataloader(), epoch) for epoch in range(4)]
-        module.replace_train_inputs(torch.stack([batch.input.flatten(1).float() for batch in images]))
-        for epoch, batch in enumerate(expected):
-            features = collected(module.train_dataloader(), epoch)
-            assert features.input.dtype == torch.float32
-            assert torch.equal(features.input, batch.input.flatten(1).float())
-            assert torch.equal(features.label, batch.label)
-            assert torch.equal(features.index, batch.index)
-
-    def test_validation_features(self):
-        module = fitted()
-        features = torch.randn(40, 5)
-        module.replace_val_inputs(features)
-        batch = collected(module.val_dataloader())
-        assert torch.equal(batch.input, features)
-        assert batch.label.tolist() == [row.label for row in module.draw.val]
-
-    def test_features_stay_when_lightning_sets_up_again(self):
-        module = fitted()
-        module.replace_train_inputs(torch.randn(1, 40, 5))
-        module.setup("fit")
-        assert next(iter(module.train_dataloader())).input.shape == (8, 5)
-
-    def test_endless_views_cannot_be_replaced(self):
-        module = fitted(augment=CropFlip())
-        assert module.train_views() == 0
-        with pytest.raises(ValueError, match="needs \\(0, 40, D\\)"):
-            module.replace_train_inputs(torch.randn(1, 40, 5))
-
-    @pytest.mark.parametrize("shape", [(40, 5), (2, 40, 5), (1, 39, 5)])
-    def test_wrong_shapes(self, shape):
-        with pytest.raises(ValueError, match="needs \\(1, 40, D\\)"):
-            fitted().replace_train_inputs(torch.zeros(shape))
-        with pytest.raises(ValueError, match="needs \\(1, 40, D\\)"):
-            fitted().replace_val_inputs(torch.zeros(39, 5))
-
-
 class TestPredict:
     def test_files_and_folders(self, tmp_path):
         paths = [save_image(tmp_path / name, seed=i) for i, name in enumerate(("b/2.png", "b/c/1.JPEG", "a.png"))]
@@ -331,7 +270,7 @@ class TestPredict:
         assert batch.index.tolist() == [0, 1, 2]
         from PIL import Image
 
-        assert torch.equal(batch.input[1], evaluation_transform(16)(Image.open(paths[0])))
+        assert torch.equal(batch.image[1], evaluation_transform(16)(Image.open(paths[0])))
 
     def test_mistakes(self, tmp_path):
         module = digits()
@@ -352,34 +291,6 @@ class TestPredict:
         with pytest.warns(UserWarning, match="1 of 2 images are left out"):
             module.setup("predict")
         assert module.predict_paths == [str(good)]
-
-
-class Recorder(pl.LightningModule):
-    def __init__(self):
-        super().__init__()
-        self.layer = torch.nn.Linear(3 * 16 * 16, 10)
-        self.seen = {"train": [], "val": 0, "test": 0}
-
-    def training_step(self, batch):
-        assert isinstance(batch, Batch)
-        self.seen["train"].append((self.current_epoch, batch))
-        return torch.nn.functional.cross_entropy(self.layer(batch.input.flatten(1) / 255), batch.label)
-
-    def validation_step(self, batch):
-        self.seen["val"] += len(batch.label)
-
-    def test_step(self, batch):
-        self.seen["test"] += len(batch.label)
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-def trainer(tmp_path, epochs, callbacks=()):
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    return pl.Trainer(
-        max_epochs=epochs, accelerator="cpu", default_root_dir=tmp_path, callbacks=list(callbacks), **quiet
-    )
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -433,7 +344,7 @@ class TestLightning:
 def test_parts_can_be_sent_to_spawned_workers(part):
     module = fitted(augment=CropFlip())
     module.setup("test")
-    images = module._part(part)
+    images = module.part(part)
     assert same(pickle.loads(pickle.dumps(images))[(3, 1)], images[(3, 1)])
 
 
@@ -467,7 +378,7 @@ class TestHalves:
         assert set(a.index.tolist()) == set(b.index.tolist())
         assert not torch.equal(a.index, b.index)
         order_a, order_b = a.index.argsort(), b.index.argsort()
-        assert not torch.equal(a.input[order_a], b.input[order_b])
+        assert not torch.equal(a.image[order_a], b.image[order_b])
 
     def test_one_shot_cannot_be_split(self):
         with pytest.raises(UserError, match=r"'zero' has one training image.*--data\.shots 2") as error:

@@ -22,7 +22,8 @@ from kshot.data.images import (
     to_rgb,
     to_tensor,
 )
-from kshot.data.parts import EpochSampler, LazyImages, StoredImages
+from kshot.data.loading import EpochSampler
+from kshot.data.parts import LazyImages, StoredImages
 from kshot.errors import UserError
 
 
@@ -93,21 +94,21 @@ class TestCropFlip:
     def test_a_view_depends_on_seed_index_and_view_only(self):
         images = ArrayImages([noise(40, 30), noise(40, 30)], lambda image: image)
         rows = [row._replace(path=str(i)) for i, row in enumerate(rows_of({0: 2}))]
-        part = StoredImages(images, rows, 16, augment=CropFlip(), seed=1)
+        part = StoredImages(lambda: images, rows, 16, augment=CropFlip(), seed=1)
         random.seed(5)
         torch.manual_seed(5)
         states = random.getstate(), torch.get_rng_state()
-        first = part.__getitems__([(0, 0), (0, 1), (1, 0), (0, 0)]).input
+        first = part.__getitems__([(0, 0), (0, 1), (1, 0), (0, 0)]).image
         assert random.getstate() == states[0]
         assert torch.equal(torch.get_rng_state(), states[1])
         assert torch.equal(first[0], first[3])
         # the two images are equal: what differs is the view
         assert not torch.equal(first[0], first[1])
         assert not torch.equal(first[0], first[2])
-        again = StoredImages(images, rows, 16, augment=CropFlip(), seed=1)
-        assert torch.equal(again.__getitems__([(1, 0)]).input[0], first[2])
-        other = StoredImages(images, rows, 16, augment=CropFlip(), seed=2)
-        assert not torch.equal(other[(0, 0)].input, first[0])
+        again = StoredImages(lambda: images, rows, 16, augment=CropFlip(), seed=1)
+        assert torch.equal(again.__getitems__([(1, 0)]).image[0], first[2])
+        other = StoredImages(lambda: images, rows, 16, augment=CropFlip(), seed=2)
+        assert not torch.equal(other[(0, 0)].image, first[0])
 
     def test_without_crop_and_flip_it_is_resizing(self):
         image = noise(32, 32)
@@ -148,19 +149,23 @@ class TestCropFlip:
             CropFlip(**settings)
 
 
+def stored(source, *settings, **named):
+    return StoredImages(lambda: source, *settings, **named)
+
+
 class TestStoredImages:
     def test_memory_is_bounded_when_augmenting(self):
         images = ArrayImages([noise(400, 200), noise(20, 10)], lambda image: image)
         rows = [row._replace(path=str(i)) for i, row in enumerate(rows_of({0: 2}))]
-        part = StoredImages(images, rows, 16, augment=CropFlip())
-        assert [a.shape for a in part._arrays] == [(32, 64, 3), (10, 20, 3)]
+        part = StoredImages(lambda: images, rows, 16, augment=CropFlip())
+        assert [a.shape for a in part.arrays] == [(32, 64, 3), (10, 20, 3)]
 
     def test_limit_size_keeps_small_images(self):
         image = noise(20, 10)
         assert limit_size(image, 10) is image
         assert limit_size(noise(1000, 3), 1).size == (333, 1)
 
-    @pytest.mark.parametrize("kind", [StoredImages, LazyImages])
+    @pytest.mark.parametrize("kind", [stored, LazyImages])
     def test_unreadable_images_stop_or_are_left_out(self, tmp_path, kind):
         rows = rows_of({0: 3, 1: 2})
         for i, row in enumerate(rows):
@@ -173,13 +178,13 @@ class TestStoredImages:
         assert len(caught) == 1
         assert (len(part), part.skipped, part.labels.tolist()) == (4, 1, [0, 0, 1, 1])
         expected = evaluation_transform(8)(FileImages(tmp_path).open(rows[2].path))
-        assert torch.equal(part[1].input, expected)
+        assert torch.equal(part[1].image, expected)
 
     def test_an_unreadable_training_image_says_what_can_be_done(self, tmp_path):
         with pytest.raises(UserError, match=r"leave such images out with --data.skip_unreadable true"):
-            StoredImages(FileImages(tmp_path), rows_of({0: 1}), 8)
+            stored(FileImages(tmp_path), rows_of({0: 1}), 8)
 
-    @pytest.mark.parametrize("kind", [StoredImages, LazyImages])
+    @pytest.mark.parametrize("kind", [stored, LazyImages])
     def test_nothing_left(self, tmp_path, kind):
         with pytest.raises(UserError, match="none of the 2 images can be read: no such image"):
             kind(FileImages(tmp_path), rows_of({0: 2}), 8, skip_unreadable=True)

@@ -9,10 +9,17 @@ import pytest
 from data_fixtures import split_of
 
 from kshot.data.catalogue import load_split
-from kshot.data.manifest import manifest_bytes, read_manifest, write_manifest
+from kshot.data.manifest import manifest_bytes, read_manifest
 from kshot.data.sampling import SAMPLERS, draw, draw_digest
 from kshot.data.splits import Row
 from kshot.errors import UserError
+from kshot.files import write_atomically
+
+
+def write_manifest(path, split, drawn):
+    """As FewShotDataModule does, whose test is in test_data_datamodule.py."""
+    content = manifest_bytes(split, drawn)
+    write_atomically(path, lambda file: file.write_bytes(content))
 
 
 @pytest.mark.parametrize(

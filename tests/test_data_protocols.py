@@ -144,7 +144,7 @@ class TestBaseToNew:
             loader.sampler.set_epoch(epoch)
             for batch in loader:
                 assert set(batch.label.tolist()) <= {0, 1, 2}
-        assert sorted(labels_of(pets.eval_order_train_dataloader())) == [0] * 3 + [1] * 3 + [2] * 3
+        assert sorted(labels_of(pets.eval_order_dataloader("train"))) == [0] * 3 + [1] * 3 + [2] * 3
         assert sorted(labels_of(pets.val_dataloader())) == [0] * 3 + [1] * 3 + [2] * 3
         for half in pets.train_halves():
             drawn = [next(half) for _ in range(4)]
@@ -158,8 +158,8 @@ class TestBaseToNew:
         assert labels_of(new) == [0, 0, 0, 1, 1, 1]
         whole = module(root)
         whole.setup("test")
-        images = torch.cat([batch.input for batch in whole.test_dataloader()])
-        assert torch.equal(torch.cat([batch.input for loader in (base, new) for batch in loader]), images)
+        images = torch.cat([batch.image for batch in whole.test_dataloader()])
+        assert torch.equal(torch.cat([batch.image for loader in (base, new) for batch in loader]), images)
         assert pets.skipped == {"test/base": 0, "test/new": 0}
         pets.teardown("test")
         with pytest.raises(RuntimeError, match=r"the test/base part opens with setup\('test'\)"):
@@ -263,7 +263,7 @@ class TestCrossDataset:
             todo += list(item) if isinstance(item, list | tuple | set) else []
         assert len(seen) > 100
         pets.setup("test")
-        assert pets._part("test/s").paths == ["secret.png"]
+        assert pets.part("test/s").paths == ["secret.png"]
 
     @pytest.mark.parametrize(
         ("targets", "message"),
@@ -282,7 +282,8 @@ class TestCrossDataset:
         (root / "empty.csv").write_text("path,label,split\nx.png,car,train\n")
         split_file(root / "only-train.json", train=[["x.png", 0, "a"]])
         parted_folder(root / "test-only", {"a": 1}, ("test",))
-        monkeypatch.setattr("kshot.data.datamodule.open_images", None)
+        for place in ("datamodule", "heldout"):
+            monkeypatch.setattr(f"kshot.data.{place}.open_images", None)
         with pytest.raises(UserError, match=message) as error:
             module(root, "cross-dataset", targets=targets)
         assert "\n" not in str(error.value)
@@ -386,19 +387,21 @@ class TestFrozenFeatures:
         loader = pets.train_dataloader()
         assert next(iter(loader)).frozen is None
         features = torch.randn(views, 6, 5)
-        pets.keep_frozen_features(features)
+        pets.keep_features("train", frozen=features)
         if replaced:
-            pets.replace_train_inputs(torch.randn(views, 6, 7))
+            pets.keep_features("train", torch.randn(views, 6, 7))
         for epoch in range(views + 1):
             loader.sampler.set_epoch(epoch)
             for batch in loader:
-                assert batch.input.shape[1:] == ((7,) if replaced else (3, 8, 8))
+                carried = batch.features if replaced else batch.image
+                assert carried.shape[1:] == ((7,) if replaced else (3, 8, 8))
+                assert (batch.image is None) == replaced
                 assert torch.equal(batch.frozen, features[epoch % views, batch.index])
         for half in pets.train_halves():
             batch = next(half)
             assert torch.equal(batch.frozen, features[0, batch.index])
         assert next(iter(pets.val_dataloader())).frozen is None
-        part = pets._part("train")
+        part = pets.part("train")
         assert torch.equal(part[(2, views - 1)].frozen, features[views - 1, 2])
 
     @pytest.mark.parametrize("shape", [(10, 5), (2, 10, 5), (1, 9, 5), (0, 10, 5)])
@@ -406,13 +409,13 @@ class TestFrozenFeatures:
         pets = module(root)
         pets.setup("fit")
         with pytest.raises(ValueError, match=r"for train, which needs \(1, 10, D\)"):
-            pets.keep_frozen_features(torch.zeros(shape))
+            pets.keep_features("train", frozen=torch.zeros(shape))
 
     def test_endless_views_have_no_features_to_keep(self, root):
         pets = module(root, augment=CropFlip())
         pets.setup("fit")
         with pytest.raises(ValueError, match=r"which needs \(0, 10, D\)"):
-            pets.keep_frozen_features(torch.zeros(1, 10, 5))
+            pets.keep_features("train", frozen=torch.zeros(1, 10, 5))
 
     def test_batches_travel(self):
         from lightning.fabric.utilities import move_data_to_device
@@ -432,7 +435,7 @@ class Recorder(pl.LightningModule):
         self.seen: dict[int, list[int]] = {}
 
     def training_step(self, batch):
-        return torch.nn.functional.cross_entropy(self.layer(batch.input.flatten(1) / 255), batch.label)
+        return torch.nn.functional.cross_entropy(self.layer(batch.image.flatten(1) / 255), batch.label)
 
     def test_step(self, batch, batch_idx, dataloader_idx=0):
         self.seen.setdefault(dataloader_idx, []).extend(batch.label.tolist())

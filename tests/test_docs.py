@@ -2,6 +2,7 @@
 
 import csv
 import json
+import pkgutil
 import re
 import subprocess
 import sys
@@ -46,6 +47,25 @@ def test_the_examples_work_by_class_path(my_package, options, method, trainable,
     result = json.loads(next(my_package.rglob("result.json")).read_text())
     assert result["method"] == method
     assert result["trainable_parameters"] == trainable
+
+
+def test_the_tour_names_what_exists():
+    text = (ROOT / "docs" / "tour.md").read_text()
+    names = set(re.findall(r"`(kshot(?:\.\w+)+)`", text))
+    assert len(names) > 20
+    for name in names:
+        assert pkgutil.resolve_name(name) is not None
+    assert {f for f in re.findall(r"\b(\w+\.py)\b", text)} <= {p.name for p in [*(ROOT / "src").rglob("*.py"), ROOT / "main.py"]}
+    for method in re.findall(r"`([a-z]+_[a-z_]+)`", text):
+        assert any(f"def {method}(" in p.read_text() for p in (ROOT / "src").rglob("*.py")), method
+    assert len(text.split("Without the command line")[0].splitlines()) <= 50, "one screen"
+
+
+def test_the_program_of_the_tour_runs(capsys):
+    (program,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "tour.md").read_text(), re.DOTALL)
+    exec(compile(program, "tour.md", "exec"), {})
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert [line.rsplit(" ", 1)[0] for line in lines] == ["CoOp", "TextPrompt + LoRA"]
 
 
 def test_the_table_of_the_readme_can_be_made(tmp_path):

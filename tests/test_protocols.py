@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from test_cli import METHODS, QUICK, fit, refused
 
 from kshot.cli import main
-from kshot.results import base_to_new_over_runs, harmonic_mean, summary
+from kshot.record import base_to_new_over_runs, harmonic_mean, summary
 
 BOUND = {
     "class_mean", "linear_probe", "linear_probe_lbfgs", "lp_plus_plus", "task_res", "tip_adapter", "tip_adapter_f",

@@ -14,15 +14,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kshot import files
 from kshot.adapters import random_basis
 from kshot.adapters.random_basis import (
     GENERATOR,
     basis,
-    buckets,
     checksum,
     describe,
+    permutation,
     require_memory,
-    ternary_signs,
     values,
     words,
 )
@@ -45,6 +45,7 @@ GOLDEN = {
     "ternary": [0.0, 0.0, 0.0, 0.0, 1.7320507764816284, 1.7320507764816284, 1.7320507764816284, 0.0],
     "sign": [1.0, 1.0, 1.0, 1.0, -1.0, 1.0, -1.0, -1.0],
 }
+GOLDEN_ORDER = [0, 7, 3, 2, 1, 5, 6, 4]
 
 
 def float32(number):
@@ -142,21 +143,29 @@ def test_ternary_mapping(sparsity):
     t = round(2**32 / sparsity)
     ks = [as_signed(h, 32) for h in parts(3, "t", 32, 501)]
     signs = [(k >= 2**31 - t) - (k < t - 2**31) for k in ks]
-    assert ternary_signs(3, "t", 0, 501, sparsity=sparsity).tolist() == signs
     found = values(3, "t", "ternary", 0, 501, sparsity=sparsity)
     assert found.tolist() == [sign * float32(math.sqrt(sparsity / 2)) for sign in signs]
-    assert ternary_signs(3, "t", 0, 1).dtype == torch.int8
 
 
 def test_sign_mapping():
     assert values(3, "s", "sign", 0, 501).tolist() == [2.0 * bit - 1 for bit in parts(3, "s", 1, 501)]
 
 
-@pytest.mark.parametrize("count", [1, 10, 1000, 2**31])
-def test_bucket_mapping(count):
-    found = buckets(3, "b", count, 0, 501)
-    assert found.dtype == torch.int32
-    assert found.tolist() == [h * count >> 32 for h in parts(3, "b", 32, 501)]
+@pytest.mark.parametrize("count", [0, 1, 2, 501, 5000])
+@pytest.mark.parametrize("start", [0, 7])
+def test_permutation_mapping(count, start):
+    """Numbers in the order of their halves."""
+    halves = [as_signed(h, 32) for h in parts(3, "p", 32, 2 * start + count)[2 * start :]]
+    found = permutation(3, "p", start, count)
+    assert found.dtype == torch.int64
+    assert found.tolist() == sorted(range(count), key=halves.__getitem__)
+
+
+def test_equal_halves_stay_in_order(monkeypatch):
+    monkeypatch.setattr(random_basis, "words", lambda *_: torch.tensor([2**32 * (i % 3) for i in range(50_000)]))
+    found = permutation(1, "x", 0, 100_000)
+    halves = [i // 2 % 3 if i % 2 else 0 for i in range(100_000)]
+    assert found.tolist() == sorted(range(100_000), key=halves.__getitem__)
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
@@ -165,20 +174,17 @@ def test_golden_values(distribution):
     assert values(1, "test", distribution, 0, 8).tolist() == GOLDEN[distribution]
 
 
-def test_golden_words_and_buckets():
+def test_golden_words_and_permutation():
     assert [w % 2**64 for w in words(1, "test", 0, 3).tolist()] == [
         *(0x31AF3728E0FCD22F, 0x0B0E7EC027650624, 0x5E84A54A7653B599),
     ]
-    assert buckets(1, "test", 1000, 0, 8).tolist() == [878, 194, 153, 43, 462, 369, 394, 883]
-    assert ternary_signs(1, "test", 0, 8).tolist() == [0, 0, 0, 0, 1, 1, 1, 0]
+    assert permutation(1, "test", 0, 8).tolist() == GOLDEN_ORDER
 
 
 # --- any slice, any setting ---
 
 MAKERS = {
     "words": lambda start, count, **more: words(7, "x", start, count, **more),
-    "buckets": lambda start, count, **more: buckets(7, "x", 1000, start, count, **more),
-    "ternary_signs": lambda start, count, **more: ternary_signs(7, "x", start, count, **more),
     "uniform": lambda start, count, **more: values(7, "x", "uniform", start, count, **more),
     "normal": lambda start, count, **more: values(7, "x", "normal", start, count, **more),
     "ternary": lambda start, count, **more: values(7, "x", "ternary", start, count, **more),
@@ -313,19 +319,28 @@ def chi_square(found, probabilities):
 
 @pytest.mark.parametrize("sparsity", [2.5, 6.0, 64])
 def test_ternary_frequencies(sparsity):
-    signs = ternary_signs(11, "f", 0, MANY, sparsity=sparsity)
+    signs = values(11, "f", "ternary", 0, MANY, sparsity=sparsity).sign()
     assert chi_square(signs.long() + 1, [1 / sparsity, 1 - 2 / sparsity, 1 / sparsity])
 
 
 def test_a_sparsity_of_two_leaves_no_zeros():
-    signs = ternary_signs(11, "f", 0, MANY, sparsity=2)
+    signs = values(11, "f", "ternary", 0, MANY, sparsity=2).sign()
     assert signs.abs().min() == 1
     assert chi_square((signs.long() + 1) // 2, [0.5, 0.5])
 
 
-@pytest.mark.parametrize("count", [2, 7, 1000])
-def test_bucket_frequencies(count):
-    assert chi_square(buckets(11, "f", count, 0, MANY), [1 / count] * count)
+def test_a_permutation_is_one_and_looks_random():
+    found = permutation(11, "f", 0, MANY)
+    assert torch.equal(found.sort().values, torch.arange(MANY))
+    place = found / MANY - 0.5  # uniform, of variance 1/12
+    for other in (torch.arange(MANY) / MANY - 0.5, place.roll(1), permutation(11, "f", MANY, MANY) / MANY - 0.5):
+        assert abs((place.double() * other.double()).mean()) < 5 / 12 / math.sqrt(MANY)
+    assert float((found == torch.arange(MANY)).sum()) <= 10  # one is expected
+
+
+@pytest.mark.gpu
+def test_cuda_permutes_as_the_cpu():
+    assert same(permutation(7, "x", 3, WHOLE, device="cuda").cpu(), permutation(7, "x", 3, WHOLE))
 
 
 @pytest.mark.parametrize("distribution", ["uniform", "normal"])
@@ -340,8 +355,8 @@ def test_deciles_are_equally_probable(distribution):
 
 
 def test_a_basis_is_filled_row_by_row():
-    flat = values(1, "test", "normal", 4, 24)
-    assert same(basis(1, "test", "normal", (2, 3, 4), start=4), flat.view(2, 3, 4))
+    flat = values(1, "test", "normal", 0, 24)
+    assert same(basis(1, "test", "normal", (2, 3, 4)), flat.view(2, 3, 4))
     assert same(basis(1, "test", "ternary", [5], sparsity=2), values(1, "test", "ternary", 0, 5, sparsity=2))
     assert basis(1, "test", "sign", ()).shape == ()
     assert basis(1, "test", "sign", (0, 3)).shape == (0, 3)
@@ -366,9 +381,9 @@ def test_checksum_is_of_the_first_sixteen_float32_values():
 
 
 def test_a_description_suffices_to_make_the_basis_again():
-    x = basis(5, "nola.A", "ternary", (4, 6), start=7, sparsity=3.0)
-    info = json.loads(json.dumps(describe(5, "nola.A", "ternary", x.shape, x, start=7, sparsity=3.0)))
-    assert info.pop("generator") == GENERATOR
+    x = basis(5, "nola.A", "ternary", (4, 6), sparsity=3.0)
+    info = json.loads(json.dumps(describe(5, "nola.A", "ternary", x.shape, x, sparsity=3.0)))
+    assert (info.pop("generator"), info.pop("start")) == (GENERATOR, 0)
     expected = info.pop("checksum")
     assert checksum(basis(**info)) == expected
     assert "sparsity" not in describe(5, "nola.A", "sign", (4,), values(5, "nola.A", "sign", 0, 4))
@@ -378,7 +393,7 @@ def test_a_description_suffices_to_make_the_basis_again():
 
 
 @pytest.mark.parametrize("seed", [-1, 2**63, 1.0, True, "1", None])
-@pytest.mark.parametrize("make", [words, lambda *a: buckets(a[0], a[1], 3, *a[2:])])
+@pytest.mark.parametrize("make", [words, permutation])
 def test_impossible_seeds(make, seed):
     with pytest.raises(UserError, match=r"^seed is .*, and must be a whole number from 0 to 2\^63 - 1\.$"):
         make(seed, "test", 0, 1)
@@ -386,13 +401,12 @@ def test_impossible_seeds(make, seed):
 
 @pytest.mark.parametrize("sparsity", [1.99, 0, -6, math.nan, math.inf, 65_537])
 def test_impossible_sparsities(sparsity):
-    for make in (ternary_signs, lambda *a, **k: values(*a[:2], "ternary", *a[2:], **k)):
-        with pytest.raises(UserError, match=r"^sparsity is .*, and must be a number from 2 to 65,536\.$"):
-            make(1, "test", 0, 1, sparsity=sparsity)
+    with pytest.raises(UserError, match=r"^sparsity is .*, and must be a number from 2 to 65,536\.$"):
+        values(1, "test", "ternary", 0, 1, sparsity=sparsity)
 
 
 def test_memory_is_refused_above_half_of_the_machine(monkeypatch):
-    monkeypatch.setattr(random_basis, "_physical_memory", lambda: 25_300_000_000)
+    monkeypatch.setattr(random_basis, "memory_of_machine", lambda: 25_300_000_000)
     require_memory(12_650_000_000, "NOLA", "lower bases or rank")
     with pytest.raises(UserError) as caught:
         require_memory(604_000_000_000, "NOLA", "lower bases or rank")
@@ -405,11 +419,18 @@ def test_memory_is_refused_above_half_of_the_machine(monkeypatch):
 def test_memory_is_not_checked_where_it_is_unknown(monkeypatch):
     with pytest.raises(UserError):
         require_memory(2**70, "NOLA", "lower bases or rank")
-    for unknown in (lambda name: -1 if name == "SC_PHYS_PAGES" else 4096, lambda name: int("no such name")):
-        monkeypatch.setattr(random_basis.os, "sysconf", unknown)
-        require_memory(2**70, "NOLA", "lower bases or rank")
-    monkeypatch.delattr(random_basis.os, "sysconf")
+    monkeypatch.setattr(random_basis, "memory_of_machine", lambda: None)
     require_memory(2**70, "NOLA", "lower bases or rank")
+
+
+def test_memory_of_the_machine_may_be_unknown(monkeypatch, tmp_path):
+    assert files.memory_of_machine() > 10**8
+    monkeypatch.setattr(files, "Path", lambda *_: tmp_path / "missing")
+    for unknown in (lambda name: -1 if name == "SC_PHYS_PAGES" else 4096, lambda name: int("no such name")):
+        monkeypatch.setattr(files.os, "sysconf", unknown)
+        assert files.memory_of_machine() is None
+    monkeypatch.delattr(files.os, "sysconf")
+    assert files.memory_of_machine() is None
 
 
 @pytest.mark.parametrize(
@@ -420,4 +441,4 @@ def test_memory_is_not_checked_where_it_is_unknown(monkeypatch):
     ],
 )
 def test_amounts(size, text):
-    assert random_basis._amount(size) == text
+    assert files.amount(size) == text

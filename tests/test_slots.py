@@ -1,13 +1,17 @@
 """Slots and projections on their own: one product, three ways for an adapter to run, exact merging."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kshot.layers import AdapterLayer
-from kshot.memo import Memo
-from kshot.slots import Projection, Slot, adapters_off
+from kshot.errors import UserError
+from kshot.layers import FullRankLayer, LowRankLayer
+from kshot.products import Factors
+from kshot.slots import AdapterLayer, Projection, adapters_off, merge, merged, stored_as, unmerge
 
 PARTS = {"q": 4, "k": 4, "v": 6}
 
@@ -49,17 +53,40 @@ class Gated(Shift):
 
 @pytest.fixture(params=[True, False], ids=["bias", "no_bias"])
 def projection(request):
-    return Projection(torch.randn(14, 5), torch.randn(14) if request.param else None, PARTS)
+    return Projection(torch.randn(14, 5), torch.randn(14) if request.param else None, PARTS, "image.0")
 
 
-def slot_of(projection, part):
-    return Slot(f"image.0.{part}", projection, part)
+class Thin(LowRankLayer):
+    """A low-rank change."""
+
+    def __init__(self, slot, rank=2):
+        super().__init__(slot)
+        self.up, self.down = (
+            nn.Parameter(torch.randn(slot.out_features, rank)),
+            nn.Parameter(torch.randn(rank, slot.in_features)),
+        )
+
+    def factors(self):
+        return [Factors(self.up, self.down)]
 
 
-def attach(projection, part, kind=Shift, **settings):
-    slot = slot_of(projection, part)
-    slot.attach(kind(slot, **settings))
-    return projection.adapters[part]
+class Full(FullRankLayer):
+    """A change by the base class's own build and pullback."""
+
+    def __init__(self, slot):
+        super().__init__(slot)
+        self.D = nn.Parameter(torch.randn(slot.weight.shape))
+
+    def delta(self):
+        return self.D.sin()
+
+
+def attach(projection, part, kind=Shift, path="auto", **settings):
+    slot = projection.slot(part)
+    layer = kind(slot, **settings)
+    layer.path = path
+    slot.attach(layer)
+    return layer
 
 
 def dense(projection, x, **changes):
@@ -95,7 +122,8 @@ def test_weights_are_taken_without_a_copy_and_frozen():
 
 def test_slots_are_views(projection):
     for part, size in PARTS.items():
-        slot = slot_of(projection, part)
+        slot = projection.slot(part)
+        assert slot.name == f"image.0.{part}"
         assert slot.weight.untyped_storage().data_ptr() == projection.weight.untyped_storage().data_ptr()
         assert torch.equal(slot.weight, projection.weight[projection.rows(part)])
         assert (slot.in_features, slot.out_features) == (5, size)
@@ -105,7 +133,7 @@ def test_slots_are_views(projection):
             assert slot.bias.untyped_storage().data_ptr() == projection.bias.untyped_storage().data_ptr()
             assert torch.equal(slot.bias, projection.bias[projection.rows(part)])
     with torch.no_grad():
-        slot_of(projection, "k").weight.zero_()
+        projection.slot("k").weight.zero_()
     assert projection.weight[4:8].abs().max() == 0
     assert projection.weight[:4].abs().min() > 0
 
@@ -157,48 +185,206 @@ def test_gradients_reach_both_kinds_and_the_input():
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
-def test_merging_computes_one_weight_once_and_leaves_the_stored_one_alone(projection, monkeypatch):
-    layer = attach(projection, "k")
-    stored = projection.weight.clone()
-    projection.eval()
-    computed = []
-    effective = Shift.effective_weight
-    monkeypatch.setattr(Shift, "effective_weight", lambda self: computed.append(1) or effective(self))
-    x = torch.randn(2, 5)
-    with torch.no_grad():
-        first = projection(x)
-        assert torch.equal(projection(x), first)
-        assert len(computed) == 1
-        layer.D.add_(1.0)
-        second = projection(x)
+class TestMerged:
+    def test_computes_one_weight_once_and_leaves_the_stored_one_alone(self, projection, monkeypatch):
+        layer = attach(projection, "k")
+        stored, computed, effective = projection.weight.clone(), [], Shift.effective_weight
+        monkeypatch.setattr(Shift, "effective_weight", lambda self: computed.append(1) or effective(self))
+        monkeypatch.setattr(Shift, "forward", lambda *_: pytest.fail("not merged"))
+        x = torch.randn(2, 5)
+        for value in (0.5, 1.5):
+            with torch.no_grad():
+                layer.D.fill_(value)
+            with merged(projection):
+                first = projection(x)
+                assert torch.equal(projection(x), first)
+                torch.testing.assert_close(first, torch.cat(dense(projection, x, k=layer.D), -1))
+            assert projection.held is None
         assert len(computed) == 2
-        torch.testing.assert_close(second, torch.cat(dense(projection, x, k=layer.D), -1))
-        layer.D.sub_(1.0)
-        assert torch.equal(projection(x), first)
-    assert torch.equal(projection.weight, stored)
+        assert torch.equal(projection.weight, stored)
+
+    @pytest.mark.parametrize("change", ["data", "frozen", "replaced", "vector", "optimizer"])
+    def test_outside_every_change_counts_at_once(self, projection, change):
+        layer, x = attach(projection, "k"), torch.randn(2, 5)
+        with merged(projection):
+            before = projection(x)
+        if change == "data":
+            layer.D.data = torch.full((4, 5), 2.0)
+        elif change == "frozen":
+            projection.weight.data.mul_(2)
+        elif change == "replaced":
+            layer.D = nn.Parameter(torch.full((4, 5), 2.0))
+        elif change == "vector":
+            torch.nn.utils.vector_to_parameters(torch.full((20,), 2.0), layer.parameters())
+        else:
+            projection(x).sum().backward()
+            torch.optim.AdamW(layer.parameters(), lr=0.5, fused=True).step()
+        expected = torch.cat(dense(projection, x, k=layer.D), -1)
+        with torch.no_grad():
+            torch.testing.assert_close(projection(x), expected)
+        with merged(projection):
+            torch.testing.assert_close(projection(x), expected)
+        assert not torch.allclose(before, expected)
+
+    def test_nests_survives_errors_and_respects_adapters_off(self, projection):
+        attach(projection, "q")
+        x = torch.randn(2, 5)
+        plain, adapted = F.linear(x, projection.weight, projection.bias), projection(x)
+        with merged(projection):
+            with merged(projection):
+                torch.testing.assert_close(projection(x), adapted)
+            assert projection.held is not None
+            with adapters_off(projection):
+                assert torch.equal(projection(x), plain)
+        with pytest.raises(RuntimeError, match="stop"), merged(projection):
+            raise RuntimeError("stop")
+        assert projection.held is None
+
+    def test_what_depends_on_the_input_is_never_merged(self, projection):
+        attach(projection, "q")
+        layer = attach(projection, "v", Gated)
+        x = torch.randn(3, 5)
+        with merged(projection):
+            assert projection.held is None
+            q, k, v = projection.split(x)
+        plain = dense(projection, x, q=projection.adapters["q"].D)
+        torch.testing.assert_close(q, plain[0])
+        torch.testing.assert_close(k, plain[1])
+        torch.testing.assert_close(v, plain[2] + F.linear(x, layer.D) * x.sum(-1, keepdim=True).tanh())
+
+    def test_works_in_and_for_every_mode(self, projection):
+        """Held in inference mode or under autocast, and used for training outside afterwards."""
+        layer, x = attach(projection, "q"), torch.randn(2, 5)
+        expected = projection(x)
+        with torch.inference_mode(), merged(projection):
+            assert not projection.held.is_inference()
+            torch.testing.assert_close(projection(x), expected)
+        with torch.autocast("cpu", torch.bfloat16), merged(projection):
+            assert projection.held.dtype == torch.bfloat16
+            torch.testing.assert_close(projection(x).float(), expected, atol=0.05, rtol=0.05)
+        projection(x).sum().backward()
+        assert layer.D.grad is not None
+
+    @pytest.mark.parametrize("again", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+    def test_copies_start_outside(self, projection, again):
+        attach(projection, "q")
+        x = torch.randn(2, 5)
+        expected = projection(x)
+        with merged(projection), stored_as(projection, torch.bfloat16):
+            other = again(projection)
+            assert projection.held is not None
+            assert projection.lowered is not None
+        assert other.held is None
+        assert other.lowered is None
+        assert torch.equal(other(x), expected)
+        with torch.no_grad():
+            other.adapters["q"].D.zero_()
+        assert torch.equal(other(x), F.linear(x, projection.weight, projection.bias))
+        assert torch.equal(projection(x), expected)
 
 
-def test_merged_weight_follows_the_frozen_one(projection):
-    layer = attach(projection, "k")
-    projection.eval()
-    x = torch.randn(2, 5)
-    with torch.no_grad():
-        projection(x)
-        projection.weight.mul_(2)
-        torch.testing.assert_close(projection(x), torch.cat(dense(projection, x, k=layer.D), -1))
+class TestMerge:
+    def test_keeps_or_folds(self, projection):
+        layer, x = attach(projection, "k"), torch.randn(2, 5)
+        expected, stored = projection(x), projection.weight.clone()
+        merge(projection)
+        torch.testing.assert_close(projection(x), expected)
+        with pytest.raises(UserError, match="merged already"):
+            merge(projection)
+        assert torch.equal(projection.weight, stored)
+        unmerge(projection)
+        assert torch.equal(projection(x), expected)
+        merge(projection, keep=False)
+        torch.testing.assert_close(projection.weight[4:8], stored[4:8] + layer.D)
+        assert not projection.adapters
+        torch.testing.assert_close(projection(x), expected)
+        assert not projection.weight.requires_grad
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+    def test_keeps_the_dtype(self, projection, dtype):
+        """Also where what trains is of another one."""
+        projection.to(dtype)
+        attach(projection, "k", Thin)
+        merge(projection)
+        assert projection.held.dtype == dtype
+        unmerge(projection)
+        merge(projection, keep=False)
+        assert projection.weight.dtype == dtype
+        assert projection(torch.randn(2, 5, dtype=dtype)).dtype == dtype
+
+    def test_refuses_what_no_weight_expresses_and_changes_nothing(self, projection):
+        attach(projection, "q")
+        attach(projection, "v", Gated)
+        with pytest.raises(UserError, match=r"Gated on image\.0\.v depends on its input"):
+            merge(projection, keep=False)
+        assert set(projection.adapters) == {"q", "v"}
 
 
-def test_what_depends_on_the_input_is_never_merged(projection):
-    attach(projection, "q")
-    layer = attach(projection, "v", Gated)
-    projection.eval()
-    x = torch.randn(3, 5)
-    with torch.no_grad():
-        q, k, v = projection.split(x)
-    plain = dense(projection, x, q=projection.adapters["q"].D)
-    torch.testing.assert_close(q, plain[0])
-    torch.testing.assert_close(k, plain[1])
-    torch.testing.assert_close(v, plain[2] + F.linear(x, layer.D) * x.sum(-1, keepdim=True).tanh())
+class TestStoredAs:
+    def test_frozen_weights_are_cast_once(self, projection):
+        x = torch.randn(2, 5)
+        with torch.autocast("cpu", torch.bfloat16):
+            expected = projection(x)
+            with stored_as(nn.Sequential(projection), torch.bfloat16):
+                weight, bias = projection.lowered
+                assert weight.dtype == torch.bfloat16
+                assert (bias is None) == (projection.bias is None)
+                assert torch.equal(projection(x), expected)
+        assert projection.lowered is None
+        with stored_as(projection, torch.bfloat16):
+            assert projection(x).dtype == torch.float32, "outside of autocast it is of no use"
+
+    @pytest.mark.parametrize("why", ["it trains", "its bias trains", "double", "bfloat16"])
+    def test_others_are_left_alone(self, why):
+        projection = Projection(torch.randn(14, 5), torch.randn(14), PARTS)
+        if why in ("it trains", "its bias trains"):
+            (projection.weight if why == "it trains" else projection.bias).requires_grad_()
+        else:
+            projection.to({"double": torch.float64, "bfloat16": torch.bfloat16}[why])
+        with stored_as(projection, torch.bfloat16):
+            assert projection.lowered is None
+
+
+class TestKindsOfChange:
+    """Every way a layer can run, on one part or on the whole, beside others."""
+
+    @pytest.mark.parametrize("paths", [("factorised",) * 2, ("materialised",) * 2, ("factorised", "materialised")])
+    @pytest.mark.parametrize("mixed", [False, True])
+    def test_agree_with_one_dense_product(self, paths, mixed):
+        projection = Projection(torch.randn(14, 5).double(), torch.randn(14).double(), PARTS)
+        layers = {p: attach(projection, p, Thin, path).double() for p, path in zip(("q", "v"), paths, strict=True)}
+        if mixed:
+            layers["k"] = attach(projection, "k", Full).double()
+        parameters = [p for layer in layers.values() for p in layer.parameters()]
+        x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+        upstream = torch.randn(3, 14, dtype=torch.float64)
+        given = projection(x)
+        expected = torch.cat(dense(projection, x, **{p: layer.delta() for p, layer in layers.items()}), -1)
+        torch.testing.assert_close(given, expected, rtol=1e-12, atol=1e-12)
+        wanted = torch.autograd.grad((expected * upstream).sum(), [x, *parameters])
+        found = torch.autograd.grad((given * upstream).sum(), [x, *parameters])
+        for a, b in zip(found, wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+    @pytest.mark.parametrize("path", ["factorised", "materialised"])
+    def test_a_weight_that_trains_gets_its_gradient_too(self, path):
+        projection = Projection(torch.randn(14, 5).double(), None, PARTS)
+        projection.weight.requires_grad_()
+        layer, full = attach(projection, "k", Thin, path).double(), attach(projection, "q", Full).double()
+        x, upstream = torch.randn(3, 5).double(), torch.randn(3, 14).double()
+        (projection(x) * upstream).sum().backward()
+        torch.testing.assert_close(projection.weight.grad, upstream.T @ x)
+        torch.testing.assert_close(layer.up.grad, upstream[:, 4:8].T @ x @ layer.down.T)
+        torch.testing.assert_close(full.D.grad, upstream[:, :4].T @ x * full.D.cos())
+
+    def test_a_materialised_weight_that_changed_before_its_backward_pass_is_noticed(self):
+        projection = Projection(torch.randn(14, 5), None, PARTS)
+        layer = attach(projection, "qkv", Full)
+        y = projection(torch.randn(3, 5))
+        with torch.no_grad():
+            layer.D.add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
 
 
 def test_adapters_off_is_exact_nests_and_survives_errors(projection):
@@ -218,81 +404,3 @@ def test_adapters_off_is_exact_nests_and_survives_errors(projection):
     with pytest.raises(RuntimeError, match="stop"), adapters_off(model):
         raise RuntimeError("stop")
     assert torch.equal(projection(x), adapted)
-
-
-class TestMemo:
-    def test_computes_again_only_after_a_change(self):
-        a, b, calls = torch.ones(2), nn.Parameter(torch.ones(2)), []
-        memo = Memo()
-
-        def compute():
-            calls.append(1)
-            return (a + b).sum().item()
-
-        assert [memo.get([a, b], compute), memo.get([a, b], compute), len(calls)] == [4, 4, 1]
-        with torch.no_grad():
-            b.add_(1)
-        assert [memo.get([a, b], compute), memo.get([a, b], compute), len(calls)] == [6, 6, 2]
-        a.mul_(2)
-        assert [memo.get([a, b], compute), len(calls)] == [8, 3]
-        a = torch.zeros(2)
-        assert [memo.get([a, b], compute), len(calls)] == [4, 4]
-
-    def test_the_value_can_be_none_and_the_sources_none_at_all(self):
-        calls, memo = [], Memo()
-        memo.get([], lambda: calls.append(1))
-        memo.get([], lambda: calls.append(1))
-        assert len(calls) == 1
-
-    def test_computes_outside_autograd_autocast_and_inference_mode(self):
-        weight, memo = nn.Parameter(torch.randn(3, 3)), Memo()
-        with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
-            value = memo.get([weight], lambda: weight @ weight)
-        assert value.dtype == torch.float32
-        assert not value.requires_grad
-        assert not value.is_inference()
-        x = torch.ones(3, requires_grad=True)
-        (value @ x).sum().backward()  # an inference tensor could not be saved for backward
-        torch.testing.assert_close(x.grad, value.sum(0))
-
-    @pytest.mark.parametrize(
-        "make",
-        [
-            lambda p: torch.optim.SGD(p, 0.1, foreach=False),
-            lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, foreach=True),
-            lambda p: torch.optim.Adam(p, 0.1, foreach=True),
-            lambda p: torch.optim.AdamW(p, 0.1, fused=True),
-            lambda p: torch.optim.SGD(p, 0.1, fused=True),
-        ],
-        ids=["sgd", "sgd_foreach", "adam_foreach", "adamw_fused", "sgd_fused"],
-    )
-    def test_notices_every_kind_of_optimizer_step(self, make):
-        weight, memo = nn.Parameter(torch.ones(3)), Memo()
-        optimizer = make([weight])
-        for _ in range(3):
-            before = memo.get([weight], lambda: weight.detach().clone())
-            weight.grad = torch.ones(3)
-            optimizer.step()
-            after = memo.get([weight], lambda: weight.detach().clone())
-            assert torch.equal(after, weight)
-            assert not torch.equal(after, before)
-
-    def test_another_tensor_is_another_source_even_at_the_address_of_a_dead_one(self):
-        memo = Memo()
-        for i in range(200):
-            source = torch.full((1,), float(i))
-            assert memo.get([source], lambda source=source: source.item()) == i
-            del source
-
-
-def test_merged_weight_follows_a_replaced_parameter(projection):
-    layer = attach(projection, "q")
-    projection.eval()
-    x = torch.randn(2, 5)
-    for i in range(50):
-        layer.D = None  # the old tensor dies first, so that the new one may take its place in memory
-        layer.D = nn.Parameter(torch.full((4, 5), float(i)))
-        with torch.no_grad():
-            merged = projection(x)
-            expected = torch.cat(dense(projection, x, q=layer.D), -1)
-        torch.testing.assert_close(merged, expected, rtol=1e-4, atol=1e-4)

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 import towers
-from test_adapters import SLOT_CASES, adapted, layers_of, perturb
+from cases import attach, each_first_case, layers_of, perturb
 
-import kshot.backbones.base
-from kshot.adapters import LoRA, unadapted
+import kshot.backbones.language
+from kshot.adapters import LoRA
 from kshot.backbones import OpenClip
-from kshot.backbones.base import memory_of
+from kshot.backbones.language import memory_of
 from kshot.classifiers import CoCoOp, CoOp, KgCoOp, MaPLe, PromptSRC, Task, TextPrompt
 from kshot.errors import UserError
 
@@ -25,8 +25,9 @@ ONE = 1  # byte: one class of one group at a time
 
 def text_lora(backbone, task, **settings):
     """TextPrompt above a text tower with adapters."""
-    LoRA(rank=2, **settings).inject(backbone, ["text.*"])
-    return TextPrompt(backbone, task)
+    classifier = TextPrompt(backbone, task)
+    LoRA(rank=2, **settings).attach(backbone, ["text.*"])
+    return classifier
 
 
 HEADS = {
@@ -49,8 +50,6 @@ Outcome = tuple[torch.Tensor, dict[str, torch.Tensor]]
 def made(head):
     """A classifier in training mode, away from where it starts."""
     classifier = (HEADS[head] if isinstance(head, str) else head)(towers.backbone(), TASK)
-    with unadapted(classifier.backbone):
-        classifier.observe_frozen()
     perturb(classifier)
     return classifier.train()
 
@@ -60,11 +59,12 @@ def outcome(classifier, budget: int | None) -> Outcome:
     backbone = classifier.backbone
     backbone.text_memory = budget
     images = towers.images(backbone, len(LABEL))
-    with unadapted(backbone), torch.no_grad():
-        frozen = backbone.encode_image(images)
-    features = classifier.encode_image(images)
+    with backbone.unadapted(), torch.no_grad():
+        teacher = backbone.encode_image(images)
+    features = backbone.encode_image(images, classifier.image_tokens())
     classifier.zero_grad()
-    sum(classifier.losses(features, LABEL, frozen).values()).backward()
+    label = LABEL % len(classifier.task.class_names)
+    sum(classifier.losses(features, label, teacher).values()).backward()
     return classifier(features).detach(), {n: p.grad for n, p in classifier.named_parameters() if p.requires_grad}
 
 
@@ -122,36 +122,39 @@ def test_in_evaluation_nothing_is_prepared_for_a_backward_pass(head, monkeypatch
     features = backbone.encode_image(towers.images(backbone, 4)).detach()
     with torch.no_grad():
         expected = classifier.text_features(features)
-        perturb(classifier, 0.0)  # what is kept must be computed again
         backbone.text_memory = ONE
-        monkeypatch.setattr(kshot.backbones.base, "checkpoint", lambda *_, **__: pytest.fail("kept for the gradient"))
+        monkeypatch.setattr(
+            kshot.backbones.language, "checkpoint", lambda *_, **__: pytest.fail("kept for the gradient")
+        )
         assert towers.relative(classifier.text_features(features), expected) <= 1e-5
     assert backbone.chunks >= len(NAMES)
 
 
 def test_frozen_prompts_need_no_backward_pass(monkeypatch):
     classifier = TextPrompt(towers.backbone(), TASK)
-    expected = classifier.text.encode()
+    expected = classifier.encode()
     classifier.backbone.text_memory = ONE
-    monkeypatch.setattr(kshot.backbones.base, "checkpoint", lambda *_, **__: pytest.fail("nothing is learnt"))
-    assert towers.relative(classifier.text.encode(), expected) <= 1e-5
+    monkeypatch.setattr(kshot.backbones.language, "checkpoint", lambda *_, **__: pytest.fail("nothing is learnt"))
+    assert towers.relative(classifier.encode(), expected) <= 1e-5
     assert classifier.backbone.chunks == len(NAMES)
 
 
 def forms(label):
     """TextPrompt above an adapted text tower, with each layer's own path and with what can be folded in folded in."""
     for forced in (False, True):
-        backbone = adapted(label, targets=("text.*",))
+        backbone = towers.backbone()
+        classifier = TextPrompt(backbone, Task(NAMES[:4]))
+        attach(label, backbone, ("text.*",))
         perturb(backbone)
         free = [v for v in layers_of(backbone).values() if v.path == "auto" and len(v.paths) > 1]
         if forced and not free:
             return
         for layer in free if forced else []:
             layer.path = "materialised"
-        yield TextPrompt(backbone, TASK).train()
+        yield classifier.train()
 
 
-@pytest.mark.parametrize("label", SLOT_CASES)
+@each_first_case
 def test_every_adapter_is_recomputed_as_it_was(label):
     for classifier in forms(label):
         expected, budgets = undivided(classifier)
@@ -175,7 +178,7 @@ def test_dropout_is_the_same_when_computed_again(monkeypatch):
     assert torch.equal(results[0][0], results[1][0])
     assert all(torch.equal(g, results[1][1][n]) for n, g in results[0][1].items())
     assert not torch.equal(results[0][0], results[2][0])
-    monkeypatch.setattr(kshot.backbones.base, "checkpoint", lambda call, *given, use_reentrant: call(*given))
+    monkeypatch.setattr(kshot.backbones.language, "checkpoint", lambda call, *given, use_reentrant: call(*given))
     torch.manual_seed(1)
     kept = outcome(classifier, ONE)
     assert_same(results[0], kept, 1e-6)
@@ -233,7 +236,6 @@ class TestTheMessage:
         chunks = classifier.backbone.chunks
         assert re.search(rf"\b{len(NAMES)} prompts in {chunks} parts of {-(-len(NAMES) // chunks)}\b", message)
         assert "model.backbone.text_memory_gb" in message
-        assert "again" in message
         outcome(classifier, ONE)
         (message,) = self.messages(caplog)
         assert f"in {len(NAMES)} parts of 1" in message
@@ -244,15 +246,6 @@ class TestTheMessage:
             assert classifier.backbone.chunks == 1
         assert self.messages(caplog) == []
 
-    def test_evaluation_computes_nothing_again(self, caplog):
-        caplog.set_level(logging.INFO, "kshot")
-        classifier = made("CoOp")
-        classifier.backbone.text_memory = ONE
-        with torch.no_grad():
-            classifier.encode()
-        (message,) = self.messages(caplog)
-        assert "again" not in message
-
 
 def test_the_default_is_a_quarter_of_the_memory(monkeypatch):
     classifier = made("CoOp")
@@ -262,9 +255,9 @@ def test_the_default_is_a_quarter_of_the_memory(monkeypatch):
     backbone.text_memory = budgets[0]
     divided = backbone.part_size(prefix, suffix, True)
     backbone.text_memory = None
-    monkeypatch.setattr(kshot.backbones.base, "memory_of", lambda _: 4 * budgets[0] + 3)
+    monkeypatch.setattr(kshot.backbones.language, "memory_of", lambda _: 4 * budgets[0] + 3)
     assert backbone.part_size(prefix, suffix, True) == divided
-    monkeypatch.setattr(kshot.backbones.base, "memory_of", lambda _: 8 * budgets[0])
+    monkeypatch.setattr(kshot.backbones.language, "memory_of", lambda _: 8 * budgets[0])
     assert backbone.part_size(prefix, suffix, True) == (1, len(NAMES))
 
 

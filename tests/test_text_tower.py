@@ -45,7 +45,7 @@ def folded(name, backbone):
 
 def with_text_adapters(name):
     backbone = towers.backbone(name)
-    LoRA(rank=2).inject(backbone, ["text.*"])
+    LoRA(rank=2).attach(backbone, ["text.*"])
     with torch.no_grad():
         for parameter in backbone.trainable("text"):
             parameter.add_(0.1 * torch.randn_like(parameter))

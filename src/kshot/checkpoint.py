@@ -12,11 +12,14 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from kshot.classifiers import Classifier, PromptSRC
 from kshot.errors import UserError, first_line
 from kshot.files import write_atomically
+from kshot.slots import AdapterLayer
 
+FORMAT = 2  # 1: PromptSRC's context inside an inner classifier, and a file to resume from with averages of its own
 HEADER = "kshot"  # key of the checkpoint's description, in both kinds of file
 TRAINING = "kshot_training"  # key of what only a resumed run needs
 INDIFFERENT = {"dropout", "path", "save_bits"}  # settings that change how a method trains or runs, not what it learnt
@@ -71,6 +74,91 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if HEADER not in metadata:
             raise UserError(f"{path} was not written by kshot: its header names no method.")
         return {name: file.get_tensor(name) for name in file.keys()}, json.loads(metadata[HEADER])  # noqa: SIM118  no mapping
+
+
+def packed(module: Any) -> dict[str, Tensor]:
+    """What was tuned as the small file holds it: methods may store fewer bits, or leave out what is zero.
+
+    Args:
+        module: a :class:`~kshot.module.FewShotModule`, as in the functions below.
+    """
+    state: dict[str, Tensor] = module.tuned_state()
+    for name, layer in named_layers(module).items():
+        stored = layer.stored()
+        if stored is not None:
+            for own, _ in layer.named_parameters():
+                state.pop(f"{name}.{own}", None)
+            state |= {f"{name}.{own}": tensor for own, tensor in stored.items()}
+    return state
+
+
+def unpacked(saved: Mapping[str, Tensor], module: Any) -> dict[str, Tensor]:
+    """Tuned tensors from what :func:`packed` gave, or from themselves; layers take on shapes that training decided."""
+    state = dict(saved)
+    for name, layer in named_layers(module).items():
+        own = {key.removeprefix(f"{name}."): state.pop(key) for key in list(state) if key.startswith(f"{name}.")}
+        state |= {f"{name}.{key}": tensor for key, tensor in layer.from_stored(own).items()}
+    return state
+
+
+def named_layers(module: Any) -> dict[str, AdapterLayer]:
+    """The adapter layers by module name."""
+    return {name: layer for name, layer in module.named_modules() if isinstance(layer, AdapterLayer)}
+
+
+def round_trip(module: Any) -> bool:
+    """Gives a module the tensors that its small file holds, so that what is tested is what is kept.
+
+    Returns:
+        Whether a tensor changed by it.
+    """
+    before = {name: tensor.clone() for name, tensor in module.tuned_state().items()}
+    after = unpacked(packed(module), module)
+    module.load_state_dict(after, strict=False)
+    return any(not torch.equal(before[name], tensor.to(before[name])) for name, tensor in after.items())
+
+
+def take_on_rows(saved: Mapping[str, Tensor], module: Any) -> None:
+    """Gives tensors that have no rows yet, such as the keys of a cache, as many as those of a file have."""
+    for name, tensor in module.tuned_state().items():
+        there = saved.get(name)
+        if there is not None and tensor.ndim and not len(tensor) and there.shape[1:] == tensor.shape[1:]:
+            owner, _, own = name.rpartition(".")
+            holder: nn.Module = module.get_submodule(owner)
+            getattr(holder, own).data = tensor.new_zeros(there.shape)
+
+
+def training_state(shared: nn.Module) -> dict[str, Tensor]:
+    """What a resumed run needs of what layers share: its persistent buffers."""
+    kept = shared.state_dict()
+    return {name: buffer for name, buffer in shared.named_buffers() if name in kept}
+
+
+def check_resumable(checkpoint: Mapping[str, Any], path: Any) -> None:
+    """Refuses a checkpoint that a fit cannot go on from.
+
+    Raises:
+        UserError: it holds weights only, or was written by an earlier version, whose optimizer had other groups.
+    """
+    if "optimizer_states" not in checkpoint:
+        raise UserError(f"{path} holds weights only; to resume, give checkpoints/last.ckpt of a run.")
+    written = checkpoint.get(HEADER, {}).get("format", 1)
+    if written != FORMAT:
+        raise UserError(f"{path} has format {written}, and this version resumes from format {FORMAT}: it can be tested.")
+
+
+def from_first_format(checkpoint: dict[str, Any], classifier: Classifier) -> None:
+    """Brings the tensors of a checkpoint of the first format under today's names."""
+    if checkpoint.get(HEADER, {}).get("format", 1) != 1:
+        return
+    state = checkpoint["state_dict"]
+    average = (checkpoint.pop(TRAINING, None) or {}).get("average")
+    state |= average["means"] if average else {}
+    for name, part in classifier.named_modules():
+        if isinstance(part, PromptSRC):
+            prefix = ".".join(filter(None, ("classifier", name))) + "."
+            for key in [key for key in state if key.startswith(f"{prefix}inner.")]:
+                state[prefix + key.removeprefix(f"{prefix}inner.")] = state.pop(key)
 
 
 def check_origin(header: Mapping[str, Any], own: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The command line: LightningCLI with configs by name, run directories, a test after fit, and one-line errors."""
+"""The command line: its start without torch, and how it ends: with a result, one line for a mistake, or interrupted."""
 
 from __future__ import annotations
 
@@ -38,11 +38,18 @@ def main(arguments: list[str] | None = None) -> None:
         print(USAGE)
         return
     from kshot.errors import UserError
+    from kshot.lean import load_lightning
 
     try:
+        load_lightning()
         from kshot.commands import run
 
         run(given, STARTED)
+    except (KeyboardInterrupt, SystemExit) as end:
+        if isinstance(end, SystemExit) and not isinstance(end.__context__, KeyboardInterrupt):
+            raise  # not the one with which Lightning ends a fit that was interrupted
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
     except Exception as error:  # raised again unless a UserError is behind it
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, UserError):  # jsonargparse wraps what a constructor raises
@@ -51,6 +58,3 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         print(f"error: {cause}", file=sys.stderr)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None

@@ -61,3 +61,24 @@ def cache_folder() -> Path:
     """
     own, shared = os.environ.get("KSHOT_CACHE"), os.environ.get("XDG_CACHE_HOME")
     return Path(own or Path(shared or "~/.cache", "kshot")).expanduser()
+
+
+def amount(size: float) -> str:
+    """Bytes in three digits: ``604 GB``."""
+    units = ("bytes", "kB", "MB", "GB", "TB", "PB", "EB")
+    for unit in units[:-1]:
+        if size < 999.5:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:,.0f} {units[-1]}"
+
+
+def memory_of_machine() -> int | None:
+    """Bytes of memory that this process may use: the machine's, or less in a container; None where nobody tells."""
+    sizes = []
+    with suppress(AttributeError, ValueError, OSError):  # no sysconf on Windows
+        sizes.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    for limit in ("memory.max", "memory/memory.limit_in_bytes"):  # control groups, version 2 and 1
+        with suppress(ValueError, OSError):  # "max" where there is no limit
+            sizes.append(int(Path("/sys/fs/cgroup", limit).read_text()))
+    return min((size for size in sizes if size > 0), default=None)

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from kshot.adapters import LoRA
-from kshot.backbones.base import Backbone, require_prompts
+from kshot.backbones.base import Backbone
+from kshot.backbones.language import require_prompts
+from kshot.checkpoint import named_layers
 from kshot.classifiers import CoOp, KgCoOp
 from kshot.errors import UserError, first_line
 
@@ -212,7 +214,7 @@ def clip_lora_tensors(
             f"{adapter.scale:.4g}: set {needs}."
         )
     found = slots_of(file, weights, metadata, model.backbone)
-    layers = {layer.slot.name: (name, layer) for name, layer in model.adapter_layers().items()}
+    layers = {layer.slot.name: (name, layer) for name, layer in named_layers(model).items()}
     reasons = [
         f"{len(names)} that {whose} alone, such as {names[0]}"
         for whose, names in (

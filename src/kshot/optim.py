@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Iterable
-from typing import Protocol
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
-from kshot.errors import UserError
+from kshot.errors import UserError, first_line
 
 
 class OptimizerFactory(Protocol):
@@ -22,11 +25,52 @@ class OptimizerFactory(Protocol):
 
 
 class ScheduleFactory(Protocol):
-    """A schedule but for its optimizer, the number of steps and of steps an epoch, which the run knows."""
+    """A schedule but for its optimizer, the number of steps and of steps an epoch, which the run knows.
+
+    Build it by :func:`make_schedule`: torch's own classes take the optimizer alone.
+    """
 
     def __call__(self, optimizer: Optimizer, total_steps: int, steps_per_epoch: int) -> LRScheduler:
         """Builds the schedule; it is stepped once per optimizer step."""
         ...
+
+
+def make_schedule(
+    factory: ScheduleFactory, optimizer: Optimizer, total_steps: int, steps_per_epoch: int
+) -> LRScheduler:
+    """Builds a schedule with what its class takes of the optimizer, the steps and the steps an epoch.
+
+    Args:
+        factory: a class, a function, or either but for these arguments.
+        optimizer: whose rates it sets.
+        total_steps: optimizer steps in the run.
+        steps_per_epoch: optimizer steps in an epoch.
+
+    Raises:
+        UserError: the class refuses its settings, or waits for a measurement as ReduceLROnPlateau does.
+    """
+    target = built_by(factory)
+    name = getattr(target, "__name__", str(target))
+    if isinstance(target, type) and issubclass(target, ReduceLROnPlateau):
+        raise UserError(
+            f"model.schedule: {name} waits for a measurement, and a schedule is stepped with the optimizer: "
+            "use WarmupCosine, or torch's CosineAnnealingLR, whose T_max counts steps."
+        )
+    known = {"total_steps": total_steps, "steps_per_epoch": steps_per_epoch}
+    named = inspect.signature(target).parameters
+    if not any(p.kind is p.VAR_KEYWORD for p in named.values()):
+        known = {name: value for name, value in known.items() if name in named}
+    try:
+        return factory(optimizer=optimizer, **known)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"model.schedule: {name} refuses its settings: {first_line(error)}.") from error
+
+
+def built_by(factory: Callable[..., Any]) -> Callable[..., Any]:
+    """What a factory calls in the end; jsonargparse hands over a partial of its own builder with the class first."""
+    while isinstance(factory, partial):
+        factory = next((each for each in factory.args if isinstance(each, type)), factory.func)
+    return factory
 
 
 class WarmupCosine(LambdaLR):
@@ -118,3 +162,38 @@ def require(who: str, name: str, value: float, holds: bool, what: str) -> None:
     """
     if not holds:
         raise UserError(f"{who}: {name} is {value}, and must {what}.")
+
+
+def make_optimizer(
+    factory: OptimizerFactory,
+    groups: Sequence[Mapping[str, Any]],
+    head_lr: float | None = None,
+    only: Collection[nn.Parameter] | None = None,
+    fused: bool = True,
+) -> Optimizer:
+    """The optimizer over groups of parameters, in torch's fused form where there is one.
+
+    Args:
+        factory: makes it.
+        groups: each with ``params``; ``weight_decay`` is its own, ``lr_factor`` multiplies its learning rate, and
+            ``head`` lets it take ``head_lr``.
+        head_lr: None for the optimizer's.
+        only: leave out all other parameters.
+        fused: False where the fused form cannot be used.
+    """
+    wanted = None if only is None else {id(p) for p in only}
+    chosen = []
+    for group in groups:
+        params = [p for p in group["params"] if p.requires_grad and (wanted is None or id(p) in wanted)]
+        own = {key: value for key, value in group.items() if key in ("weight_decay", "lr_factor")}
+        own |= {"lr": head_lr} if group.get("head") and head_lr is not None else {}
+        chosen += [{"params": params} | own] if params else []
+    build: Callable[..., Optimizer] = factory
+    optimizer = build(params=[dict(group) for group in chosen])
+    options = optimizer.defaults
+    if fused and "fused" in options and not any(options.get(name) for name in ("fused", "foreach", "differentiable")):
+        with suppress(RuntimeError, TypeError):  # a device or a dtype without a fused form
+            optimizer = build(params=[dict(group) for group in chosen], fused=True)
+    for settings in optimizer.param_groups:
+        settings["lr"] *= settings.pop("lr_factor", 1.0)
+    return optimizer

@@ -4,70 +4,186 @@ A *projection* is one frozen product ``y = x Wᵀ + b``. Its output rows may be 
 of attention are; each part, and the whole, is a *slot* with a canonical name such as ``image.3.q`` or ``image.3.qkv``.
 Whatever module a backbone's library used, an adapter sees the same four things: in, out, weight and bias.
 
-How a slot runs is decided here and nowhere else:
-
-* frozen parts of one projection always share one product;
-* under autocast the cast of a frozen weight is kept, not repeated;
-* a *factorised* adapter adds to the output of its rows, a *materialised* one replaces its rows of the weight, one in
-  the basis of its own (*svd*) replaces the product;
-* without gradients, in evaluation, all mergeable adapters are folded into one kept weight, and the frozen weight is
-  left alone, so that unmerging is exact to the bit.
+Frozen parts of one projection always share one product, and the frozen weight is never written. What an adapter does
+to it is said by its layer, as a :class:`Change`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Protocol, cast, runtime_checkable
+from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kshot.errors import UserError
-from kshot.layers import AdapterLayer, Factors, LowRankLayer, LowRankProduct
-from kshot.memo import Memo
+from kshot.products import Factors, Term, low_rank_product
+
+Path = Literal["auto", "factorised", "materialised", "svd"]
 
 
-@runtime_checkable
-class OwnProduct(Protocol):
-    """A layer with a path that replaces the frozen product instead of adding to it."""
+class Change(NamedTuple):
+    """How a layer changes the product of its rows in one forward pass.
 
-    def product(self, x: Tensor) -> Tensor:
-        """The adapted output, (..., out), bias included, from the input, (..., in)."""
-        ...
+    Attributes:
+        weight: (out, in), what takes the place of the frozen rows, with its gradient.
+        terms: low-rank terms that are added in the same product as the frozen weight.
+        folded: ``weight`` holds the terms already, and only their gradients are to be taken.
+        product: gives the output, (..., out), from the input, (..., in), in place of the product.
+        after: gives the output from input and output, when the product is done.
+    """
+
+    weight: Tensor | None = None
+    terms: Sequence[Factors] = ()
+    folded: bool = False
+    product: Callable[[Tensor], Tensor] | None = None
+    after: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
-class Projection(nn.Module):
+class AdapterLayer(nn.Module, ABC):
+    """One method's change of one slot. Holds the trainable tensors; the frozen weight stays in the slot.
+
+    Attributes:
+        slot: what is adapted.
+        mergeable: False when the change depends on the input, so that no single weight expresses it.
+        paths: the ways in which the layer can run; the first is taken unless a cost model or the user says otherwise.
+        path: the way that is forced, or ``auto``.
+        dropout: probability on the input of the change alone, in training.
+        undecayed: names of trainable tensors that weight decay must leave alone, because zero is not where they stand
+            for no change.
+    """
+
+    mergeable: ClassVar[bool] = True
+    paths: ClassVar[tuple[str, ...]] = ("materialised",)
+    undecayed: ClassVar[frozenset[str]] = frozenset()
+    path: Path = "auto"
+    dropout: float = 0.0
+
+    def __init__(self, slot: Slot) -> None:
+        super().__init__()
+        self.slot = slot
+
+    @abstractmethod
+    def effective_weight(self) -> Tensor:
+        """The adapted weight W', (out, in), with its gradient."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """The adapted output, (..., out), from the input x, (..., in), and the frozen output y = x Wᵀ + b."""
+        change = self.effective_weight() - self.slot.weight
+        return y + F.linear(self.dropped(x), change.to(x.dtype))
+
+    def change(self, x: Tensor, dtype: torch.dtype) -> Change:
+        """What the layer does to the product of its rows with x, (..., in), which runs in a dtype."""
+        if self.dropping or self.choose(x.numel() // x.shape[-1]) == "factorised":
+            return Change(after=self.forward)
+        return Change(weight=self.running_weight(dtype))
+
+    @property
+    def dropping(self) -> bool:
+        """Whether dropout is active: the change then sees another input than the frozen product."""
+        return self.dropout > 0 and self.training
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """The input of the change, with dropout in training."""
+        return F.dropout(x, self.dropout, self.training)
+
+    def choose(self, tokens: int) -> str:  # noqa: ARG002  for subclasses
+        """The path to run on this many tokens."""
+        return self.paths[0] if self.path == "auto" else self.path
+
+    def running_weight(self, dtype: torch.dtype) -> Tensor:
+        """W' for the materialised path, (out, in), in the dtype of the product, with its gradient."""
+        return self.effective_weight().to(dtype)
+
+    def stored(self) -> dict[str, Tensor] | None:
+        """What the small file holds in place of the trainable tensors, by name within this layer; None: themselves."""
+        return None
+
+    def from_stored(self, saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The trainable tensors, and what else was saved, from what a file holds: the inverse of :meth:`stored`.
+
+        A layer whose shapes follow from training takes them on here.
+        """
+        return dict(saved)
+
+
+class Holder(nn.Module):
+    """A module that can compute something once for the time of a ``with merged(model):``.
+
+    Attributes:
+        held: what :meth:`hold` found, or None. Copies and pickles of the module begin without it.
+    """
+
+    held: Tensor | None = None
+
+    def hold(self) -> Tensor | None:
+        """Computes what is to be held from the present values, without gradients."""
+        raise NotImplementedError
+
+    def __getstate__(self) -> dict[str, Any]:
+        return without("held", super().__getstate__())
+
+
+class Castable(nn.Module):
+    """A module with frozen tensors that a mixed-precision run also keeps in the dtype of its products.
+
+    Attributes:
+        lowered: the kept ones, for the time of a ``with stored_as(model, dtype):``. Copies and pickles begin without.
+    """
+
+    lowered: tuple[Tensor | None, ...] | None = None
+
+    def frozen_tensors(self) -> tuple[Tensor | None, ...]:
+        """What there is to keep; the first is a tensor."""
+        raise NotImplementedError
+
+    def frozen(self, dtype: torch.dtype) -> tuple[Any, ...]:
+        """The frozen tensors for a product, in its dtype where they are kept so."""
+        if self.lowered is not None and cast(Tensor, self.lowered[0]).dtype == dtype:
+            return self.lowered
+        return self.frozen_tensors()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return without("lowered", super().__getstate__())
+
+
+def without(name: str, state: object) -> dict[str, Any]:
+    """What a copy or pickle of a module takes along, but for one attribute."""
+    return {key: value for key, value in cast("dict[str, Any]", state).items() if key != name}
+
+
+class Projection(Holder, Castable):
     """A frozen linear map whose output rows form one or more slots.
 
     Args:
         weight: (out, in), kept without a copy.
         bias: (out,) or None.
         parts: rows of each part, in order; they sum to ``out``.
+        place: where in the backbone, ``<tower>.<block>``: its slots are ``<place>.<part>``.
+
+    Attributes:
+        enabled: False while the model runs as if nothing were attached.
     """
 
-    unmerged: nn.Parameter | None  # the frozen weight while ``weight`` holds a merged one
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, parts: Mapping[str, int]) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, parts: Mapping[str, int], place: str = "") -> None:
         super().__init__()
         assert sum(parts.values()) == weight.shape[0]
         self.weight = nn.Parameter(weight.detach(), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-        self.register_parameter("unmerged", None)
         self.sizes = dict(parts)
         self.whole = "".join(parts)
+        self.place = place
         self.adapters = nn.ModuleDict()
         self.enabled = True
-        self._merged: Memo[Tensor] = Memo()
-        self._materialised: Memo[Tensor] = Memo()
-        self._cast: Memo[tuple[Tensor, Tensor | None]] = Memo()
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, part: str) -> Projection:
+    def from_linear(cls, linear: nn.Linear, part: str, place: str = "") -> Projection:
         """Takes over the weight of a plain linear layer, as one slot."""
-        return cls(linear.weight, linear.bias, {part: linear.out_features})
+        return cls(linear.weight, linear.bias, {part: linear.out_features}, place)
 
     @property
     def in_features(self) -> int:
@@ -78,11 +194,6 @@ class Projection(nn.Module):
     def out_features(self) -> int:
         """Width of the output, all parts together."""
         return self.weight.shape[0]
-
-    @property
-    def frozen_weight(self) -> nn.Parameter:
-        """The weight without adapters, (out, in)."""
-        return self.weight if self.unmerged is None else self.unmerged
 
     def rows(self, part: str) -> slice:
         """The output rows that belong to a part, or to the whole."""
@@ -95,42 +206,41 @@ class Projection(nn.Module):
             start += size
         raise KeyError(part)
 
+    def slot(self, part: str) -> Slot:
+        """The slot of a part, or of the whole."""
+        return Slot(f"{self.place}.{part}", self, part)
+
+    @property
+    def runs_layers(self) -> bool:
+        """Whether adapter layers are attached and not left out, nor merged for now."""
+        return bool(self.adapters) and self.enabled and self.held is None
+
     def layers(self) -> dict[str, AdapterLayer]:
         """The attached adapter layers by part."""
         return {part: cast(AdapterLayer, layer) for part, layer in self.adapters.items()}
 
-    def sources(self) -> list[nn.Parameter]:
-        """Every trainable tensor that the adapters here depend on."""
-        return [p for layer in self.layers().values() for p in layer.sources()]
-
-    def with_rows(self, rows: Mapping[str, Tensor]) -> Tensor:
+    def with_rows(self, rows: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         """The frozen weight with the rows of some parts replaced, (out, in)."""
-        if not rows:
-            return self.frozen_weight
         if self.whole in rows:
-            return rows[self.whole]
-        blocks = [rows[p] if p in rows else self.frozen_weight[self.rows(p)] for p in self.sizes]
-        return torch.cat([b.to(next(iter(rows.values())).dtype) for b in blocks])
+            return rows[self.whole].to(dtype)
+        frozen, _ = self.frozen(dtype)
+        return torch.cat([(rows[p] if p in rows else frozen[self.rows(p)]).to(dtype) for p in self.sizes])
 
     def effective_weight(self) -> Tensor:
-        """The weight with adapters folded in, (out, in), with its gradient."""
-        return self.with_rows({part: layer.effective_weight() for part, layer in self.layers().items()})
+        """The weight with adapters folded in, (out, in), in the dtype of the frozen one, with its gradient."""
+        rows = {part: layer.effective_weight() for part, layer in self.layers().items()}
+        return self.with_rows(rows, self.weight.dtype) if rows else self.weight
 
     # ------------------------------------------------------------------------------------------------ running
 
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
         """Maps x, (..., in), to one tensor a part, (..., rows of the part)."""
-        layers = self.layers() if self.enabled and self.unmerged is None else {}
-        merge = not torch.is_grad_enabled() and all(v.mergeable and not v.training for v in layers.values())
-        if layers and not merge:
-            return self._adapted(x, layers)
-        dtype = self.product_dtype(x)
-        weight, bias = self._frozen(dtype)
-        if layers and torch.compiler.is_compiling():
-            weight = self.effective_weight()
-        elif layers:
-            sources = [self.weight, *self.sources()]
-            weight = self._merged.get(sources, lambda: self.effective_weight().to(dtype), key=dtype)
+        dtype = self.product_dtype(x.device)
+        if self.runs_layers:
+            return self._adapted(x, dtype)
+        weight, bias = self.frozen(dtype)
+        if self.held is not None and self.enabled:
+            weight = self.held
         return self._parts(F.linear(x, weight, bias))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -141,111 +251,57 @@ class Projection(nn.Module):
     def _parts(self, y: Tensor) -> tuple[Tensor, ...]:
         return (y,) if len(self.sizes) == 1 else torch.split(y, list(self.sizes.values()), dim=-1)
 
-    def product_dtype(self, x: Tensor) -> torch.dtype:
+    def product_dtype(self, device: torch.device) -> torch.dtype:
         """The dtype that the product runs in: autocast's, unless the weight is of double precision."""
-        device = x.device.type
-        if torch.is_autocast_enabled(device) and self.weight.dtype != torch.float64:
-            return torch.get_autocast_dtype(device)
+        if torch.is_autocast_enabled(device.type) and self.weight.dtype != torch.float64:
+            return torch.get_autocast_dtype(device.type)
         return self.weight.dtype
 
-    def _frozen(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias for a product, cast once; autocast would cast a frozen weight in every call."""
-        weight, bias = self.weight if self.enabled else self.frozen_weight, self.bias
-        trained = weight.requires_grad or (bias is not None and bias.requires_grad)
-        if dtype == weight.dtype or trained or torch.compiler.is_compiling():
-            return weight, bias
-        tensors = [weight] if bias is None else [weight, bias]
-        return self._cast.get(tensors, lambda: (weight.to(dtype), None if bias is None else bias.to(dtype)), key=dtype)
+    def frozen_tensors(self) -> tuple[Tensor, Tensor | None]:
+        return self.weight, self.bias
 
-    def _adapted(self, x: Tensor, layers: dict[str, AdapterLayer]) -> tuple[Tensor, ...]:
-        """Runs the adapters, each on its path; dropout on a change's input leaves only the path beside the product."""
-        tokens = x.numel() // x.shape[-1]
-        beside = {p: layer for p, layer in layers.items() if layer.dropout > 0 and layer.training}
-        chosen = {p: layer.choose(tokens) for p, layer in layers.items() if p not in beside}
-        products = {p: v for p, v in layers.items() if chosen.get(p) == "svd" and isinstance(v, OwnProduct)}
-        if len(products) == len(layers) and (self.whole in products or len(products) == len(self.sizes)):
-            return (
-                self._parts(products[self.whole].product(x))
-                if self.whole in products
-                else tuple(products[p].product(x) for p in self.sizes)
-            )
-        thin = {p: v for p, v in layers.items() if isinstance(v, LowRankLayer) and p in chosen}
-        replaced = {
-            p: v for p, v in layers.items() if chosen.get(p) == "materialised" and not isinstance(v, LowRankLayer)
-        }
-        added = bool(replaced) or any(chosen[p] != "materialised" for p in thin)
-        beside |= {p: v for p, v in layers.items() if p not in products and p not in thin and p not in replaced}
-        dtype = self.product_dtype(x)
-        weight, bias = self._frozen(dtype)
-        if replaced:
-            weight = self.with_rows({p: v.running_weight(dtype) for p, v in replaced.items()})
-        if not thin:
-            outputs = self._parts(F.linear(x, weight, bias))
-        elif torch.compiler.is_compiling():
-            outputs = self._parts(F.linear(x, weight, bias))
-            beside |= thin
-        else:
-            if not added:
-                weight = self._with_thin(thin, dtype)
-            terms = [(self.rows(p), term) for p, layer in thin.items() for term in layer.factors()]
-            y = low_rank_product(x.to(dtype), weight, bias, added, terms)
-            outputs = self._parts(y)
-        return self._finished(x, outputs, beside, products, {p: v for p, v in thin.items() if p not in beside})
+    def _adapted(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        changes = {part: layer.change(x, dtype) for part, layer in self.layers().items()}
 
-    def _with_thin(self, thin: dict[str, LowRankLayer], dtype: torch.dtype) -> Tensor:
-        """The weight with low-rank changes folded in, once per optimizer step; their gradients go another way."""
+        def done(part: str, y: Tensor | None) -> Tensor:
+            change = changes.get(part, Change())
+            if change.product is not None:
+                y = change.product(x)
+            assert y is not None, "rows without a product of their own share that of the projection"
+            return y if change.after is None else change.after(x, y)
 
-        def form() -> Tensor:  # a change rounded to the dtype of the product loses less than the sum will
-            return self.with_rows({p: layer.slot.weight + layer.delta(dtype) for p, layer in thin.items()}).to(dtype)
-
-        sources = [q for layer in thin.values() for q in layer.sources()]
-        return self._materialised.get([self.weight, *sources], form, key=(dtype, *thin))
-
-    def _finished(
-        self,
-        x: Tensor,
-        outputs: tuple[Tensor, ...],
-        beside: Mapping[str, AdapterLayer],
-        products: Mapping[str, OwnProduct],
-        thin: Mapping[str, LowRankLayer],
-    ) -> tuple[Tensor, ...]:
-        """Lets each layer do what it does to its own part of the output."""
-
-        def done(part: str, y: Tensor) -> Tensor:
-            if part in products:
-                return products[part].product(x)
-            if part in beside:
-                adapted: Tensor = beside[part](x, y)
-                return adapted
-            return thin[part].finish(y) if part in thin else y
-
-        if len(self.sizes) > 1 and (self.whole in beside or self.whole in products or self.whole in thin):
-            return self._parts(done(self.whole, torch.cat(outputs, dim=-1)))
-        return tuple(done(part, y) for part, y in zip(self.sizes, outputs, strict=True))
+        own = [part for part, change in changes.items() if change.product is not None]
+        if self.whole in own:
+            return self._parts(done(self.whole, None))
+        if len(own) == len(self.sizes):
+            return tuple(done(part, None) for part in self.sizes)
+        weight, bias = self.frozen(dtype)
+        rows = {part: change.weight for part, change in changes.items() if change.weight is not None}
+        if rows:
+            weight = self.with_rows(rows, dtype)
+        terms = [Term(self.rows(p), term, not change.folded) for p, change in changes.items() for term in change.terms]
+        y = low_rank_product(x.to(dtype), weight, bias, terms) if terms else F.linear(x, weight, bias)
+        if self.whole in changes:
+            return self._parts(done(self.whole, y))
+        return tuple(done(part, part_of_y) for part, part_of_y in zip(self.sizes, self._parts(y), strict=True))
 
     # ------------------------------------------------------------------------------------------------ merging
 
-    def merge(self) -> None:
-        """Puts the merged weight in the place of the frozen one, which is kept."""
+    def hold(self) -> Tensor | None:
+        """The effective weight in the dtype of products, (out, in); None where the frozen one will do."""
+        dtype = self.product_dtype(self.weight.device)
+        if not all(layer.mergeable for layer in self.layers().values()):
+            return None
+        if not self.adapters and (dtype == self.weight.dtype or self.frozen(dtype)[0].dtype == dtype):
+            return None
+        with torch.autocast(self.weight.device.type, enabled=False):
+            return self.effective_weight().detach().to(dtype)
+
+    def fold(self) -> None:
+        """Puts the effective weight in the place of the frozen one, for good, and lets the adapters go."""
         with torch.no_grad():
-            merged = self.effective_weight()
-        self.unmerged, self.weight = self.weight, nn.Parameter(merged, requires_grad=False)
-
-    def unmerge(self) -> None:
-        """Puts the frozen weight back."""
-        assert self.unmerged is not None
-        self.weight, self.unmerged = self.unmerged, None
-
-
-def low_rank_product(
-    x: Tensor, weight: Tensor, bias: Tensor | None, added: bool, terms: list[tuple[slice, Factors]]
-) -> Tensor:
-    """:class:`LowRankProduct` with everything cast to the dtype of x."""
-    factors = [t.to(x.dtype) for _, term in terms for t in term]
-    rows = tuple(block for block, _ in terms)
-    bias = None if bias is None else bias.to(x.dtype)
-    y: Tensor = LowRankProduct.apply(x, weight.to(x.dtype), bias, added, rows, *factors)
-    return y
+            self.weight = nn.Parameter(self.effective_weight().detach(), requires_grad=False)
+        self.adapters.clear()
 
 
 @dataclass(frozen=True)
@@ -259,7 +315,7 @@ class Slot:
     @property
     def weight(self) -> Tensor:
         """The frozen weight, (out, in): a view."""
-        return self.projection.frozen_weight[self.projection.rows(self.part)]
+        return self.projection.weight[self.projection.rows(self.part)]
 
     @property
     def bias(self) -> Tensor | None:
@@ -290,9 +346,60 @@ class Slot:
         self.projection.adapters[self.part] = layer
 
 
-def projections_of(model: nn.Module) -> dict[str, Projection]:
-    """All projections of a model by module name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, Projection)}
+def projections_of(model: nn.Module) -> list[Projection]:
+    """All projections of a model."""
+    return [module for module in model.modules() if isinstance(module, Projection)]
+
+
+@contextmanager
+def merged(model: nn.Module) -> Iterator[None]:
+    """Runs a model at the cost of its plain one: validation, test and prediction run inside.
+
+    What evaluation needs again and again is computed once, at the start: each projection's effective weight, and what
+    other holders hold, such as the class features of a text classifier. Weights are not to be written inside. Frozen
+    ones stay as they are, to the bit.
+    """
+    holders = [m for m in reversed(list(model.modules())) if isinstance(m, Holder)]  # parts before what is made of them
+    before = [holder.held for holder in holders]
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            for holder in holders:
+                holder.held = None
+            with one_pass(model):
+                for holder in holders:
+                    holder.held = holder.hold()
+        yield
+    finally:
+        for holder, held in zip(holders, before, strict=True):
+            holder.held = held
+
+
+def one_pass(model: nn.Module) -> ExitStack:
+    """A pass through all backbones of a model, in which layers make together what each would make by itself."""
+    stack = ExitStack()
+    for module in model.modules():
+        if hasattr(module, "passing"):
+            stack.enter_context(cast(Any, module).passing())
+    return stack
+
+
+@contextmanager
+def stored_as(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Keeps frozen weights also in the dtype of a mixed-precision run: autocast would cast each in every call."""
+    modules = [module for module in model.modules() if isinstance(module, Castable)]
+    before = [module.lowered for module in modules]
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            for module in modules:
+                tensors = module.frozen_tensors()
+                sizes = {t.itemsize for t in tensors if t is not None}
+                trained = any(t.requires_grad for t in tensors if t is not None)
+                if not trained and dtype.itemsize < min(sizes) and max(sizes) < 8:  # autocast leaves float64 alone
+                    module.lowered = tuple(None if t is None else t.to(dtype) for t in tensors)
+        yield
+    finally:
+        for module, lowered in zip(modules, before, strict=True):
+            module.lowered = lowered
 
 
 def merge(model: nn.Module, keep: bool = True) -> None:
@@ -301,37 +408,42 @@ def merge(model: nn.Module, keep: bool = True) -> None:
     Args:
         model: a backbone, or anything that holds one.
         keep: keep adapters and frozen weights, so that :func:`unmerge` restores the model to the bit; False removes
-            them and leaves a plain model.
+            them, and leaves the library's own modules under the library's own names.
 
     Raises:
         UserError: it is merged already, or a method depends on its input; nothing is changed then.
     """
-    adapted = {name: p for name, p in projections_of(model).items() if p.adapters}
-    for projection in adapted.values():
-        if projection.unmerged is not None:
+    adapted = [projection for projection in projections_of(model) if projection.adapters]
+    for projection in adapted:
+        if projection.held is not None:
             raise UserError("The adapters are merged already: unmerge first.")
         for layer in projection.layers().values():
             if not layer.mergeable:
                 method = type(layer).__name__.removesuffix("Layer")
                 raise UserError(f"{method} on {layer.slot.name} depends on its input: no weight expresses it.")
-    for projection in adapted.values():
-        projection.merge()
-        if not keep:
-            projection.unmerged = None
-            projection.adapters.clear()
+    with torch.inference_mode(False), torch.no_grad(), one_pass(model):
+        for projection in adapted:
+            if keep:
+                projection.held = projection.hold()
+            else:
+                projection.fold()
+    if not keep:
+        for module in list(model.modules()):
+            restore = getattr(module, "restore_library", None)  # of a backbone
+            if restore is not None:
+                restore()
 
 
 def unmerge(model: nn.Module) -> None:
     """Takes merged adapters out of the weights again, exactly."""
-    for projection in projections_of(model).values():
-        if projection.unmerged is not None:
-            projection.unmerge()
+    for projection in projections_of(model):
+        projection.held = None
 
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
     """Runs a model as if no adapter were attached."""
-    projections = list(projections_of(model).values())
+    projections = projections_of(model)
     before = [p.enabled for p in projections]
     for projection in projections:
         projection.enabled = False

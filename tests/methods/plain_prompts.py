@@ -8,7 +8,6 @@ import torch
 import towers
 from torch import Tensor
 
-from kshot.adapters import unadapted
 from kshot.classifiers import Task
 
 NAMES = ("cat", "dog", "yellow bird", "very small old car", "tree", "sea horse", "house", "pen", "cup", "x")
@@ -16,13 +15,26 @@ TASK = Task(NAMES[:4])
 
 
 def made(kind: Callable[..., Any], name: str = "clip", names: Sequence[str] = NAMES[:4], **settings: Any) -> Any:
-    """A classifier on a tiny backbone, told of the untouched text tower as before a run; the same each time."""
+    """A classifier on a tiny backbone, the same each time."""
     backbone = towers.backbone(name)
     torch.manual_seed(3)
-    classifier = kind(backbone, Task(tuple(names)), **settings)
-    with unadapted(classifier.backbone):
-        classifier.observe_frozen()
-    return classifier
+    return kind(backbone, Task(tuple(names)), **settings)
+
+
+def encode(classifier: Any, images: Tensor) -> Tensor:
+    """Image features, with the tokens that the classifier puts into the image tower."""
+    return classifier.backbone.encode_image(images, classifier.image_tokens())
+
+
+def teacher_of(classifier: Any, images: Tensor) -> Tensor:
+    """Image features of the untouched backbone."""
+    with classifier.backbone.unadapted(), torch.no_grad():
+        return classifier.backbone.encode_image(images)
+
+
+def saved(classifier: Any) -> dict[str, Tensor]:
+    """What a checkpoint holds of a classifier."""
+    return {name: tensor for name, tensor in classifier.state_dict().items() if "backbone." not in name}
 
 
 def trained(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

@@ -3,7 +3,7 @@
 import torch
 
 from kshot.adapters import SlotAdapter
-from kshot.slots import Projection, Slot
+from kshot.slots import Projection
 
 BLOCK = {"qkv": (2304, 768), "o": (768, 768), "fc1": (3072, 768), "fc2": (768, 3072)}  # (out, in)
 
@@ -14,8 +14,9 @@ def trained_numbers(adapter: SlotAdapter) -> int:
     for block in range(12):
         for part, (out, into) in BLOCK.items():
             rows = dict.fromkeys("qkv", out // 3) if part == "qkv" else {part: out}
-            projection = Projection(torch.empty(out, into, device="meta"), torch.empty(out, device="meta"), rows)
-            slots[f"image.{block}.{part}"] = Slot(f"image.{block}.{part}", projection, part)
+            weight, bias = torch.empty(out, into, device="meta"), torch.empty(out, device="meta")
+            slot = Projection(weight, bias, rows, f"image.{block}").slot(part)
+            slots[slot.name] = slot
     shared = adapter.prepare(slots)
     modules = [adapter.wrap(slot, shared) for slot in slots.values()] + ([] if shared is None else [shared])
     trained = {id(p): p for module in modules for p in module.parameters() if p.requires_grad}

@@ -34,7 +34,7 @@ def settled(ranks, **settings):
 
 @pytest.mark.parametrize("path", PATHS)
 def test_search_equals_peft_with_weighted_columns(path):
-    mine = oracle.ours(AutoLoRA(max_rank=4, alpha=9.0, path=path))
+    mine = oracle.ours(AutoLoRA(max_rank=4, alpha=9.0, path=path), double=True)
     model = oracle.theirs(LoraConfig(r=4, lora_alpha=9, target_modules=list(oracle.SHAPES)))
     oracle.randomise(trained(mine))
     pairs = []
@@ -52,13 +52,13 @@ def test_search_equals_peft_with_weighted_columns(path):
             (a.grad, *torch.autograd.grad(weighted, [ours.B, ours.a], b.grad)),
             strict=True,
         ):
-            assert oracle.relative(given, expected) <= 1e-5
+            assert oracle.relative(given, expected) <= 1e-7
     oracle.merged_agree(mine, model)
 
 
 @pytest.mark.parametrize("path", PATHS)
 def test_final_phase_equals_peft_with_a_rank_pattern(path):
-    mine = settled(RANKS, max_rank=4, alpha=9.0, path=path)
+    mine = settled(RANKS, max_rank=4, alpha=9.0, path=path).double()
     model = oracle.theirs(LoraConfig(r=8, lora_alpha=9, rank_pattern=RANKS, target_modules=list(oracle.SHAPES)))
     oracle.randomise(trained(mine))
     pairs = []
@@ -70,7 +70,7 @@ def test_final_phase_equals_peft_with_a_rank_pattern(path):
             b.copy_(a)
     oracle.agree(mine, model)
     for a, b in pairs:
-        assert oracle.relative(a.grad, b.grad) <= 1e-5
+        assert oracle.relative(a.grad, b.grad) <= 1e-7
     oracle.merged_agree(mine, model)
 
 
@@ -125,7 +125,7 @@ class TestHypergradient:
     """On one layer in float64, against differentiation through the step."""
 
     def setup_method(self):
-        mine = oracle.ours(AutoLoRA(max_rank=3), ["image.0.fc1"], double=True).double()
+        mine = oracle.ours(AutoLoRA(max_rank=3), ["image.0.fc1"], double=True)
         oracle.randomise(trained(mine), 0.5)
         self.linear, layer = mine.fc1, oracle.layer(mine, "fc1")
         self.weights, self.a = [layer.A, layer.B], layer.a
@@ -198,6 +198,7 @@ class Task:
 
     def problem(self, steps=20):
         return SearchProblem(
+            self.mine.layers(),
             self.batches(0),
             self.batches(1),
             self.loss,
@@ -207,8 +208,11 @@ class Task:
         )
 
     def search(self, steps=20):
-        assert self.mine.shared[0].search(self.problem(steps))
+        self.mine.shared[0].search(self.problem(steps))
         return self
+
+    def ranks(self):
+        return self.mine.shared[0].ranks(self.mine.layers())
 
     def found(self):
         return torch.stack([oracle.layer(self.mine, name).searched for name in oracle.SHAPES])
@@ -221,13 +225,13 @@ class TestSearch:
         task.search(40)
         (search,) = task.mine.shared
         assert task.drawn == [20, 20]
-        assert set(search.ranks) == set(oracle.TARGETS)
-        assert all(1 <= rank <= 4 for rank in search.ranks.values())
-        assert len(set(search.ranks.values())) > 1
+        assert set(task.ranks()) == set(oracle.TARGETS)
+        assert all(1 <= rank <= 4 for rank in task.ranks().values())
+        assert len(set(task.ranks().values())) > 1
         assert all(torch.equal(a, b) for a, b in zip(task.head.parameters(), head.parameters(), strict=True))
         assert all(p.grad is None for p in [*trained(task.mine), *task.head.parameters()])
         for name, slot in oracle.SLOT_OF.items():
-            ours, rank = oracle.layer(task.mine, name), search.ranks[slot]
+            ours, rank = oracle.layer(task.mine, name), task.ranks()[slot]
             assert rank == rank_of(ours.searched, "softmax")
             assert (ours.searched - 1).abs().max() > 0.1
             assert {n for n, _ in ours.named_parameters()} == {"A", "B"}
@@ -237,11 +241,13 @@ class TestSearch:
             for layer in (ours, single):
                 oracle.randomise([layer.A, layer.B])
             assert oracle.relative(ours.effective_weight(), single.effective_weight()) <= 1e-6
-        assert not search.search(task.problem())
+        before = trained(task.mine)
+        search.search(task.problem())
+        assert all(a is b for a, b in zip(before, trained(task.mine), strict=True)), "searched twice"
 
     def test_what_the_loss_does_not_see_keeps_every_rank(self):
         task = Task(only="qkv").search()
-        ranks = task.mine.shared[0].ranks
+        ranks = task.ranks()
         assert ranks.pop("image.0.qkv") < 4
         assert set(ranks.values()) == {4}
         assert torch.equal(task.found()[1:], torch.ones(3, 4))
@@ -284,7 +290,7 @@ class TestSearch:
         """Weights that are looked ahead to and put back are noticed, and losses are compared without masks."""
         task = Task(search_steps=5, **other).search()
         assert oracle.relative(task.found(), Task(search_steps=5, path="factorised").search().found()) <= 1e-3
-        assert {v.dropout for v in task.mine.shared[0].layers.values()} == {other.get("dropout", 0.0)}
+        assert {v.dropout for v in task.mine.layers().values()} == {other.get("dropout", 0.0)}
 
     def test_autocast(self):
         task = Task(search_steps=5, autocast=True).search()
@@ -323,19 +329,19 @@ def test_saved_and_loaded(tmp_path):
         (prefix,) = (n for n, m in other.named_modules() if m is layer)
         own = {n.removeprefix(f"{prefix}."): t for n, t in saved.items() if n.startswith(f"{prefix}.")}
         assert set(own) == {"A", "B", "searched"}
-        layer.fit_shapes(own)
+        assert layer.from_stored(own).keys() == own.keys()
     assert other.load_state_dict(saved, strict=False).unexpected_keys == []
     x = torch.randn(5, 24)
     assert torch.equal(task.mine.run(x), other.run(x))
     assert [p.shape for p in trained(task.mine)] == [p.shape for p in trained(other)]
-    assert other.shared[0].ranks == task.mine.shared[0].ranks
+    assert other.shared[0].ranks(other.layers()) == task.ranks()
     assert torch.equal(oracle.layer(other, "fc1").searched, oracle.layer(task.mine, "fc1").searched)
 
 
 @pytest.mark.parametrize("saved", [{}, {"A": torch.ones(2, 24), "a": torch.ones(2)}, {"A": torch.ones(5, 24)}])
 def test_other_checkpoints_leave_the_search_open(saved):
     layer = oracle.layer(oracle.ours(AutoLoRA(max_rank=4)), "fc1")
-    layer.fit_shapes(saved)
+    assert layer.from_stored(saved) == saved
     assert {n: tuple(p.shape) for n, p in layer.named_parameters()} == {"A": (4, 24), "B": (96, 4), "a": (4,)}
 
 

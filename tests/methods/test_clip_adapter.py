@@ -44,7 +44,7 @@ def adapted(x, ratio, down, up):
 def test_is_the_formula_on_raw_features(text_ratio):
     given = train(made(ratio=0.3, text_ratio=text_ratio)).eval()
     features = torch.randn(5, 24) * torch.tensor([[0.1], [1.0], [5.0], [20.0], [2.0]])
-    text = given.text()
+    text = given.encode()
     image = adapted(features, 0.3, given.image_adapter.down[0], given.image_adapter.up[0])
     if text_ratio:
         text = adapted(text, text_ratio, given.text_adapter.down[0], given.text_adapter.up[0])
@@ -107,7 +107,7 @@ def test_the_best_ratio_is_kept():
     given.chosen.fill_(1)
     queries = 3 * torch.randn(20, 24)
     truth = given(queries).argmax(-1)  # the second is right everywhere
-    others = given.candidates(queries, given.text(), slice(None)).argmax(-1)
+    others = given.candidates(queries, given.encode(), slice(None)).argmax(-1)
     assert all((others[r] != truth).any() for r in (0, 2))
     given.chosen.fill_(0)
     given.select(Shots(queries[None], truth))
@@ -123,9 +123,9 @@ def test_the_first_of_equals_is_kept():
     assert given.chosen.tolist() == [1]
 
 
-@pytest.mark.parametrize(("ratio", "selects"), [(0.2, False), ([0.2], False), ([0.2, 0.3], True)])
-def test_chooses_only_among_several(ratio, selects):
-    assert made(ratio=ratio).selects == selects
+@pytest.mark.parametrize(("ratio", "needs"), [(0.2, set()), ([0.2], set()), ([0.2, 0.3], {"val"})])
+def test_chooses_only_among_several(ratio, needs):
+    assert made(ratio=ratio).needs == needs
 
 
 def test_weights_stay_when_the_classes_change():

@@ -1,5 +1,7 @@
 """CoCoOp against prompts that are assembled and encoded one image and one class at a time, at full length."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +9,7 @@ import towers
 from plain_prompts import (
     NAMES,
     disturb,
+    encode,
     features_of,
     made,
     plain_logits,
@@ -17,7 +20,8 @@ from plain_prompts import (
     unit,
 )
 
-from kshot.classifiers import CoCoOp, CoOp
+from kshot.adapters import LoRA
+from kshot.classifiers import VPT, CoCoOp, CoOp
 from kshot.errors import UserError
 
 
@@ -77,13 +81,10 @@ def test_a_batch_is_its_images_one_by_one(gradient):
 
 def test_the_meta_net_reads_normalised_features():
     given = disturb(made(CoCoOp, reduction=4))
-    seen = []
-    given.meta_net.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     features = features_of(given)
-    logits = given(features)
-    assert towers.relative(given(features * torch.linspace(0.01, 90, 6)[:, None]), logits) <= 1e-5
-    for x in seen:
-        assert towers.relative(x, unit(features)) <= 1e-6
+    expected = given.context + given.meta_net(unit(features)).unsqueeze(1)
+    assert towers.relative(given.contexts(features), expected) <= 1e-6
+    assert towers.relative(given(features * torch.linspace(0.01, 90, 6)[:, None]), given(features)) <= 1e-5
 
 
 @pytest.mark.parametrize("images", [1, 5])
@@ -107,6 +108,114 @@ def test_parts_within_a_memory_budget_give_the_same(images):
             assert towers.relative(parts(features), whole(features)) <= 1e-5
 
 
+class TestGroups:
+    """A step whose prompts do not fit together takes a few images at a time, and computes nothing twice."""
+
+    LABEL = torch.tensor([3, 0, 9, 1, 2])
+
+    def step(self, classifier, budget, scale=1.0, **given):
+        """Loss, gradients by name, and calls of the text tower's blocks forward and backward."""
+        classifier.backbone.text_memory = budget
+        features = given.get("features", features_of(classifier, 5)).to(classifier.context.dtype)
+        calls, encode = [], classifier.backbone.encode_part
+        classifier.backbone.encode_part = lambda p, s, *rest: calls.append(tuple(s.shape[:2])) or encode(p, s, *rest)
+        classifier.zero_grad()
+        loss = classifier.losses(features, self.LABEL)["cross_entropy"]
+        forward = list(calls)
+        (scale * loss).backward()
+        del classifier.backbone.encode_part
+        return loss.detach(), {n: p.grad for n, p in trained(classifier).items()}, forward, calls[len(forward) :]
+
+    def budget(self, classifier, images):
+        """Bytes in which the prompts of some images fit together, and of one more do not."""
+        part_size, sizes = classifier.backbone.part_size, []
+        classifier.backbone.part_size = lambda *a, **k: sizes.append((a, k)) or part_size(*a, **k)
+        classifier.images_together(features_of(classifier, 5))
+        del classifier.backbone.part_size
+        (arguments, named), least = sizes[0], 1
+        while True:
+            classifier.backbone.text_memory = least
+            if part_size(*arguments, **named) == (images, len(classifier.rest)):
+                return least
+            least = int(least * 1.1) + 1
+
+    @pytest.mark.parametrize(("images", "expected"), [(1, [1] * 5), (2, [2, 2, 1]), (3, [3, 2]), (5, [5])])
+    def test_equal_the_whole_step(self, images, expected):
+        given = disturb(made(CoCoOp, names=NAMES, reduction=4)).double()
+        LoRA(rank=2).attach(given.backbone, ["text.*"])
+        given = disturb(given).double()
+        budget = self.budget(given, images)
+        whole = self.step(given, None, scale=0.3)
+        parts = self.step(given, budget, scale=0.3)
+        assert [g for g, _ in parts[2]] == expected
+        assert {c for _, c in parts[2]} == {len(NAMES)}
+        assert parts[3] == whole[3] == []  # nothing runs again in the backward pass
+        assert towers.relative(parts[0], whole[0]) <= 1e-12
+        assert len(whole[1]) > 5
+        for name, gradient in whole[1].items():
+            assert gradient.abs().max() > 0, name
+            assert towers.relative(parts[1][name], gradient) <= 1e-10, name
+
+    @pytest.mark.parametrize("targets", [["image.*"], ["*"]])
+    def test_gradients_go_on_into_the_image_tower(self, targets):
+        """Through the features, which tokens in the image tower or an adapter make learnable."""
+        given = made(VPT, names=NAMES, head=partial(CoCoOp, reduction=4))
+        LoRA(rank=2).attach(given.backbone, targets)
+        disturb(given).double()
+        images, results = towers.images(given.backbone, 5).double(), []
+        budget = self.budget(given.inner, 2)
+        for text_memory in (None, budget):
+            given.backbone.text_memory = text_memory
+            given.zero_grad()
+            given.losses(encode(given, images), self.LABEL)["cross_entropy"].backward()
+            results.append({name: p.grad for name, p in trained(given).items()})
+        for name, gradient in results[0].items():
+            assert gradient.abs().max() > 0, name
+            assert towers.relative(results[1][name], gradient) <= 1e-10, name
+
+    def test_under_bfloat16_autocast(self):
+        given = disturb(made(CoCoOp, names=NAMES, reduction=4))
+        LoRA(rank=2).attach(given.backbone, ["text.*"])
+        disturb(given)
+        _, exact, *_ = self.step(given, None)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            budget = self.budget(given, 2)
+            whole, parts = self.step(given, None), self.step(given, budget)
+        assert [g for g, _ in parts[2]] == [2, 2, 1]
+        assert towers.relative(parts[0], whole[0]) <= 1e-2
+        assert {g.dtype for g in parts[1].values()} == {torch.float32}
+        flat = [torch.cat([g.flatten() for g in gradients.values()]) for gradients in (exact, whole[1], parts[1])]
+        assert (flat[2] - flat[0]).norm() <= 1.5 * (flat[1] - flat[0]).norm()
+
+    def test_not_where_gradients_are_scaled_or_one_image_does_not_fit(self):
+        given = disturb(made(CoCoOp, names=NAMES, reduction=4))
+        features, budget = features_of(given, 5), self.budget(given, 2)
+        given.backbone.text_memory = budget
+        assert given.images_together(features) == 2
+        with torch.no_grad():
+            assert given.images_together(features) == 5
+        with torch.autocast("cpu", dtype=torch.float16):
+            given.backbone.text_memory = budget // 2
+            assert given.images_together(features) == 5
+        whole, parts = self.step(given, None), self.step(given, 1)
+        assert set(parts[2]) == {(1, 1)}
+        assert len(parts[3]) == len(parts[2]) == 5 * len(NAMES)  # computed again: one image does not fit
+        assert towers.relative(parts[0], whole[0]) <= 1e-5
+        for name, gradient in whole[1].items():
+            assert towers.relative(parts[1][name], gradient) <= 1e-4, name
+
+    def test_it_says_so_once(self, caplog):
+        caplog.set_level("INFO", "kshot")
+        given = disturb(made(CoCoOp, names=NAMES, reduction=4))
+        budget = self.budget(given, 2)
+        caplog.clear()
+        given.backbone.said = frozenset()
+        for _ in range(2):
+            self.step(given, budget)
+        (message,) = [r.getMessage() for r in caplog.records]
+        assert "50 prompts in 3 parts of 20" in message
+
+
 def test_starts_and_counts():
     given = made(CoCoOp)
     table = towers.original("clip").token_embedding.weight
@@ -127,7 +236,6 @@ def test_other_classes_keep_context_and_net():
         given.set_class_names(NAMES)
         assert given(features).shape == (2, 10)
         assert towers.relative(given(features), plain(given, features)) <= 1e-5
-    assert given.class_bound is None
 
 
 @pytest.mark.parametrize(

@@ -267,7 +267,6 @@ class TestOtherClasses:
             assert given.task == before
         given.set_class_names(NAMES[:4])
         assert given(features).shape == (6, 4)
-        assert made(CoOp, context_length=2).class_bound is None
 
 
 class TestRefusals:

@@ -18,7 +18,7 @@ PATHS = ["auto", "factorised", "materialised"]
 
 def pair(adapter):
     """Our adapted block and PEFT's with the same random values, and tensors that belong together."""
-    mine = oracle.ours(adapter)
+    mine = oracle.ours(adapter, double=True)
     config = LoraConfig(
         r=adapter.rank,
         lora_alpha=adapter.rank if adapter.alpha is None else adapter.alpha,
@@ -54,7 +54,7 @@ def test_equals_peft(settings, path):
     mine, model, pairs = pair(DoRA(**settings, path=path))
     oracle.agree(mine, model)
     for a, b in pairs:
-        assert oracle.relative(a.grad, b.grad) <= 1e-5
+        assert oracle.relative(a.grad, b.grad) <= 1e-7
     oracle.merged_agree(mine, model)
 
 
@@ -65,12 +65,12 @@ def test_equals_peft_with_dropout(path):
     def seeded(run):
         return lambda x: (torch.manual_seed(5), run(x))[1]
 
-    calm, _ = oracle.step(mine.eval().run)
+    calm, _ = oracle.step(mine.eval().run, dtype=torch.float64)
     mine.zero_grad()
-    ours, theirs = oracle.step(seeded(mine.train().run)), oracle.step(seeded(model.train()))
+    ours, theirs = (oracle.step(seeded(run), dtype=torch.float64) for run in (mine.train().run, model.train()))
     assert oracle.relative(ours[0], calm) > 0.01
     for a, b in [*zip(ours, theirs, strict=True), *((a.grad, b.grad) for a, b in pairs)]:
-        assert oracle.relative(a, b) <= 1e-5
+        assert oracle.relative(a, b) <= 1e-7
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -81,7 +81,7 @@ def test_compiled_form_agrees(path, monkeypatch):
             monkeypatch.setattr(torch.compiler, "is_compiling", lambda value=compiling: value)
             torch.manual_seed(5)
             mine, _, pairs = pair(adapter)
-            found.append([*oracle.step(mine.run), *(a.grad for a, _ in pairs)])
+            found.append([*oracle.step(mine.run, dtype=torch.float64), *(a.grad for a, _ in pairs)])
         for a, b in zip(*found, strict=True):
             assert oracle.relative(a, b) <= 1e-5
 
@@ -135,24 +135,19 @@ class TestNorm:
         projection(torch.randn(5, 24)).square().sum().backward()
         assert all(torch.isfinite(p.grad).all() for p in layer.parameters())
 
-    @pytest.mark.parametrize("fused", [False, True])
-    def test_is_measured_once_a_step(self, fused, monkeypatch):
-        projection, layer = fc1()
-        measured, original = [], DoRALayer.measured_norm
-        monkeypatch.setattr(DoRALayer, "measured_norm", lambda self: (measured.append(1), original(self))[1])
-        optimizer = torch.optim.AdamW(layer.parameters(), lr=0.01, fused=fused)
-        for steps in range(1, 4):
-            for _ in range(3):
-                projection(torch.randn(5, 24)).sum().backward()
-            assert len(measured) == steps
-            optimizer.step()
-        assert torch.equal(layer.norm(), original(layer))
+    @pytest.mark.parametrize("path", ["factorised", "materialised"])
+    def test_is_measured_once_a_pass(self, path, monkeypatch):
+        projection, _ = fc1(DoRA(rank=4, path=path))
+        measured, original = [], DoRALayer.norm
+        monkeypatch.setattr(DoRALayer, "norm", lambda self: (measured.append(1), original(self))[1])
+        projection(torch.randn(5, 24)).sum().backward()
+        assert len(measured) == 1
 
-    @pytest.mark.parametrize("name", ["A", "B"])
-    def test_follows_a_change_of_either_factor(self, name):
+    @pytest.mark.parametrize("name", ["A", "B", "weight"])
+    def test_follows_a_change_of_either_factor_and_of_the_weight(self, name):
         projection, layer = fc1()
         before = layer.norm().clone()
-        oracle.randomise([getattr(layer, name)])
+        oracle.randomise([projection.weight if name == "weight" else getattr(layer, name)])
         direct = (projection.weight + layer.scale * layer.B @ layer.A).norm(dim=1).detach()
         torch.testing.assert_close(layer.norm(), direct, rtol=1e-6, atol=0)
         assert oracle.relative(before, direct) > 0.01
@@ -171,7 +166,7 @@ class TestStart:
         with torch.no_grad():
             plain.proj.weight[3] = 0  # a row without direction
         mine = oracle.Ours(plain)
-        DoRA(rank=rank, alpha=5).inject(mine, oracle.TARGETS)
+        DoRA(rank=rank, alpha=5).attach(mine, oracle.TARGETS)
         assert torch.equal(mine.train().run(x), plain(x))
         for name in oracle.SHAPES:
             layer = oracle.layer(mine, name)

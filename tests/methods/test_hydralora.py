@@ -38,7 +38,7 @@ def loop(backbone, name, scale):
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_equals_the_loop(settings):
     adapter = HydraLoRA(**settings)
-    mine = oracle.ours(adapter, double=True).double()
+    mine = oracle.ours(adapter, double=True)
     oracle.randomise(trained(mine))
     scale = settings.get("alpha", settings["rank"]) / settings["rank"]
     assert adapter.scale == scale
@@ -55,7 +55,7 @@ def test_equals_the_loop(settings):
 
 @pytest.mark.parametrize("tokens", [(7,), (2, 7), (2, 3, 7)])
 def test_any_number_of_leading_dimensions(tokens):
-    mine = oracle.ours(HydraLoRA(rank=2), ["image.0.k"], double=True).double()
+    mine = oracle.ours(HydraLoRA(rank=2), ["image.0.k"], double=True)
     oracle.randomise(trained(mine))
     x = torch.randn(*tokens, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     flat = mine.qkv(x.reshape(-1, 24))
@@ -69,7 +69,7 @@ def test_any_number_of_leading_dimensions(tokens):
 
 def test_dropout_is_one_mask_on_the_input_of_a_alone():
     adapter = HydraLoRA(rank=4, heads=3, alpha=8.0, dropout=0.5)
-    mine = oracle.ours(adapter, ["image.0.fc1"], double=True).double()
+    mine = oracle.ours(adapter, ["image.0.fc1"], double=True)
     oracle.randomise(trained(mine))
     layer = oracle.layer(mine, "fc1")
     x = torch.randn(30, 24, dtype=torch.float64)
@@ -86,7 +86,9 @@ def test_dropout_is_one_mask_on_the_input_of_a_alone():
 
 
 def test_one_head_is_lora():
-    mine, lora = oracle.ours(HydraLoRA(rank=4, heads=1, alpha=9.0)), oracle.ours(LoRA(rank=4, alpha=9.0))
+    mine, lora = (
+        oracle.ours(a(rank=4, alpha=9.0, **more), double=True) for a, more in ((HydraLoRA, {"heads": 1}), (LoRA, {}))
+    )
     model = oracle.theirs(LoraConfig(r=4, lora_alpha=9, target_modules=list(oracle.SHAPES)))
     ours, others = [], {"LoRA": [], "PEFT": []}
     for name in oracle.SHAPES:
@@ -98,15 +100,15 @@ def test_one_head_is_lora():
         ours += [hydra.A, hydra.B]
         others["LoRA"] += [single.A, single.B]
         others["PEFT"] += [theirs.lora_A["default"].weight, theirs.lora_B["default"].weight]
-    outputs = oracle.step(mine.run)
+    outputs = oracle.step(mine.run, dtype=torch.float64)
     for parameters, run in zip(others.values(), (lora.run, model), strict=True):
         with torch.no_grad():
             for source, target in zip(ours, parameters, strict=True):
                 target.copy_(source.view_as(target))
-        for a, b in zip(outputs, oracle.step(run), strict=True):
-            assert oracle.relative(a, b) <= 1e-5
+        for a, b in zip(outputs, oracle.step(run, dtype=torch.float64), strict=True):
+            assert oracle.relative(a, b) <= 1e-7
         for source, target in zip(ours, parameters, strict=True):
-            assert oracle.relative(source.grad.view_as(target), target.grad) <= 1e-5
+            assert oracle.relative(source.grad.view_as(target), target.grad) <= 1e-7
     for name in oracle.SHAPES:
         assert oracle.layer(mine, name).G.grad.abs().max() <= 1e-6
 
@@ -150,14 +152,6 @@ def test_the_router_is_exact_under_autocast_and_is_not_decayed():
         assert mine.fc1(torch.randn(6, 24)).dtype == torch.bfloat16
     assert [s.dtype for s in seen] == [torch.float32]
     assert float((seen[0].sum(1) - 1).detach().abs().max()) <= 1e-6
-
-
-def test_compiles():
-    mine = oracle.ours(HydraLoRA(rank=4))
-    oracle.randomise(trained(mine))
-    compiled = torch.compile(mine.run, backend="eager", fullgraph=True)
-    for a, b in zip(oracle.step(compiled), oracle.step(mine.run), strict=True):
-        assert oracle.relative(a, b) <= 1e-6
 
 
 @pytest.mark.parametrize(("rank", "heads", "count"), [(4, 4, 1_843_200), (8, 3, 2_700_288)])

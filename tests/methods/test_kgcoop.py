@@ -18,8 +18,7 @@ from plain_prompts import (
 )
 
 from kshot.adapters import FullTuning, LoRA
-from kshot.classifiers import CoOp, KgCoOp
-from kshot.module import FewShotModule
+from kshot.classifiers import CoOp, KgCoOp, Task
 
 LABEL = torch.tensor([3, 0, 1, 2, 2, 1])
 
@@ -66,29 +65,55 @@ def test_the_term_is_0_where_the_prompt_is_the_template():
     assert float(disturb(given).losses(features_of(given), LABEL)["knowledge"].detach()) > 1e-3
 
 
-def test_frozen_text_follows_the_templates_of_the_data_set():
-    backbone, templates = towers.backbone(), ("a photo of a {}.", "{} in the rain")
-    module = FewShotModule(backbone, KgCoOp, NAMES[:4], templates)
-    module.preflight(4)
-    assert towers.relative(unit(module.classifier.frozen_text), frozen_text(templates=templates)) <= 1e-5
+def test_the_teacher_follows_the_templates_of_the_data_set_or_its_own():
+    templates, own = ("a photo of a {}.", "{} in the rain"), "a small drawing of the old {}, a kind of thing."
+    given = KgCoOp(towers.backbone(), Task(NAMES[:4], templates))
+    assert towers.relative(unit(given.teacher_text()), frozen_text(templates=templates)) <= 1e-5
+    given = KgCoOp(towers.backbone(), Task(NAMES[:4], templates), templates=[own])
+    assert towers.relative(unit(given.teacher_text()), frozen_text(templates=[own])) <= 1e-5
+    given.set_class_names(NAMES, ["{} in the rain"])
+    assert towers.relative(unit(given.teacher_text()), frozen_text(names=NAMES, templates=[own])) <= 1e-5
+
+
+def test_the_teacher_is_made_once_and_again_for_other_classes():
+    """The term is 0 wherever the prompt is the template, also after a change of the number of classes."""
+    given = made(KgCoOp, init_words="a photo of a")
+    for names in (NAMES[:4], NAMES[4:8], NAMES, NAMES[:4]):
+        given.set_class_names(names)
+        assert given.teacher is None
+        label = torch.arange(6) % len(names)
+        assert abs(float(given.losses(features_of(given), label)["knowledge"].detach())) <= 1e-5
+        kept = given.teacher
+        given.losses(features_of(given), label)
+        assert given.teacher is kept
+        assert kept.shape == (len(names), 24)
+
+
+def test_the_teacher_is_not_rounded_by_autocast():
+    given = made(KgCoOp)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        given.losses(features_of(given), LABEL)
+    assert towers.relative(unit(given.teacher), frozen_text()) <= 1e-5
 
 
 @pytest.mark.parametrize(
     ("adapter", "targets"), [(LoRA(rank=2), ["text.*"]), (FullTuning(), ["text.transformer.*"])], ids=["LoRA", "full"]
 )
-def test_frozen_text_is_that_of_the_untouched_tower(adapter, targets):
+def test_the_teacher_is_the_untouched_tower(adapter, targets):
     """Even when the tower is already tuned as the run begins, as when it is resumed."""
-    module = FewShotModule(towers.backbone(), KgCoOp, NAMES[:4], adapter=adapter, targets=targets)
-    disturb(module.backbone)
-    module.preflight(4)
-    assert towers.relative(unit(module.classifier.frozen_text), frozen_text()) <= 1e-5
+    given = made(KgCoOp)
+    adapter.attach(given.backbone, targets)
+    disturb(given.backbone)
+    given.losses(features_of(given), LABEL)
+    assert towers.relative(unit(given.teacher), frozen_text()) <= 1e-5
     with torch.no_grad():
-        tuned = module.backbone.encode_tokens(module.backbone.tokenize([f"a photo of a {n}." for n in NAMES[:4]]))
+        tuned = given.backbone.encode_tokens(given.backbone.tokenize([f"a photo of a {n}." for n in NAMES[:4]]))
     assert towers.relative(unit(tuned), frozen_text()) > 1e-2
 
 
 def test_only_the_context_is_trained_and_saved():
     given = made(KgCoOp)
     assert trained(given).keys() == {"context"}
+    given.losses(features_of(given), LABEL)
     assert {n for n in given.state_dict() if not n.startswith("backbone.")} == {"context"}
     assert given.context.numel() == 4 * 32

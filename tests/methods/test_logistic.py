@@ -23,7 +23,7 @@ def shots(label=(0, 1, 2, 3) * 4, views=1, seed=1, spread=1.0):
 
 def fitted(train, val=None, task=TASK, name="clip", **settings):
     given = LogisticProbe(towers.backbone(name), task, **settings)
-    given.fit_features(train, val)
+    given.fit(train, val)
     return given
 
 
@@ -42,13 +42,13 @@ def test_equals_scikit_learn(c, normalize):
     expected = torch.from_numpy(model.predict_proba(scaled.double().numpy())).float()
     torch.testing.assert_close(given(queries).softmax(-1), expected, rtol=0, atol=1e-5)
     assert float(given.C) == pytest.approx(c)
-    assert not given.selects
+    assert given.needs == {"shots"}
 
 
 def test_equals_scikit_learn_at_the_chosen_c():
     train, val, queries = shots(spread=3.0), shots(seed=2, spread=3.0), torch.randn(9, 24) * 4
     given = fitted(train, val)
-    assert given.selects
+    assert given.needs == {"shots", "val"}
     features, label = val.every_view
 
     def right(log_c):

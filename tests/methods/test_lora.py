@@ -12,7 +12,7 @@ from kshot.adapters import LoRA
 @pytest.mark.parametrize("settings", [{"rank": 4}, {"rank": 4, "alpha": 9}, {"rank": 6, "rank_stabilised": True}])
 def test_equals_peft(settings, path):
     adapter = LoRA(**settings, path=path)
-    mine = oracle.ours(adapter)
+    mine = oracle.ours(adapter, double=True)
     config = LoraConfig(
         r=adapter.rank,
         lora_alpha=settings.get("alpha", adapter.rank),
@@ -30,5 +30,5 @@ def test_equals_peft(settings, path):
             b.copy_(a)
     oracle.agree(mine, model)
     for a, b in pairs:
-        assert oracle.relative(a.grad, b.grad) <= 1e-5
+        assert oracle.relative(a.grad, b.grad) <= 1e-7
     oracle.merged_agree(mine, model)

@@ -27,7 +27,7 @@ def trained(backbone):
 def test_equals_peft(settings, path):
     """dL/dR = U_rᵀ · dL/d(lora_B), by the chain rule."""
     adapter = LoRAXS(**settings, path=path)
-    mine = oracle.ours(adapter)
+    mine = oracle.ours(adapter, double=True)
     config = LoraConfig(
         r=adapter.rank,
         lora_alpha=settings.get("alpha", adapter.rank),
@@ -43,7 +43,7 @@ def test_equals_peft(settings, path):
             theirs.lora_B["default"].weight.copy_(ours.B @ ours.R)
     oracle.agree(mine, model)
     for ours, theirs in layers.values():
-        assert oracle.relative(ours.R.grad, ours.B.T @ theirs.lora_B["default"].weight.grad) <= 1e-5
+        assert oracle.relative(ours.R.grad, ours.B.T @ theirs.lora_B["default"].weight.grad) <= 1e-7
     oracle.merged_agree(mine, model)
 
 

@@ -28,7 +28,7 @@ def shots(label=(0, 1, 2, 3) * 3, views=1, seed=1, spread=1.0):
 def fitted(train, val=None, seed=0, **settings):
     given = LPPlusPlus(towers.backbone(), TASK, **({"select": False} | settings))
     torch.manual_seed(seed)
-    given.fit_features(train, val)
+    given.fit(train, val)
     return given
 
 
@@ -72,10 +72,10 @@ class TestStepSizes:
 @pytest.mark.parametrize("iterations", [1, 9, 10, 35])
 def test_equals_a_plain_loop(iterations, alpha_grad, momentum):
     given = fitted(shots(), iterations=iterations, alpha_grad=alpha_grad, momentum=momentum)
-    expected = by_autograd(shots(), given.text(), iterations, momentum, alpha_grad == "fresh")
+    expected = by_autograd(shots(), given.encode(), iterations, momentum, alpha_grad == "fresh")
     for ours, theirs in zip((given.weight, given.bias, given.alpha), expected, strict=True):
         assert towers.relative(ours, theirs) <= 1e-4
-    f, t = unit(torch.randn(5, 24)), unit(given.text())
+    f, t = unit(torch.randn(5, 24)), unit(given.encode())
     z = f @ given.weight.T + given.bias + (f @ t.T) * given.alpha
     torch.testing.assert_close(given(7 * f), z, rtol=1e-5, atol=1e-4)
 

@@ -7,6 +7,7 @@ import towers
 from plain_prompts import (
     NAMES,
     disturb,
+    encode,
     made,
     plain_logits,
     prompt_tokens,
@@ -48,12 +49,12 @@ def test_equals_the_library_with_tokens_put_in_to_both_towers(name, settings, wo
     images = towers.images(given.backbone).requires_grad_()
     expected = plain(given, name, images, words)
     with torch.no_grad():
-        assert towers.relative(given(given.encode_image(images)), expected) <= 1e-5
+        assert towers.relative(given(encode(given, images)), expected) <= 1e-5
     inputs = trained(given)
     depth = settings.get("depth") or 2
     assert len(inputs) == (2 if depth > 1 else 1) + 2 * depth
-    same_gradients(given(given.encode_image(images)), expected, [images, *inputs.values()])
-    terms = given.losses(given.encode_image(images), LABEL)
+    same_gradients(given(encode(given, images)), expected, [images, *inputs.values()])
+    terms = given.losses(encode(given, images), LABEL)
     assert terms.keys() == {"cross_entropy"}
     assert towers.relative(terms["cross_entropy"], F.cross_entropy(expected, LABEL)) <= 1e-5
 
@@ -72,6 +73,22 @@ def test_starts():
     assert [(p.in_features, p.out_features) for p in given.project] == [(32, 32)] * 2
 
 
+def test_deep_projections_start_as_clones_of_one(monkeypatch):
+    """The authors' ``compound_prompt_projections`` are clones of one layer; the first block has another."""
+    monkeypatch.setitem(towers.LAYOUTS, "four_blocks", towers.clip({"layers": 4}, {"layers": 4}, image_blocks=4))
+    first, *deep = made(MaPLe, "four_blocks").project
+    assert len(deep) == 3
+    for projection in deep[1:]:
+        assert torch.equal(projection.weight, deep[0].weight)
+        assert torch.equal(projection.bias, deep[0].bias)
+        assert projection.weight is not deep[0].weight
+    assert not torch.equal(first.weight, deep[0].weight)
+    bound = 32**-0.5  # torch's default for a linear layer
+    for projection in (first, deep[0]):
+        for tensor in (projection.weight, projection.bias):
+            assert 0.5 * bound < float(tensor.detach().abs().max()) <= bound
+
+
 def test_towers_of_different_widths_and_the_count(monkeypatch):
     wide = towers.clip({"width": 48, "layers": 4}, {"width": 40, "layers": 3, "heads": 4}, image_blocks=4)
     monkeypatch.setitem(towers.LAYOUTS, "wide_image", wide)
@@ -79,7 +96,7 @@ def test_towers_of_different_widths_and_the_count(monkeypatch):
     expected = 3 * 2 * 40 + 3 * (40 * 48 + 48)
     assert sum(p.numel() for p in trained(given).values()) == expected
     images = towers.images(given.backbone)
-    given_logits = given(given.encode_image(images))
+    given_logits = given(encode(given, images))
     same_gradients(given_logits, plain(given, "wide_image", images, "of a"), list(trained(given).values()))
 
 
@@ -94,11 +111,11 @@ def test_other_classes_keep_what_was_learned():
     given, fresh = disturb(made(MaPLe)), disturb(made(MaPLe, names=NAMES))
     images = towers.images(given.backbone)
     with torch.no_grad():
-        before = given(given.encode_image(images))
+        before = given(encode(given, images))
         given.set_class_names(NAMES)
-        assert torch.equal(given(given.encode_image(images)), fresh(fresh.encode_image(images)))
+        assert torch.equal(given(encode(given, images)), fresh(encode(fresh, images)))
         given.set_class_names(NAMES[:4])
-        assert torch.equal(given(given.encode_image(images)), before)
+        assert torch.equal(given(encode(given, images)), before)
     saved = {n for n in given.state_dict() if not n.startswith("backbone.")}
     assert saved == {"context", "deep", *(f"project.{j}.{part}" for j in range(2) for part in ("weight", "bias"))}
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+from contextlib import nullcontext
 
 import oracle
 import pytest
@@ -12,19 +13,19 @@ from peft import RandLoraConfig
 from reference_tower import BLOCK, trained_numbers
 
 from kshot.adapters import RandLoRA, random_basis
-from kshot.adapters.randlora import ScaledBasis, scaled
+from kshot.adapters.randlora import Rows, ScaledBasis, scaled
 from kshot.errors import UserError
-from kshot.slots import Projection, Slot
+from kshot.slots import Projection, stored_as
 
 
 def peft_pair(adapter):
     """Our block and PEFT's, with PEFT's bases in both: column (j, k) of ours is column k n + j of theirs."""
-    mine = oracle.ours(adapter)
+    mine = oracle.ours(adapter, double=True)
     config = RandLoraConfig(r=adapter.rank, randlora_alpha=adapter.alpha, target_modules=list(oracle.SHAPES))
     model = oracle.theirs(config)
     shared, base, pairs = mine.shared[0], model.base_model, []
     for name in ("randlora_A", "randlora_B"):  # PEFT may draw them in bfloat16
-        getattr(base, name)["default"] = getattr(base, name)["default"].float()
+        getattr(base, name)["default"] = getattr(base, name)["default"].double()
     larger, terms, rank = shared.B.shape
     flat = base.randlora_B["default"][:larger, :terms].flatten(1)
     with torch.no_grad():
@@ -49,8 +50,8 @@ def test_equals_peft(rank, path):
     oracle.agree(mine, model)
     for name in oracle.SHAPES:
         ours, theirs = oracle.layer(mine, name), model.base_model.model.get_submodule(name)
-        assert oracle.relative(ours.Lambda.grad, theirs.randlora_lambda["default"].grad.T) <= 1e-5
-        assert oracle.relative(ours.Gamma.grad, theirs.randlora_gamma["default"].grad) <= 1e-5
+        assert oracle.relative(ours.Lambda.grad, theirs.randlora_lambda["default"].grad.T) <= 1e-7
+        assert oracle.relative(ours.Gamma.grad, theirs.randlora_gamma["default"].grad) <= 1e-7
     oracle.merged_agree(mine, model)
 
 
@@ -68,7 +69,7 @@ class TestEqualsTheTextbook:
     """In float64: ΔW = s Σ_jk B_Djk Λ_jk A_kc Γ_jc, transposed where out < in."""
 
     def both(self, name, settings, **more):
-        mine = oracle.ours(RandLoRA(**settings, **more), double=True).double()
+        mine = oracle.ours(RandLoRA(**settings, **more), double=True)
         layer, shared = oracle.layer(mine, name), mine.shared[0]
         oracle.randomise(layer.parameters())
         out, into = oracle.SHAPES[name]
@@ -108,7 +109,7 @@ class TestEqualsTheTextbook:
 def test_dropout_is_on_the_input_of_the_change(name):
     """Whatever the path: y + drop(x) ΔWᵀ."""
     for path in ("factorised", "materialised"):
-        mine = oracle.ours(RandLoRA(rank=4, dropout=0.4, path=path), double=True).double()
+        mine = oracle.ours(RandLoRA(rank=4, dropout=0.4, path=path), double=True)
         projection, layer = mine.get_submodule(name), oracle.layer(mine, name)
         oracle.randomise(layer.parameters())
         x = torch.randn(3, 7, projection.in_features, dtype=torch.float64)
@@ -141,54 +142,37 @@ def test_the_factorised_path_keeps_one_tensor_of_the_size_of_its_factor():
     assert len(kept(lambda: mine.proj(torch.randn(30, 24, requires_grad=True)))) == 1
 
 
-def test_forms_the_weight_once_for_all_micro_batches(monkeypatch):
+def test_forms_the_weight_once_a_pass(monkeypatch):
     mine = oracle.ours(RandLoRA(rank=4, path="materialised"))
     built = []
     original = type(oracle.layer(mine, "fc1")).build
     monkeypatch.setattr(
         type(oracle.layer(mine, "fc1")), "build", lambda self, dtype: built.append(1) or original(self, dtype)
     )
-    optimizer = torch.optim.SGD([p for p in mine.parameters() if p.requires_grad], lr=0.1)
-    for _ in range(2):
-        for _ in range(3):
-            oracle.step(mine.run)
-        optimizer.step()
-    assert len(built) == 2 * 4
+    oracle.step(mine.run)
+    assert len(built) == 4
 
 
 @pytest.mark.parametrize("path", ["factorised", "materialised"])
-def test_runs_compiled(path):
-    mine = oracle.ours(RandLoRA(rank=4, path=path))
-    oracle.randomise(p for p in mine.parameters() if p.requires_grad)
-    x, results = torch.randn(5, 24), []
-    for run in (mine.run, torch.compile(mine.run, backend="eager", fullgraph=True)):
-        mine.zero_grad()
-        y = run(x)
-        y.square().sum().backward()
-        results.append([y, *(p.grad for p in mine.parameters() if p.requires_grad)])
-    for a, b in zip(*results, strict=True):
-        assert oracle.relative(a, b) <= 1e-5
-
-
-def test_autocast_casts_the_basis_once():
-    mine = oracle.ours(RandLoRA(rank=4, path="factorised"))
+def test_a_mixed_precision_run_keeps_the_basis_in_its_own(path):
+    mine, found = oracle.ours(RandLoRA(rank=4, path=path)), []
     shared = mine.shared[0]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        oracle.step(mine.run)
-        first = shared.flat(96, 6, torch.bfloat16)
-        oracle.step(mine.run)
-        assert first.data_ptr() == shared.flat(72, 6, torch.bfloat16).data_ptr()
-    assert first.dtype == torch.bfloat16
-    assert shared.flat(96, 6, torch.float32).data_ptr() == shared.B.data_ptr()
-    with torch.no_grad():
-        shared.B.add_(1)
-    assert torch.equal(shared.flat(96, 6, torch.bfloat16), shared.B.flatten(1).bfloat16()), "an old cast"
+    for kept in (True, False):
+        mine.zero_grad()
+        with stored_as(mine, torch.bfloat16) if kept else nullcontext(), torch.autocast("cpu", dtype=torch.bfloat16):
+            pointers = {shared.flat(rows, 6, torch.bfloat16).data_ptr() for rows in (96, 72)}
+            assert len(pointers) == (1 if kept else 2)
+            found.append([*oracle.step(mine.run), *(p.grad for p in mine.parameters() if p.requires_grad)])
+            assert shared.flat(96, 6, torch.float32).data_ptr() == shared.B.data_ptr()
+    assert shared.lowered is None
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
 
 
 class TestCosts:
     def layers(self, **settings):
         weights = {n: torch.empty(shape, device="meta") for n, shape in BLOCK.items()}
-        slots = {n: Slot(n, Projection(w, None, {n: len(w)}), n) for n, w in weights.items()}
+        slots = {n: Projection(w, None, {n: len(w)}).slot(n) for n, w in weights.items()}
         adapter = RandLoRA(**settings)
         shared = adapter.prepare(slots)
         return {name: adapter.wrap(slot, shared) for name, slot in slots.items()}
@@ -254,13 +238,14 @@ class TestBasis:
 
     @pytest.mark.parametrize(("sparsity", "compressed"), [(14.0, True), (13.0, False)])
     def test_rare_entries_are_multiplied_alone(self, monkeypatch, sparsity, compressed):
-        made = []
-        original = torch.Tensor.to_sparse_csr
-        monkeypatch.setattr(torch.Tensor, "to_sparse_csr", lambda self: made.append(1) or original(self))
         mine = oracle.ours(RandLoRA(rank=6, basis="ternary", sparsity=sparsity, path="materialised"))
-        for _ in range(2):
-            oracle.step(mine.run)
-        assert len(made) == (6 if compressed else 0)  # of 72, 24 and 96 rows, and their transposes
+        assert len(mine.shared[0].rows) == (6 if compressed else 0)  # of 72, 24 and 96 rows, and their transposes
+        used, original = [], Rows.times
+        monkeypatch.setattr(Rows, "times", lambda *given: used.append(1) or original(*given))
+        oracle.step(mine.run)
+        assert len(used) == (8 if compressed else 0)
+        oracle.step(mine.double().run, dtype=torch.float64)
+        assert len(used) == (8 if compressed else 0), "rows are of single precision"
 
     @pytest.mark.parametrize("settings", SETTINGS)
     def test_can_be_copied_and_pickled_in_use(self, settings):
@@ -279,7 +264,7 @@ class TestBasis:
         assert shared.B.shape == (72, 5, 5)
 
     def test_of_the_reference_tower_takes_9_megabytes(self):
-        shapes = {n: t.shape for n, t in next(iter(TestCosts().layers().values()))._bases[0].named_buffers()}
+        shapes = {n: t.shape for n, t in next(iter(TestCosts().layers().values())).bases.named_buffers()}
         assert shapes == {"A": (6, 768), "B": (3072, 128, 6)}
         assert 4 * sum(s.numel() for s in shapes.values()) == 9_455_616
 
@@ -301,6 +286,8 @@ class TestBasis:
         assert json.loads(json.dumps(described)) == described
         assert described["B"]["shape"] == [96, 4, 6]
         assert described["B"]["sparsity"] == 6.0
+        assert described["B"]["checksum"] == random_basis.checksum(mine.shared[0].B)
+        assert mine.bfloat16().shared[0].fingerprint() == described, "a cast is no other basis"
         others = [{"seed": 2}, {"basis": "normal"}, {"sparsity": 5.0}, {"rank": 7}]
         for other in others:
             there = oracle.ours(RandLoRA(**{"basis": "ternary"} | other)).shared[0].fingerprint()
@@ -308,7 +295,7 @@ class TestBasis:
             assert there["B"] != described["B"]
 
     def test_that_does_not_fit_into_memory(self, monkeypatch):
-        monkeypatch.setattr(random_basis, "_physical_memory", lambda: 10_000)
+        monkeypatch.setattr(random_basis, "memory_of_machine", lambda: 10_000)
         oracle.ours(RandLoRA(), ["image.0.o"])
         with pytest.raises(UserError, match=r"^RandLoRA: .*9.79 kB.*smaller matrices\.$"):
             oracle.ours(RandLoRA())

@@ -1,6 +1,7 @@
 """SVFT equals dense products in double precision, on every path, and knows which singular pairs it stands on."""
 
 import hashlib
+from contextlib import nullcontext
 
 import oracle
 import pytest
@@ -12,7 +13,7 @@ from kshot.adapters import SVFT, svft
 from kshot.adapters.svd import SVD, same, svd_of
 from kshot.adapters.svft import Band, Positions, SingularProduct
 from kshot.errors import UserError
-from kshot.slots import Projection, Slot
+from kshot.slots import Projection, merged, stored_as
 
 SQUARE = "image.0.o"
 PATTERNS = {
@@ -48,8 +49,8 @@ def layers_of(backbone):
 def single(settings, out=10, into=6, weight=None, name="image.0.p"):
     """One slot of a projection of its own, and its layer."""
     weight = torch.randn(out, into, generator=torch.Generator().manual_seed(3)) if weight is None else weight
-    projection = Projection(weight, torch.linspace(-1, 1, len(weight)), {"p": len(weight)})
-    slot = Slot(name, projection, "p")
+    projection = Projection(weight, torch.linspace(-1, 1, len(weight)), {"p": len(weight)}, name.removesuffix(".p"))
+    slot = projection.slot("p")
     layer = settings.wrap(slot, settings.prepare({name: slot}))
     layer.path = settings.path
     slot.attach(layer)
@@ -143,7 +144,7 @@ class TestPaths:
         mine = oracle.ours(adapter, targets(label)).eval()
         oracle.randomise(trained(mine))
         x = torch.randn(2, 20, 24, generator=torch.Generator().manual_seed(2))
-        with torch.no_grad():
+        with merged(mine), torch.no_grad():
             assert oracle.relative(mine.run(x), results["materialised"][0]) <= 1e-5
         for path in ("svd", "auto"):
             for a, b in zip(results[path], results["materialised"], strict=True):
@@ -198,27 +199,25 @@ class TestPaths:
         assert [shape for shape in kept if shape[0] == 50] == [(50, 24)]
         assert x.grad is not None
 
-    def test_factors_are_cast_once(self):
-        projection, layer = single(SVFT(path="svd"), 12, 8)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            y = projection(torch.randn(5, 8))
-            before = layer.basis(torch.bfloat16)
-            projection(torch.randn(5, 8))
-            assert all(a is b for a, b in zip(layer.basis(torch.bfloat16), before, strict=True))
-        assert y.dtype == before[0].dtype == torch.bfloat16
-        y.float().sum().backward()
-        assert layer.values.grad.dtype == torch.float32
-
-    def test_compiled(self):
-        mine, compiled = (oracle.ours(SVFT(pattern="banded", gate=True, path="svd")) for _ in range(2))
-        for model in (mine, compiled):
-            oracle.randomise(trained(model))
-        expected = oracle.step(mine.run)
-        given = oracle.step(torch.compile(compiled.run, backend="aot_eager"))
-        for a, b in zip(given, expected, strict=True):
-            assert oracle.relative(a, b) <= 1e-5
-        for a, b in zip(trained(compiled), trained(mine), strict=True):
-            assert oracle.relative(a.grad, b.grad) <= 1e-4
+    @each_path
+    def test_a_mixed_precision_run_keeps_factors_in_its_own(self, path):
+        projection, layer = single(SVFT(path=path), 12, 8)
+        found, x = [], torch.randn(5, 8)
+        for kept in (True, False):
+            layer.zero_grad()
+            with (
+                stored_as(projection, torch.bfloat16) if kept else nullcontext(),
+                torch.autocast("cpu", torch.bfloat16),
+            ):
+                y = projection(x)
+                assert (layer.frozen(torch.bfloat16)[0].dtype == torch.bfloat16) == kept
+                y.float().sum().backward()
+            assert y.dtype == torch.bfloat16
+            assert layer.values.grad.dtype == torch.float32
+            found.append((y, layer.values.grad.clone()))
+        assert layer.lowered is None
+        for a, b in zip(*found, strict=True):
+            assert torch.equal(a, b)
 
 
 class TestStart:
@@ -404,5 +403,5 @@ class TestCheckpoint:
         y.square().sum().backward()
         assert layer.values.grad.isfinite().all()
         assert layer.values.grad.abs().min() > 0, "directions that the weight ignores can be learnt too"
-        with torch.no_grad():
+        with merged(projection), torch.no_grad():
             assert oracle.relative(projection.eval()(x), y) <= 1e-5

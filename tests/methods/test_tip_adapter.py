@@ -10,7 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kshot.adapters import LoRA
 from kshot.classifiers import Shots, Task, TextPrompt, TipAdapter, TipAdapterF, tip_adapter
+from kshot.classifiers.base import closed_form, take_shapes
 from kshot.errors import UserError
+from kshot.slots import merged
 
 NAMES = ("cat", "dog", "yellow bird", "very small old car")
 TASK = Task(NAMES)
@@ -29,7 +31,7 @@ def shots(label=(0, 1, 2, 3, 0, 1, 2, 3), views=3, seed=1, spread=1.0):
 
 def formula(classifier, keys, label, queries, alpha, beta):
     """Logits in float64, image by image and key by key."""
-    text, tau = classifier.text().double(), float(classifier.backbone.logit_scale)
+    text, tau = classifier.encode().double(), float(classifier.backbone.logit_scale)
     z = tau * unit(queries.double()) @ unit(text).T
     for row, f in zip(z, unit(queries.double()), strict=True):
         for key, c in zip(keys.double(), label.tolist(), strict=True):
@@ -47,7 +49,8 @@ def accuracy(classifier, given, alpha, beta):
 
 def found_by_trying(classifier, val, alphas, betas):
     """The first best pair, β in the outer loop, by the classifier's own logits."""
-    scores = {(b, a): accuracy(classifier, val, a, b) for b in betas for a in alphas}
+    with merged(classifier):  # the text tower runs once
+        scores = {(b, a): accuracy(classifier, val, a, b) for b in betas for a in alphas}
     return max(scores, key=scores.__getitem__), scores
 
 
@@ -55,7 +58,7 @@ class TestTipAdapter:
     @pytest.mark.parametrize(("alpha", "beta"), [(1.17, 1.0), (3.0, 5.5), (0.4, 20.0)])
     def test_is_the_formula(self, alpha, beta):
         given, train = TipAdapter(towers.backbone(), TASK, alpha, beta), shots()
-        given.fit_features(train, None)
+        given.fit(train, None)
         keys = unit(train.features.mean(0))
         assert towers.relative(given.keys, keys) <= 1e-6
         assert towers.relative(given.keys, unit(unit(train.features).mean(0))) > 1e-2
@@ -67,7 +70,7 @@ class TestTipAdapter:
 
     def test_integer_labels_are_one_hot_values(self):
         given, train = TipAdapter(towers.backbone(), TASK, 2.0, 3.0), shots()
-        given.fit_features(train, None)
+        given.fit(train, None)
         queries, values = torch.randn(5, 24), F.one_hot(train.label, 4).float()
         cache = torch.exp(-3.0 * (1 - unit(queries) @ given.keys.T)) @ values
         expected = TextPrompt(towers.backbone(), TASK)(queries) + 2.0 * cache
@@ -78,7 +81,7 @@ class TestTipAdapter:
     def test_alpha_zero_is_zero_shot(self, kind, templates):
         task = Task(NAMES, templates)
         given = kind(towers.backbone(), task, alpha=0.0, beta=1.0)
-        given.fit_features(shots(), None)
+        given.fit(shots(), None)
         queries = torch.randn(5, 24)
         assert torch.equal(given(queries), TextPrompt(towers.backbone(), task)(queries))
 
@@ -96,7 +99,7 @@ class TestSearch:
         monkeypatch.setattr(tip_adapter, "AT_ONCE", at_once)
         given = TipAdapter(towers.backbone(), TASK, alpha_range=12.0, beta_range=9.0)
         val = shots((0, 1, 2, 3) * 5, views=1, seed=2, spread=1.5)
-        given.fit_features(shots(label, spread=1.5), val)
+        given.fit(shots(label, spread=1.5), val)
         found = float(given.beta), float(given.alpha)
         alphas = [0.1 + i * (12.0 - 0.1) / 20 for i in range(20)]
         betas = [0.1 + i * (9.0 - 0.1) / 200 for i in range(200)]
@@ -108,15 +111,15 @@ class TestSearch:
     def test_the_first_of_equals_is_kept(self):
         given = TipAdapter(towers.backbone(), TASK)
         train = shots(spread=0.0)
-        given.fit_features(train, Shots(torch.zeros(1, 4, 24), torch.zeros(4, dtype=torch.long)))
+        given.fit(train, Shots(torch.zeros(1, 4, 24), torch.zeros(4, dtype=torch.long)))
         assert (float(given.alpha), float(given.beta)) == pytest.approx((0.1, 0.1))
 
     @pytest.mark.parametrize("fixed", ["alpha", "beta"])
     def test_what_is_given_stays(self, fixed):
         given = TipAdapter(towers.backbone(), TASK, **{fixed: 2.5}, alpha_range=12.0)
-        assert given.selects
+        assert given.needs == {"shots", "val"}
         val = shots((0, 1, 2, 3) * 5, views=1, seed=2, spread=1.5)
-        given.fit_features(shots(spread=1.5), val)
+        given.fit(shots(spread=1.5), val)
         found = float(given.beta), float(given.alpha)
         alphas = [2.5] if fixed == "alpha" else given.alphas
         betas = [2.5] if fixed == "beta" else given.betas
@@ -124,14 +127,14 @@ class TestSearch:
 
     def test_nothing_is_chosen_when_both_are_given(self):
         given = TipAdapter(towers.backbone(), TASK, 1.5, 2.5)
-        assert not given.selects
-        given.fit_features(shots(), shots(seed=2))
+        assert given.needs == {"shots"}
+        given.fit(shots(), shots(seed=2))
         assert (float(given.alpha), float(given.beta)) == (1.5, 2.5)
 
     def test_keys_do_not_depend_on_validation_shots(self):
         fitted = [TipAdapter(towers.backbone(), TASK) for _ in range(2)]
         for seed, given in enumerate(fitted):
-            given.fit_features(shots(), shots(seed=5 + seed, views=1))
+            given.fit(shots(), shots(seed=5 + seed, views=1))
         assert torch.equal(fitted[0].keys, fitted[1].keys)
 
     def test_memory_is_bounded(self, monkeypatch):
@@ -148,10 +151,9 @@ class TestSearch:
                     largest = max(largest, each.numel() if isinstance(each, torch.Tensor) else 0)
                 return result
 
-        given.fit_features(shots((0, 1, 2, 3) * 25, views=1), None)
+        given.fit(shots((0, 1, 2, 3) * 25, views=1), None)
         val = shots((0, 1, 2, 3) * 20, views=1)
-        given.text()  # kept from now on
-        with torch.no_grad(), Watch():
+        with merged(given), torch.no_grad(), Watch():  # the text tower has run
             given.select(val)
         assert 1000 < largest <= 4000
 
@@ -159,12 +161,12 @@ class TestSearch:
 class TestTipAdapterF:
     def test_keys_are_all_that_trains(self):
         given = TipAdapterF(towers.backbone(), TASK)
-        given.reserve(8)
+        assert given.keys.shape == (0, 24)
+        assert not closed_form(given)
+        given.fit(shots(), None)  # before there is an optimizer
         (keys,) = [p for p in given.parameters() if p.requires_grad]
         assert keys is given.keys
         assert keys.numel() == 8 * 24
-        given.fit_features(shots(), None)
-        assert given.keys is keys  # the optimizer has it already
         saved = {n for n in given.state_dict() if not n.startswith("backbone.")}
         assert saved == {"keys", "values", "alpha", "beta"}
 
@@ -172,14 +174,15 @@ class TestTipAdapterF:
         fixed, trained = TipAdapter(towers.backbone(), TASK, 1.17, 1.0), TipAdapterF(towers.backbone(), TASK)
         queries = torch.randn(5, 24)
         for given in (fixed, trained):
-            given.fit_features(shots(), shots(seed=2))
+            given.fit(shots(), shots(seed=2))
         assert torch.equal(trained(queries), fixed(queries))
-        assert trained.selects
-        assert not trained.closed_form
+        assert trained.needs == {"shots", "val"}
+        assert closed_form(fixed)
+        assert not closed_form(trained)
 
     def test_trains_as_a_linear_layer_without_bias(self):
         given, train = TipAdapterF(towers.backbone(), TASK, initial_alpha=2.0, initial_beta=3.0), shots()
-        given.fit_features(train, None)
+        given.fit(train, None)
         linear = torch.nn.Linear(24, 8, bias=False)
         linear.weight.data.copy_(unit(train.features.mean(0)))
         ours = torch.optim.AdamW([given.keys], lr=1e-2, eps=1e-4)
@@ -201,7 +204,7 @@ class TestTipAdapterF:
     def test_searches_after_training_with_the_trained_keys(self):
         given = TipAdapterF(towers.backbone(), TASK, alpha_range=12.0)
         val = shots((0, 1, 2, 3) * 5, views=1, seed=2, spread=1.5)
-        given.fit_features(shots(spread=1.5), val)
+        given.fit(shots(spread=1.5), val)
         assert (float(given.alpha), float(given.beta)) == (pytest.approx(1.17), 1.0)
         with torch.no_grad():
             given.keys.add_(0.2 * torch.randn_like(given.keys))
@@ -212,18 +215,19 @@ class TestTipAdapterF:
     @pytest.mark.parametrize("kind", [TipAdapter, TipAdapterF])
     def test_a_fresh_model_takes_on_the_number_of_keys(self, kind):
         first, second = (kind(towers.backbone(), TASK, 1.0, 2.0) for _ in range(2))
-        first.fit_features(shots(), None)
+        first.fit(shots(), None)
         saved = {n: t for n, t in first.state_dict().items() if not n.startswith("backbone.")}
-        second.fit_shapes(saved)
+        assert second(torch.randn(5, 24)).shape == (5, 4)  # an empty cache: zero-shot
+        take_shapes(second, saved)
         assert second.load_state_dict(saved, strict=False).unexpected_keys == []
         queries = torch.randn(5, 24)
         assert torch.equal(second(queries), first(queries))
 
     def test_trains_with_adapters_in_both_towers(self):
         backbone = towers.backbone()
-        LoRA(rank=2).inject(backbone, ["*"])
         given = TipAdapterF(backbone, TASK)
-        given.fit_features(shots(), None)
+        LoRA(rank=2).attach(backbone, ["*"])
+        given.fit(shots(), None)
         sum(given.losses(backbone.encode_image(towers.images(backbone, 4)), torch.arange(4)).values()).backward()
         trained = [given.keys, *backbone.trainable("image"), *backbone.trainable("text")]
         # the half of LoRA that starts at zero gets the gradient first

@@ -15,7 +15,7 @@ from kshot.errors import UserError
 
 def peft_pair(adapter, copy_vectors=True):
     """Our block and PEFT's, with PEFT's frozen pair in both."""
-    mine = oracle.ours(adapter)
+    mine = oracle.ours(adapter, double=True)
     config = VeraConfig(
         r=adapter.rank, d_initial=adapter.initial, save_projection=True, target_modules=list(oracle.SHAPES)
     )
@@ -42,7 +42,7 @@ def test_equals_peft(rank, path):
             theirs.copy_(ours)
     oracle.agree(mine, model)
     for ours, theirs in pairs:
-        assert oracle.relative(ours.grad, theirs.grad) <= 1e-5
+        assert oracle.relative(ours.grad, theirs.grad) <= 1e-7
     oracle.merged_agree(mine, model)
 
 
@@ -50,7 +50,7 @@ def test_equals_peft(rank, path):
 @pytest.mark.parametrize("name", list(oracle.SHAPES))
 def test_equals_the_dense_formula(name, path):
     """In float64: x (W + (λ_b ⊙ B) (λ_d ⊙ A))ᵀ + b."""
-    mine = oracle.ours(VeRA(rank=9, path=path), double=True).double()
+    mine = oracle.ours(VeRA(rank=9, path=path), double=True)
     projection, layer = mine.get_submodule(name), oracle.layer(mine, name)
     oracle.randomise(layer.parameters())
     out, into = oracle.SHAPES[name]
@@ -96,19 +96,6 @@ def test_backward_keeps_neither_the_input_nor_an_output():
     assert all(t.data_ptr() == mine.fc1.weight.data_ptr() for t in weights)
 
 
-def test_runs_compiled():
-    mine = oracle.ours(VeRA(rank=9))
-    oracle.randomise(p for p in mine.parameters() if p.requires_grad)
-    x, results = torch.randn(5, 24), []
-    for run in (mine.run, torch.compile(mine.run, backend="eager", fullgraph=True)):
-        mine.zero_grad()
-        y = run(x)
-        y.square().sum().backward()
-        results.append([y, *(p.grad for p in mine.parameters() if p.requires_grad)])
-    for a, b in zip(*results, strict=True):
-        assert oracle.relative(a, b) <= 1e-5
-
-
 class TestBasis:
     def test_is_kaiming_uniform_with_gain_root_2(self):
         shared = oracle.ours(VeRA(rank=64)).shared[0]
@@ -146,12 +133,11 @@ class TestBasis:
             there = oracle.ours(other).shared[0].fingerprint()
             assert there["A"] != described["A"]
             assert there["B"] != described["B"]
-        with torch.no_grad():
-            mine.shared[0].A[0, 0] += 1e-3
-        assert mine.shared[0].fingerprint()["A"]["checksum"] != described["A"]["checksum"]
+        assert described["A"]["checksum"] == random_basis.checksum(mine.shared[0].A)
+        assert mine.bfloat16().shared[0].fingerprint() == described, "a cast is no other basis"
 
     def test_that_does_not_fit_into_memory(self, monkeypatch):
-        monkeypatch.setattr(random_basis, "_physical_memory", lambda: 7000)
+        monkeypatch.setattr(random_basis, "memory_of_machine", lambda: 7000)
         oracle.ours(VeRA(rank=4))
         with pytest.raises(UserError, match=r"^VeRA: .*7.68 kB.*lower rank\.$"):
             oracle.ours(VeRA(rank=10))

@@ -9,12 +9,14 @@ import towers
 from plain_prompts import (
     NAMES,
     disturb,
+    encode,
     made,
     plain_logits,
     prompt_tokens,
     prompted_image,
     prompted_text,
     same_gradients,
+    saved,
     trained,
 )
 
@@ -26,6 +28,7 @@ from kshot.classifiers import (
     LogisticProbe,
     MaPLe,
     NearestClassMean,
+    PromptSRC,
     Shots,
     TextPrompt,
     TipAdapter,
@@ -69,9 +72,9 @@ def test_image_features_equal_the_library_with_tokens_put_in(name, settings, mon
     images = towers.images(given.backbone, 2).requires_grad_()
     expected = plain_features(given, name, images)
     with torch.no_grad():
-        assert towers.relative(given.encode_image(images), expected) <= 1e-5
+        assert towers.relative(encode(given, images), expected) <= 1e-5
         assert towers.relative(given.backbone.encode_image(images), expected) > 1e-3
-    same_gradients(given.encode_image(images), expected, [images, given.image_prompts])
+    same_gradients(encode(given, images), expected, [images, given.image_prompts])
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 5])
@@ -83,7 +86,7 @@ def test_states_go_on_after_the_last_block_with_tokens_of_its_own(kind, depth, m
     assert given.image_prompts.shape == (depth, 3, 32)
     images = towers.images(given.backbone, 2)
     expected = plain_features(given, f"deep_{kind}", images)
-    same_gradients(given.encode_image(images), expected, [given.image_prompts])
+    same_gradients(encode(given, images), expected, [given.image_prompts])
     if depth < 5:  # tokens put in again after J would be another method
         prompts = [*given.image_prompts, given.image_prompts[-1]]
         original, backbone = towers.original(f"deep_{kind}"), given.backbone
@@ -94,30 +97,28 @@ def test_states_go_on_after_the_last_block_with_tokens_of_its_own(kind, depth, m
 def test_text_prompts_are_the_head_where_there_is_a_text_tower(name):
     given = disturb(made(VPT, name, depth=2))
     assert type(given.inner) is TextPrompt
-    assert given.compares_text
     original, images = towers.original(name), towers.images(given.backbone)
     with torch.no_grad():
         text = original.encode_text(given.backbone.tokenize([f"a photo of a {n}." for n in NAMES[:4]]))
         expected = plain_logits(original, plain_features(given, name, images), text)
-        assert towers.relative(given(given.encode_image(images)), expected) <= 1e-5
-    terms = given.losses(given.encode_image(images), LABEL)
+        assert towers.relative(given(encode(given, images)), expected) <= 1e-5
+    terms = given.losses(encode(given, images), LABEL)
     assert towers.relative(terms["cross_entropy"], F.cross_entropy(expected, LABEL)) <= 1e-5
     assert trained(given).keys() == {"image_prompts"}
-    assert {n for n in given.state_dict() if not n.startswith("backbone.")} == {"image_prompts"}
+    assert saved(given).keys() == {"image_prompts"}
 
 
 @pytest.mark.parametrize("name", TIMM)
 def test_a_linear_layer_is_the_head_where_there_is_none(name):
     given = disturb(made(VPT, name))
     assert type(given.inner) is LinearProbe
-    assert not given.compares_text
     images = towers.images(given.backbone)
     features = plain_features(given, name, images)
     head = given.inner.head
     expected = F.normalize(features, dim=-1) * 32**0.5 @ head.weight.T + head.bias
     with torch.no_grad():
-        assert towers.relative(given(given.encode_image(images)), expected) <= 1e-5
-    loss = given.losses(given.encode_image(images), LABEL)["cross_entropy"]
+        assert towers.relative(given(encode(given, images)), expected) <= 1e-5
+    loss = given.losses(encode(given, images), LABEL)["cross_entropy"]
     same_gradients(loss, F.cross_entropy(expected, LABEL), list(trained(given).values()))
     assert trained(given).keys() == {"image_prompts", "inner.head.weight", "inner.head.bias"}
     with pytest.raises(UserError, match="one row of weights for each training class"):
@@ -127,16 +128,17 @@ def test_a_linear_layer_is_the_head_where_there_is_none(name):
 @pytest.mark.parametrize("name", ["clip", "vit"])
 def test_trainable_class_means_as_the_head(name):
     given = disturb(made(VPT, name, head=partial(NearestClassMean, trainable=True)))
-    assert given.from_features
+    assert given.needs == {"shots"}
     images, label = towers.images(given.backbone, 8), torch.arange(4).repeat(2)
-    features = given.encode_image(images)
-    given.fit_features(Shots(features.detach()[None], label), None)
+    features = encode(given, images)
+    given.fit(Shots(features.detach()[None], label), None)
     means = torch.stack([F.normalize(features, dim=-1)[label == c].mean(0) for c in range(4)])
     expected = 20 * F.normalize(features, dim=-1) @ F.normalize(means, dim=-1).T
     assert towers.relative(given(features), expected) <= 1e-5
     given.losses(features, label)["cross_entropy"].backward()
     assert all(p.grad.abs().max() > 0 for p in trained(given).values())
-    assert given.class_bound == NearestClassMean.class_bound
+    with pytest.raises(UserError, match="its means are those of the training classes"):
+        given.set_class_names(NAMES)
 
 
 def test_ivlp_is_the_prompts_of_both_towers():
@@ -146,11 +148,11 @@ def test_ivlp_is_the_prompts_of_both_towers():
     text = prompted_text(original, prompt_tokens(given.backbone, 4), coop.context, coop.deep)
     expected = plain_logits(original, plain_features(given, "clip", images), text)
     with torch.no_grad():
-        assert towers.relative(given(given.encode_image(images)), expected) <= 1e-5
-    same_gradients(given(given.encode_image(images)), expected, [given.image_prompts, coop.context, coop.deep])
+        assert towers.relative(given(encode(given, images)), expected) <= 1e-5
+    same_gradients(given(encode(given, images)), expected, [given.image_prompts, coop.context, coop.deep])
     assert trained(given).keys() == {"image_prompts", "inner.context", "inner.deep"}
     given.set_class_names(NAMES)
-    assert given(given.encode_image(images)).shape == (3, 10)
+    assert given(encode(given, images)).shape == (3, 10)
     assert coop.task.class_names == NAMES
 
 
@@ -158,7 +160,7 @@ def test_a_head_bound_to_its_classes_binds_the_whole():
     given = made(VPT, head=partial(CoOp, context_length=2, class_specific=True))
     with pytest.raises(UserError, match="a class-specific context") as error:
         given.set_class_names(NAMES)
-    assert "VPT cannot serve" in str(error.value)
+    assert "CoOp cannot serve" in str(error.value)
     assert given.task == given.inner.task
 
 
@@ -195,6 +197,11 @@ def test_heads_in_closed_form(head, label):
     assert "closed form" in line
 
 
+@pytest.mark.parametrize("head", [MaPLe, partial(PromptSRC, templates=["a {}"]), VPT])
+def test_heads_with_image_prompts_of_their_own(head):
+    assert "has image prompts of its own: use it without VPT" in refusal(head=head)
+
+
 @pytest.mark.parametrize("depth", [0, -1, 3])
 def test_depth_beyond_the_blocks(depth):
     assert f"VPT: depth is {depth}, and the image tower has 2 blocks: give 1 to 2" in refusal(depth=depth)
@@ -209,7 +216,7 @@ def test_no_prompts(length):
 @pytest.mark.parametrize("head", [CLIPAdapter, LinearProbe])
 def test_other_heads_learn_with_the_prompts(head):
     given = disturb(made(VPT, head=head, depth=2))
-    sum(given.losses(given.encode_image(towers.images(given.backbone)), LABEL).values()).backward()
+    sum(given.losses(encode(given, towers.images(given.backbone)), LABEL).values()).backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in trained(given).values())
     assert len(trained(given)) == 3
 
@@ -217,9 +224,9 @@ def test_other_heads_learn_with_the_prompts(head):
 def test_bfloat16_autocast_keeps_prompts_in_float32():
     given = disturb(made(VPT, depth=2))
     images = towers.images(given.backbone)
-    exact = given.encode_image(images).detach()
+    exact = encode(given, images).detach()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        features = given.encode_image(images)
+        features = encode(given, images)
         loss = given.losses(features, LABEL)["cross_entropy"]
     assert loss.dtype == torch.float32
     assert towers.relative(features, exact) <= 0.05

@@ -4,7 +4,7 @@ from kshot.adapters.adalora import AdaLoRA
 from kshot.adapters.autolora import AutoLoRA
 from kshot.adapters.base import Adapter, SearchProblem, Shared, SlotAdapter
 from kshot.adapters.dora import DoRA
-from kshot.adapters.full import FullTuning, unadapted
+from kshot.adapters.full import FullTuning
 from kshot.adapters.hydralora import HydraLoRA
 from kshot.adapters.lora import LoRA
 from kshot.adapters.lora_xs import LoRAXS
@@ -33,5 +33,4 @@ __all__ = [
     "Shared",
     "SlotAdapter",
     "VeRA",
-    "unadapted",
 ]

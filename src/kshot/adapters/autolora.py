@@ -6,14 +6,15 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from kshot.adapters.base import SearchProblem, Shared, SlotAdapter, kaiming_uniform, require_rank
-from kshot.layers import Factors, LowRankLayer
+from kshot.adapters.base import Layers, SearchProblem, Shared, SlotAdapter, kaiming_uniform, require_rank
+from kshot.layers import LowRankLayer
+from kshot.products import Factors
 from kshot.slots import Slot
 
 RankRule = Literal["softmax", "raw"]
@@ -54,13 +55,13 @@ class AutoLoRA(SlotAdapter):
         self.require("search_lr", 0 < self.search_lr < math.inf, "be a positive number")
         self.require("rank_rule", self.rank_rule in {"softmax", "raw"}, "be softmax or raw")
 
-    def prepare(self, slots: Mapping[str, Slot]) -> RankSearch:  # noqa: ARG002  layers join as they are made
-        return RankSearch(self)
+    def prepare(self, slots: Mapping[str, Slot]) -> RankSearch:
+        for slot in slots.values():
+            require_rank(type(self).__name__, self.max_rank, slot)
+        return RankSearch(self, slots)
 
-    def wrap(self, slot: Slot, shared: RankSearch) -> AutoLoRALayer:
-        require_rank(type(self).__name__, self.max_rank, slot)
-        shared.layers[slot.name] = AutoLoRALayer(slot, self.max_rank, self.alpha)
-        return shared.layers[slot.name]
+    def wrap(self, slot: Slot, shared: RankSearch) -> AutoLoRALayer:  # noqa: ARG002  it finds its layers by their slots
+        return AutoLoRALayer(slot, self.max_rank, self.alpha)
 
 
 class AutoLoRALayer(LowRankLayer):
@@ -87,17 +88,19 @@ class AutoLoRALayer(LowRankLayer):
         scale = self.alpha / len(self.A)
         return [Factors(self.B * (scale if self.a is None else scale * self.a.softmax(0)), self.A)]
 
+    @torch.inference_mode(False)  # what is made here will train
     def settle(self, down: Tensor, up: Tensor) -> None:
         """Ends the search: LoRA with A = down, (r, in), and B = up, (out, r)."""
         if self.a is not None:
             self.searched, self.a = self.a.detach().clone(), None
         self.A, self.B = nn.Parameter(down.detach().clone()), nn.Parameter(up.detach().clone())
 
-    def fit_shapes(self, saved: Mapping[str, Tensor]) -> None:
-        """Takes on the rank of a checkpoint from after the search, which holds no a."""
+    def from_stored(self, saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Takes on the rank of a file from after the search, which holds no a."""
         rank = len(saved["A"]) if "A" in saved else 0
         if "a" not in saved and 1 <= rank <= self.max_rank:
             self.settle(self.A.new_zeros(rank, self.slot.in_features), self.B.new_zeros(self.slot.out_features, rank))
+        return dict(saved)
 
 
 def rank_of(a: Tensor, rule: RankRule) -> int:
@@ -111,26 +114,27 @@ class RankSearch(Shared):
     """Algorithm 1 of the paper: steps on a by validation loss and on the weights by training loss in turn, then ranks.
 
     Attributes:
-        layers: all layers, by slot.
+        slots: of its layers.
     """
 
-    searches = True
-
-    def __init__(self, settings: AutoLoRA) -> None:
+    def __init__(self, settings: AutoLoRA, slots: Mapping[str, Slot]) -> None:
         super().__init__()
-        self.settings = settings
-        self.layers: dict[str, AutoLoRALayer] = {}
+        self.settings, self.slots = settings, tuple(slots)
 
-    @property
-    def ranks(self) -> dict[str, int]:
+    def own(self, layers: Layers) -> list[AutoLoRALayer]:
+        """The layers of this search."""
+        return [cast(AutoLoRALayer, layers[name]) for name in self.slots]
+
+    def ranks(self, layers: Layers) -> dict[str, int]:
         """The ranks that layers have, by slot."""
-        return {name: len(layer.A) for name, layer in self.layers.items()}
+        return {layer.slot.name: len(layer.A) for layer in self.own(layers)}
 
-    def search(self, problem: SearchProblem) -> bool:
-        layers = [layer for layer in self.layers.values() if layer.a is not None]
-        if not layers:
-            return False
-        a = [layer.a for layer in layers if layer.a is not None]
+    def search(self, problem: SearchProblem) -> None:
+        own = self.own(problem.layers)
+        searching = [(layer, layer.a) for layer in own if layer.a is not None]
+        if not searching:
+            return
+        layers, a = [layer for layer, _ in searching], [a for _, a in searching]
         weights = [w for w in problem.parameters if all(w is not other for other in a)]
         initial = [w.detach().clone() for w in weights]
         dropout = layers[0].dropout
@@ -146,11 +150,10 @@ class RankSearch(Shared):
             step(outer, a, hypergradient(train_loss, val_loss, weights, a, eta))
             step(inner, weights, gradients(train_loss(), weights))
         assign(weights, initial)
-        for layer, found in zip(layers, a, strict=True):
+        for layer, found in searching:
             rank = rank_of(found, self.settings.rank_rule)
             layer.settle(layer.A[:rank], layer.B[:, :rank])
             layer.dropout = dropout
-        return True
 
 
 def hypergradient(
@@ -202,4 +205,5 @@ def step(optimizer: Optimizer, parameters: Sequence[Tensor], given: Sequence[Ten
 @torch.no_grad()
 def assign(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     """Copies values into tensors."""
-    torch._foreach_copy_(list(tensors), list(values))
+    for tensor, value in zip(tensors, values, strict=True):
+        tensor.copy_(value)

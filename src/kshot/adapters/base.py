@@ -16,18 +16,18 @@ from torch.optim import Optimizer
 
 from kshot.backbones.base import Backbone
 from kshot.errors import UserError
-from kshot.layers import AdapterLayer, Path
-from kshot.slots import Slot
+from kshot.slots import AdapterLayer, Path, Slot
 
 T = TypeVar("T")
+Layers = Mapping[str, AdapterLayer]  # by slot
 
 
 class Adapter(ABC):
     """The settings of a method. Subclasses are frozen dataclasses; a YAML names them by ``class_path``."""
 
     @abstractmethod
-    def inject(self, backbone: Backbone, targets: Sequence[str]) -> None:
-        """Makes the targets of a backbone trainable in this method's way.
+    def attach(self, backbone: Backbone, targets: Sequence[str]) -> None:
+        """Makes the targets of a backbone trainable in this method's way; ``backbone.detach()`` undoes it.
 
         New layers start in training mode, as modules do: call ``backbone.eval()`` before measuring.
 
@@ -59,18 +59,10 @@ class Shared(nn.Module):
     """What the layers of a method share, and what the method does beside them while a run trains.
 
     Frozen bases, a rank budget, or a search: the run calls the hooks below, so that none of it can be forgotten. It
-    lies in ``backbone.shared``; layers refer to it without owning it.
-
-    Attributes:
-        searches: whether :meth:`search` has something to decide, for which the shots must be split in two.
-        lossy: whether the small file holds the coefficients in fewer bits than they were trained in.
+    lies in ``backbone.shared``. What a resumed run needs beside the trained tensors are its persistent buffers.
     """
 
-    searches = False
-    lossy = False
-
-    @property
-    def ranks(self) -> dict[str, int]:
+    def ranks(self, layers: Layers) -> dict[str, int]:  # noqa: ARG002  for subclasses
         """The rank of each slot, where the method chooses ranks itself."""
         return {}
 
@@ -81,7 +73,13 @@ class Shared(nn.Module):
         """
         return {}
 
-    def penalty(self) -> Tensor | None:
+    def begin_pass(self, layers: Layers) -> None:
+        """Makes what some layers need in a forward pass for all of them at once; those are the layers of a tower."""
+
+    def end_pass(self, layers: Layers) -> None:
+        """Forgets what :meth:`begin_pass` made."""
+
+    def penalty(self, layers: Layers) -> Tensor | None:  # noqa: ARG002  for subclasses
         """A term that the method adds to the loss, or None."""
         return None
 
@@ -92,22 +90,11 @@ class Shared(nn.Module):
             UserError: what the method has to do does not fit into them.
         """
 
-    def search(self, problem: SearchProblem) -> bool:  # noqa: ARG002  for subclasses
-        """Decides what is to be trained, before the run trains it; True when trainable tensors were replaced."""
-        return False
+    def search(self, problem: SearchProblem) -> None:
+        """Decides what is to be trained, before there is an optimizer; trainable tensors may be replaced."""
 
-    def after_step(self, step: int, optimizers: Sequence[Optimizer]) -> None:
+    def after_step(self, step: int, layers: Layers) -> None:
         """Follows an optimizer step, with gradients still there; ``step`` counts from 1."""
-
-    def training_state(self) -> dict[str, Any]:
-        """What a resumed run needs beside the trained tensors."""
-        return {}
-
-    def load_training_state(self, state: Mapping[str, Any]) -> None:
-        """Takes up what :meth:`training_state` gave."""
-
-    def round_to_stored(self) -> None:
-        """Rounds what was learnt to the precision in which it is stored."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +102,7 @@ class SearchProblem:
     """What a method may use to decide what to train: the run's loss on two disjoint halves of the shots.
 
     Attributes:
+        layers: of the method.
         train: endless batches of one half.
         val: endless batches of the other.
         loss: of a batch, with the graph.
@@ -123,6 +111,7 @@ class SearchProblem:
         steps: optimizer steps in the run.
     """
 
+    layers: Layers
     train: Iterator[Any]
     val: Iterator[Any]
     loss: Callable[[Any], Tensor]
@@ -140,7 +129,7 @@ class SlotAdapter(Adapter):
 
     Args:
         dropout: probability on the input of the change, in training.
-        path: how layers run: added to the frozen output (factorised), as a weight formed once per optimizer step
+        path: how layers run: added to the frozen output (factorised), as a weight formed once in a forward pass
             (materialised), or in a basis of their own (svd); auto takes the cheapest. Results are the same to rounding.
     """
 
@@ -158,7 +147,8 @@ class SlotAdapter(Adapter):
     def wrap(self, slot: Slot, shared: Any) -> AdapterLayer:
         """Makes the layer for one slot."""
 
-    def inject(self, backbone: Backbone, targets: Sequence[str]) -> None:
+    @torch.inference_mode(False)  # what is made here will train
+    def attach(self, backbone: Backbone, targets: Sequence[str]) -> None:
         slots = select_slots(backbone, targets)
         shared = self.prepare(slots)
         layers = {name: self.wrap(slot, shared) for name, slot in slots.items()}

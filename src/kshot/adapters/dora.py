@@ -12,7 +12,6 @@ from torch.autograd.function import once_differentiable
 
 from kshot.adapters.base import require_rank
 from kshot.adapters.lora import LoRA, LoRALayer
-from kshot.memo import Memo
 from kshot.slots import Slot
 
 SHORTEST = 1e-6  # of ‖V‖² beside ‖W‖²: below, float32 leaves nothing but rounding of the sum that gives it
@@ -38,35 +37,29 @@ class DoRALayer(LoRALayer):
     """
 
     undecayed: ClassVar[frozenset[str]] = frozenset({"m"})
-    frozen_squared: Tensor
 
     def __init__(self, slot: Slot, rank: int, scale: float) -> None:
         super().__init__(slot, rank, scale)
-        squared = slot.weight.to(self.A.dtype).square().sum(1).clamp(min=1e-12)  # rows of zeros have no direction
-        self.register_buffer("frozen_squared", squared, persistent=False)
-        self.m = nn.Parameter(squared.sqrt())
-        self._norm: Memo[Tensor] = Memo()
+        self.m = nn.Parameter(lengths(slot.weight).to(self.A.dtype))
 
     def norm(self) -> Tensor:
-        """‖V_k‖ of each row, (out,), without gradient; once per optimizer step."""
-        if torch.compiler.is_compiling():
-            return self.measured_norm()
-        return self._norm.get([self.slot.projection.frozen_weight, self.A, self.B], self.measured_norm)
+        """‖V_k‖ of each row, (out,), without gradient: ‖V_k‖² = ‖W_k‖² + 2s ⟨W Aᵀ, B⟩_k + s² ⟨B A Aᵀ, B⟩_k.
 
-    @torch.no_grad()
-    def measured_norm(self) -> Tensor:
-        """‖V_k‖² = ‖W_k‖² + 2s ⟨W Aᵀ, B⟩_k + s² ⟨B A Aᵀ, B⟩_k: no (out, in) matrix is formed."""
-        with torch.autocast(self.A.device.type, enabled=False):
-            weight = self.slot.weight.to(self.A.dtype)
-            crossed = ((weight @ self.A.T) * self.B).sum(1)
-            squared = ((self.B @ (self.A @ self.A.T)) * self.B).sum(1)
-            total = self.frozen_squared + 2 * self.scale * crossed + self.scale**2 * squared
-            return torch.maximum(total, SHORTEST * self.frozen_squared).sqrt()
+        No (out, in) matrix is formed.
+        """
+        weight = self.slot.weight
+        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+            frozen = lengths(weight).square()
+            a, b = self.A.to(frozen.dtype), self.B.to(frozen.dtype)
+            crossed = ((weight.to(frozen.dtype) @ a.T) * b).sum(1)
+            squared = ((b @ (a @ a.T)) * b).sum(1)
+            total = frozen + 2 * self.scale * crossed + self.scale**2 * squared
+            return torch.maximum(total, SHORTEST * frozen).sqrt()
 
     def effective_weight(self) -> Tensor:
         return (self.m / self.norm())[:, None] * super().effective_weight()
 
-    def finish(self, y: Tensor) -> Tensor:
+    def finish(self, x: Tensor, y: Tensor) -> Tensor:  # noqa: ARG002  the output is enough
         """C ⊙ (y - b) + b, for y = x Vᵀ + b, (..., out)."""
         c, bias = self.m / self.norm(), self.slot.bias
         if torch.compiler.is_compiling():
@@ -76,11 +69,18 @@ class DoRALayer(LoRALayer):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """With dropout, y + (c - 1) ⊙ (x̃ Wᵀ) + c ⊙ (s x̃ Aᵀ Bᵀ): all of the change sees the dropped input x̃."""
-        if not self.training or self.dropout == 0:
+        if not self.dropping:
             return super().forward(x, y)
         x, c = self.dropped(x), self.m / self.norm()
-        low_rank = F.linear(F.linear(x, self.A), self.scale * self.B)
-        return (y + (c - 1) * F.linear(x, self.slot.weight) + c * low_rank).to(y.dtype)
+        low_rank = F.linear(F.linear(x, self.A.to(x.dtype)), (self.scale * self.B).to(x.dtype))
+        return (y + (c - 1) * F.linear(x, self.slot.weight.to(x.dtype)) + c * low_rank).to(y.dtype)
+
+
+def lengths(weight: Tensor) -> Tensor:
+    """‖W_k‖ of each row, (out,), in at least float32; rows of zeros, which have no direction, count as 1e-6 long."""
+    exact = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+    found: Tensor = torch.linalg.vector_norm(exact, dim=1)
+    return found.clamp(min=1e-6)
 
 
 class ScaledRows(torch.autograd.Function):

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from kshot.adapters.base import SlotAdapter, kaiming_uniform, require_rank
 from kshot.errors import UserError
-from kshot.layers import AdapterLayer
-from kshot.slots import Slot
+from kshot.slots import AdapterLayer, Slot
 
 
 @dataclass(frozen=True)
@@ -70,13 +69,14 @@ class HydraLoRALayer(AdapterLayer):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         x = x.reshape(-1, x.shape[-1])
-        if self.dropout > 0 and self.training:  # the router sees every input, A what dropout leaves
-            h, logits = F.linear(self.dropped(x), self.A), F.linear(x, self.G)
+        a, g = self.A.to(x.dtype), self.G.to(x.dtype)
+        if self.dropping:  # the router sees every input, A what dropout leaves
+            h, logits = F.linear(self.dropped(x), a), F.linear(x, g)
         else:
-            h, logits = F.linear(x, torch.cat([self.A, self.G])).split([len(self.A), len(self.G)], dim=1)
+            h, logits = F.linear(x, torch.cat([a, g])).split([len(a), len(g)], dim=1)
         omega = logits.softmax(1, dtype=torch.promote_types(logits.dtype, torch.float32))  # (T, N)
-        u = (omega[:, :, None] * h[:, None, :]).flatten(1)  # (T, N·r)
-        up = self.B.mT.flatten(0, 1)  # (N·r, out)
+        u = (omega[:, :, None] * h[:, None, :]).flatten(1).to(y.dtype)  # (T, N·r)
+        up = self.B.mT.flatten(0, 1).to(y.dtype)  # (N·r, out)
         return torch.addmm(y.reshape(-1, y.shape[-1]), u, up, alpha=self.scale).view(y.shape)
 
     def effective_weight(self) -> NoReturn:

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from kshot.adapters.base import SlotAdapter, kaiming_uniform, require_rank
-from kshot.layers import Factors, LowRankLayer
+from kshot.layers import LowRankLayer
+from kshot.products import Factors
 from kshot.slots import Slot
 
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from kshot.adapters.base import generator_for, require_rank
 from kshot.adapters.lora import LoRA
 from kshot.adapters.svd import SingularPairs, fingerprint, svd_of
-from kshot.layers import Factors, LowRankLayer
+from kshot.layers import LowRankLayer
+from kshot.products import Factors
 from kshot.slots import Slot
 
 

@@ -7,16 +7,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from kshot.adapters.base import Shared, SlotAdapter, require_rank
+from kshot.adapters.base import Layers, Shared, SlotAdapter, require_rank
 from kshot.adapters.random_basis import basis, describe, require_memory, values
-from kshot.layers import Factors, LowRankLayer
-from kshot.memo import Memo
+from kshot.layers import LowRankLayer
+from kshot.products import Factors
 from kshot.slots import Slot
 
 Owner = Literal["shared", "layer"]
@@ -82,14 +82,18 @@ class NOLA(SlotAdapter):
 
 
 class NOLALayer(LowRankLayer):
-    """Has the coefficients; what they combine to is made for all layers together."""
+    """Has the coefficients. What they combine to is made for all layers of a pass together.
+
+    Attributes:
+        made: the factors, for the time of a pass.
+    """
 
     A0: Tensor
+    made: Factors | None = None
 
     def __init__(self, slot: Slot, combinations: Combinations, settings: NOLA) -> None:
         super().__init__(slot)
-        self._combinations, self.index = (combinations,), len(combinations.layers)
-        combinations.layers.append(self)
+        self.combinations, self.index = combinations, combinations.slots.index(slot.name)
         self.save_bits = settings.save_bits
         initial = torch.full((settings.bases,), 0.0 if settings.start == "official" else 1 / settings.bases)
         self.alpha, self.beta = nn.Parameter(initial), nn.Parameter(initial.clone())
@@ -101,7 +105,7 @@ class NOLALayer(LowRankLayer):
         self.register_buffer("A0", fixed, persistent=False)
 
     def factors(self) -> list[Factors]:
-        return [self._combinations[0].factors_of(self)]
+        return [self.combinations.combine([self])[0] if self.made is None else self.made]
 
     def stored(self) -> dict[str, Tensor]:
         packed = [pack(name, p.detach(), self.save_bits) for name, p in self.named_parameters()]
@@ -112,17 +116,17 @@ class NOLALayer(LowRankLayer):
 
 
 class Combinations(Shared):
-    """The bases, and the factors that the coefficients of all layers combine to, once per optimizer step.
+    """The bases, and what the coefficients of layers combine to by them.
 
-    The coefficients enter linearly, so the graph of the factors holds no values: it is kept with them, and serves every
-    micro-batch of a step.
+    Attributes:
+        slots: of its layers: the index of a layer in ``A`` and ``B`` is that of its slot.
+        A: of the factors (r, in).
+        B: of the factors (out, r).
     """
 
     def __init__(self, settings: NOLA, slots: Mapping[str, Slot]) -> None:
         super().__init__()
-        self.lossy = settings.save_bits < 32
-        self.layers: list[NOLALayer] = []
-        self._kept: list[Kept] = []
+        self.slots = tuple(slots)
         inputs, outputs = [s.in_features for s in slots.values()], [s.out_features for s in slots.values()]
         device, total = next(iter(slots.values())).weight.device, 4 * settings.bases * settings.rank
         if settings.basis == "shared":
@@ -137,75 +141,51 @@ class Combinations(Shared):
     def fingerprint(self) -> dict[str, Any]:
         return {"A": self.A.fingerprint(), "B": self.B.fingerprint()}
 
-    def factors_of(self, layer: NOLALayer) -> Factors:
-        """A layer's factors, with their gradients."""
+    def begin_pass(self, layers: Layers) -> None:
+        own = self.own(layers)
+        for layer, factors in zip(own, self.combine(own), strict=True):
+            layer.made = factors
+
+    def end_pass(self, layers: Layers) -> None:
+        for layer in self.own(layers):
+            layer.made = None
+
+    def own(self, layers: Layers) -> list[NOLALayer]:
+        """Those of some layers that use these bases."""
+        return [v for v in layers.values() if isinstance(v, NOLALayer) and v.combinations is self]
+
+    def combine(self, layers: Sequence[NOLALayer]) -> list[Factors]:
+        """The factors of layers, with their gradients: one product a side for all of them."""
+        made: list[Tensor] = []
         if torch.compiler.is_compiling():
-            a, b = self.A.combine_one(layer.index, layer.alpha), self.B.combine_one(layer.index, layer.beta)
-            return Factors(b, layer.A0 + a.T)
-        if not self._kept or not self._kept[layer.index].holds(layer):
-            self._kept = self.combine()
-        return self._kept[layer.index].factors
-
-    def combine(self) -> list[Kept]:
-        """The factors of all layers."""
-        coefficients = [layer.alpha for layer in self.layers] + [layer.beta for layer in self.layers]
-        with (
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            torch.autocast(coefficients[0].device.type, enabled=False),
-        ):
-            made = Combine.apply(self.A, self.B, *coefficients)
-            pairs = zip(self.layers, made, made[len(self.layers) :], strict=False)
-            return [Kept(v.alpha, v.beta, state_of(v), Factors(b, v.A0 + a.T)) for v, a, b in pairs]
-
-    def round_to_stored(self) -> None:
-        for layer in self.layers:
-            rounded = layer.from_stored(layer.stored())
-            with torch.no_grad():
-                for name, parameter in layer.named_parameters():
-                    parameter.copy_(rounded[name])
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_kept": []}  # tensors of a graph cannot be copied
-
-
-class Kept(NamedTuple):
-    """A layer's factors, and what they were made from."""
-
-    alpha: Tensor
-    beta: Tensor
-    state: tuple[object, ...]
-    factors: Factors
-
-    def holds(self, layer: NOLALayer) -> bool:
-        """False once a coefficient changed."""
-        return self.alpha is layer.alpha and self.beta is layer.beta and self.state == state_of(layer)
-
-
-def state_of(layer: NOLALayer) -> tuple[object, ...]:
-    """What changes when a coefficient does, as in :class:`Memo`."""
-    of_each = ((t._version, t.device, t.dtype, t.requires_grad) for t in (layer.alpha, layer.beta))
-    return (Memo.optimizer_steps, *of_each)
+            made += [self.A.combine_one(v.index, v.alpha) for v in layers]
+            made += [self.B.combine_one(v.index, v.beta) for v in layers]
+        elif layers:
+            with torch.autocast(layers[0].alpha.device.type, enabled=False):
+                coefficients = [v.alpha for v in layers] + [v.beta for v in layers]
+                made += list(Combine.apply(self.A, self.B, [v.index for v in layers], *coefficients))
+        return [Factors(b, v.A0 + a.T) for v, a, b in zip(layers, made, made[len(layers) :], strict=False)]
 
 
 class Combine(torch.autograd.Function):
-    """All α and all β to all A and all B."""
+    """All α and all β of some layers to their A and B."""
 
     @staticmethod
-    def forward(ctx: Any, a: Side, b: Side, *coefficients: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, a: Side, b: Side, which: Sequence[int], *coefficients: Tensor) -> tuple[Tensor, ...]:
         """Returns all Σ_k α_k A_kᵀ, (in, r), then all s Σ_k β_k B_k, (out, r)."""
         ctx.set_materialize_grads(False)
-        ctx.sides = a, b
-        half = len(coefficients) // 2
-        return (*a.combine(coefficients[:half]), *b.combine(coefficients[half:]))
+        ctx.sides, ctx.which = (a, b), which
+        half = len(which)
+        return (*a.combine(which, coefficients[:half]), *b.combine(which, coefficients[half:]))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         """Gradients of the coefficients, None for layers that the loss did not reach."""
-        (a, b), half = ctx.sides, len(gradients) // 2
+        (a, b), half = ctx.sides, len(ctx.which)
         with torch.autocast(next(g for g in gradients if g is not None).device.type, enabled=False):
-            return (None, None, *a.project(gradients[:half]), *b.project(gradients[half:]))
+            found = [*a.project(ctx.which, gradients[:half]), *b.project(ctx.which, gradients[half:])]
+        return (None, None, None, *found)
 
 
 class Side(nn.Module, ABC):
@@ -246,13 +226,14 @@ class Side(nn.Module, ABC):
         g = self.scales[index] * gradient.flatten()
         return torch.cat([m @ g for _, m in self.chunks(index, g)])
 
-    def combine(self, coefficients: Sequence[Tensor]) -> list[Tensor]:
-        """The combinations of all layers."""
-        return [self.combine_one(index, c) for index, c in enumerate(coefficients)]
+    def combine(self, which: Sequence[int], coefficients: Sequence[Tensor]) -> list[Tensor]:
+        """The combinations of some layers."""
+        return [self.combine_one(index, c) for index, c in zip(which, coefficients, strict=True)]
 
-    def project(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """The gradients of all layers' coefficients."""
-        return [None if g is None else self.project_one(index, g) for index, g in enumerate(gradients)]
+    def project(self, which: Sequence[int], gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """The gradients of their coefficients."""
+        pairs = zip(which, gradients, strict=True)
+        return [None if g is None else self.project_one(index, g) for index, g in pairs]
 
 
 def entry_scale(settings: NOLA, width: int) -> float:
@@ -280,18 +261,20 @@ class SharedSide(Side):
     def chunks(self, index: int, like: Tensor) -> Iterator[tuple[slice, Tensor]]:  # noqa: ARG002  it is at hand
         yield slice(None), self.matrices[:, : self.widths[index] * self.rank]
 
-    def combine(self, coefficients: Sequence[Tensor]) -> list[Tensor]:
-        stacked = torch.stack([scale * c for scale, c in zip(self.scales, coefficients, strict=True)])
-        rows = stacked @ self.matrices
-        return [row[: w * self.rank].view(w, self.rank) for row, w in zip(rows, self.widths, strict=True)]
+    def combine(self, which: Sequence[int], coefficients: Sequence[Tensor]) -> list[Tensor]:
+        stacked = torch.stack([self.scales[i] * c for i, c in zip(which, coefficients, strict=True)])
+        widest = max(self.widths[i] for i in which)
+        rows = (stacked @ self.matrices[:, : widest * self.rank]).unflatten(1, (widest, self.rank))
+        return [row[: self.widths[i]] for i, row in zip(which, rows, strict=True)]
 
-    def project(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
-        reached = [(i, self.scales[i] * g.flatten()) for i, g in enumerate(gradients) if g is not None]
-        rows = self.matrices.new_zeros(len(reached), self.matrices.shape[1])
+    def project(self, which: Sequence[int], gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+        reached = [(i, self.scales[i] * g.flatten()) for i, g in zip(which, gradients, strict=True) if g is not None]
+        widest = max((len(g) for _, g in reached), default=0)
+        rows = self.matrices.new_zeros(len(reached), widest)
         for row, (_, g) in zip(rows, reached, strict=True):
             row[: len(g)] = g
-        found = dict(zip((i for i, _ in reached), rows @ self.matrices.T, strict=True))
-        return [found.get(i) for i in range(len(gradients))]
+        found = dict(zip((i for i, _ in reached), rows @ self.matrices[:, :widest].T, strict=True))
+        return [found.get(i) for i in which]
 
 
 class LayerSide(Side):

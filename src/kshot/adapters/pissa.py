@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from kshot.adapters.base import require_rank
 from kshot.adapters.lora import LoRA, LoRALayer
 from kshot.adapters.svd import svd_of
-from kshot.layers import Factors
+from kshot.products import Factors
 from kshot.slots import Slot
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from kshot.adapters.base import Shared, SlotAdapter
-from kshot.adapters.random_basis import buckets, describe, values
+from kshot.adapters.random_basis import describe, permutation, values, words
 from kshot.layers import FullRankLayer
 from kshot.slots import Slot
 
@@ -32,10 +32,11 @@ class PRANC(SlotAdapter):
         coefficients: K.
         scope: K coefficients for each layer, or (global) K for the concatenation of all matrices, in the
             order of their names.
-        basis: ``hashed``: the P_k are disjoint indicators, every weight belongs to one coefficient that a hash picks.
-            Others are dense, of variance 1 / (3 in): ``uniform`` from U(-1/√in, 1/√in) as in the paper, ``normal``, or
-            ``sign``; each step then makes 2 K random numbers for every weight.
-        hashes: of ``hashed``: how many independent ones are added up (the authors' ``ppb``).
+        basis: ``hashed``: the P_k are disjoint indicators, every weight belongs to one coefficient, by a permutation
+            that gives each as many weights as any other, or one less. Others are dense, of variance 1 / (3 in):
+            ``uniform`` from U(-1/√in, 1/√in) as in the paper, ``normal``, or ``sign``; each step then makes 2 K random
+            numbers for every weight.
+        hashes: of ``hashed``: how many independent permutations are added up (the authors' ``ppb``).
         scale: s.
         seed: of the basis, which is a function of it and of the slots' names alone.
 
@@ -74,7 +75,10 @@ class PRANC(SlotAdapter):
 
 
 class Place(NamedTuple):
-    """Which random numbers are a slot's: that of its weight p in P_k has the index k · total + start + p."""
+    """Which random numbers are a slot's: that of its weight p in P_k has the index k · total + start + p.
+
+    Of permutations, the h-th of a slot is made of the words from h · total + start on.
+    """
 
     stream: str
     start: int
@@ -111,8 +115,8 @@ class Coefficients(Shared):
     def fingerprint(self) -> dict[str, Any]:
         settings, place = self.settings, next(iter(self.places.values()))
         if settings.basis == "hashed":
-            first = buckets(settings.seed, place.stream, settings.coefficients, 0, 16)
-            about = describe(settings.seed, place.stream, "buckets", [settings.hashes, place.total], first)
+            first = words(settings.seed, place.stream, 0, 16)
+            about = describe(settings.seed, place.stream, "permutation", [settings.hashes, place.total], first)
         else:
             first = values(settings.seed, place.stream, settings.basis, 0, 16)
             about = describe(settings.seed, place.stream, settings.basis, [settings.coefficients, place.total], first)
@@ -130,22 +134,19 @@ class PRANCLayer(FullRankLayer):
     def __init__(self, slot: Slot, settings: PRANC, shared: Coefficients) -> None:
         super().__init__(slot)
         self.settings, self.place, self.size = settings, shared.places[slot.name], slot.weight.numel()
-        self.shared = (shared,)  # in a tuple, so that it is no module of this one
+        self.shared = shared
         own = nn.Parameter(torch.zeros(settings.coefficients)) if shared.alpha is None else None
         self.register_parameter("alpha", own)
 
     def coefficients(self) -> nn.Parameter:
         """α, (K,): the layer's own, or that of all."""
-        alpha = self.shared[0].alpha if self.alpha is None else self.alpha
+        alpha = self.shared.alpha if self.alpha is None else self.alpha
         assert alpha is not None
         return alpha
 
-    def sources(self) -> list[nn.Parameter]:
-        return [self.coefficients()]
-
 
 class HashedLayer(PRANCLayer):
-    """Every weight takes the coefficient that a hash picks for it, or the sum of several."""
+    """Every weight takes the coefficient that a permutation picks for it, or the sum of several."""
 
     index: Tensor
 
@@ -153,8 +154,11 @@ class HashedLayer(PRANCLayer):
         super().__init__(slot, settings, shared)
         device, (stream, start, total) = slot.weight.device, self.place
         index = torch.empty(settings.hashes, self.size, dtype=torch.int32, device=device)  # (hashes, out · in)
+        # A permutation of each slot: the remainders go on where those of the slot before ended, so that the counts
+        # are as equal over the concatenation of all slots as they are in each.
+        remainders = torch.arange(start, start + self.size, device=device).remainder(settings.coefficients).int()
         for h in range(0 if index.is_meta else settings.hashes):
-            index[h] = buckets(settings.seed, stream, settings.coefficients, h * total + start, self.size, device)
+            index[h, permutation(settings.seed, stream, h * total + start, self.size, device)] = remainders
         self.register_buffer("index", index, persistent=False)
 
     def delta(self) -> Tensor:

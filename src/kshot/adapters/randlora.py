@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from kshot.adapters.base import Shared, SlotAdapter, require_rank
-from kshot.adapters.random_basis import basis, describe, require_memory
-from kshot.layers import WEIGHT_PASS, FullRankLayer
-from kshot.memo import Memo
-from kshot.slots import Slot
+from kshot.adapters.random_basis import basis, describe, require_memory, values
+from kshot.layers import FullRankLayer, weight_pass
+from kshot.slots import Castable, Slot
 
 Entries = Literal["uniform", "normal", "ternary"]
 Vector = Literal["gamma", "lambda"]
@@ -79,8 +78,34 @@ class RandLoRA(SlotAdapter):
         return RandLoRALayer(slot, shared, self)
 
 
-class RandomBases(Shared):
-    """A, (r, d), and B, (D, n, r), for the largest d, D and n of all layers; each takes what it needs of them."""
+class Rows(NamedTuple):
+    """A sparse matrix in compressed rows, as plain tensors: torch cannot copy its own kind."""
+
+    starts: Tensor
+    columns: Tensor
+    values: Tensor
+    shape: torch.Size
+
+    @classmethod
+    def of(cls, matrix: Tensor) -> Rows:
+        """Leaves the zeros of a matrix out."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # torch says once that the layout is new
+            sparse = matrix.to_sparse_csr()
+        return cls(sparse.crow_indices(), sparse.col_indices(), sparse.values(), sparse.shape)
+
+    def times(self, right: Tensor) -> Tensor:
+        """The product with a matrix on the right."""
+        return torch.sparse_csr_tensor(*self, check_invariants=False) @ right
+
+
+class RandomBases(Shared, Castable):
+    """A, (r, d), and B, (D, n, r), for the largest d, D and n of all layers; each takes what it needs of them.
+
+    Attributes:
+        rows: parts of B_flat in float32 without their zeros, made when layers are; by rows, terms, and whether they are
+            transposed.
+    """
 
     A: Tensor
     B: Tensor
@@ -93,43 +118,42 @@ class RandomBases(Shared):
                 self.seed, f"randlora.{name}", self.distribution, shape, sparsity=self.sparsity, device=device
             )
             self.register_buffer(name, drawn, persistent=False)
-        self._cast: Memo[Tensor] = Memo()
-        self._sparse: dict[tuple[int, int, bool], Memo[Tensor]] = {}
+        self.rows: dict[tuple[int, int, bool], Rows] = {}
 
     def fingerprint(self) -> dict[str, Any]:
-        return {
-            name: describe(self.seed, f"randlora.{name}", self.distribution, t.shape, t, sparsity=self.sparsity)
-            for name, t in self.named_buffers()
-        }
+        """Describes both as they are drawn, whatever precision they were cast to since."""
+        found, kind, sparsity = {}, self.distribution, self.sparsity
+        for name, tensor in self.named_buffers():
+            stream = f"randlora.{name}"
+            first = values(self.seed, stream, kind, 0, 16, sparsity=sparsity)
+            found[name] = describe(self.seed, stream, kind, tensor.shape, first, sparsity=sparsity)
+        return found
+
+    def frozen_tensors(self) -> tuple[Tensor]:
+        return (self.B,)
+
+    def prepare_rows(self, rows: int, terms: int) -> None:
+        """Leaves zeros out for a layer where they are many enough that products are quicker without them."""
+        rare = self.distribution == "ternary" and 2 / self.sparsity < SPARSE
+        if rare and self.B.device.type == "cpu" and torch.backends.mkl.is_available():
+            flat = self.flat(rows, terms, self.B.dtype)
+            for transposed in (False, True):
+                if (rows, terms, transposed) not in self.rows:
+                    self.rows[rows, terms, transposed] = Rows.of(flat.T if transposed else flat)
 
     def flat(self, rows: int, terms: int, dtype: torch.dtype) -> Tensor:
-        """B_flat, (D, n r): B_1 to B_n side by side, cast once."""
-        whole = self.B
-        if torch.compiler.is_compiling():
-            whole = whole.to(dtype)
-        elif dtype != whole.dtype:
-            whole = self._cast.get([self.B], lambda: self.B.to(dtype), key=dtype)
-        return whole[:rows, :terms].flatten(1)
+        """B_flat, (D, n r): B_1 to B_n side by side."""
+        (whole,) = self.frozen(dtype)
+        part: Tensor = whole[:rows, :terms].flatten(1).to(dtype)
+        return part
 
     def times(self, rows: int, terms: int, right: Tensor, transposed: bool = False) -> Tensor:
         """B_flat or its transpose, times a matrix, in that one's dtype; by non-zeros alone where that is quicker."""
+        sparse = self.rows.get((rows, terms, transposed))
+        if sparse is not None and (right.dtype, right.device) == (sparse.values.dtype, sparse.values.device):
+            return sparse.times(right)
         left = self.flat(rows, terms, right.dtype)
-        left = left.T if transposed else left
-        rare = self.distribution == "ternary" and 2 / self.sparsity < SPARSE
-        if rare and right.dtype == self.B.dtype and right.device.type == "cpu" and torch.backends.mkl.is_available():
-            memo = self._sparse.setdefault((rows, terms, transposed), Memo())
-            left = memo.get([self.B], lambda: without_zeros(left))
-        return left @ right
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_sparse": {}}  # torch cannot copy compressed rows
-
-
-def without_zeros(matrix: Tensor) -> Tensor:
-    """The matrix in compressed rows."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # torch calls the layout new
-        return matrix.to_sparse_csr()
+        return (left.T if transposed else left) @ right
 
 
 class RandLoRALayer(FullRankLayer):
@@ -142,34 +166,35 @@ class RandLoRALayer(FullRankLayer):
 
     def __init__(self, slot: Slot, bases: RandomBases, settings: RandLoRA) -> None:
         super().__init__(slot)
-        self._bases = (bases,)
+        self.bases = bases
         self.scale = settings.scale
         self.tall = slot.out_features >= slot.in_features
         self.smaller, self.larger = sorted((slot.in_features, slot.out_features))
         r, n = settings.rank, -(-self.smaller // settings.rank)
+        bases.prepare_rows(self.larger, n)
         lambdas, gammas = (0.0, 1 / max(n, self.smaller)) if settings.zero == "lambda" else (1 / max(n, r), 0.0)
         self.Lambda = nn.Parameter(torch.full((n, r), lambdas))
         self.Gamma = nn.Parameter(torch.full((n, self.smaller), gammas))
 
     def small(self) -> tuple[Tensor, Tensor, Tensor]:
         """What Â is made of: Λ, (n, r), Γ, (n, d), and s A, (r, d)."""
-        return self.Lambda, self.Gamma, self.scale * self._bases[0].A[:, : self.smaller]
+        return self.Lambda, self.Gamma, self.scale * self.bases.A[:, : self.smaller]
 
     def flat(self, dtype: torch.dtype) -> Tensor:
         """B_flat, (D, n r)."""
-        return self._bases[0].flat(self.larger, len(self.Gamma), dtype)
+        return self.bases.flat(self.larger, len(self.Gamma), dtype)
 
     def delta(self) -> Tensor:
         delta = self.flat(self.Gamma.dtype) @ scaled(*self.small())
         return delta if self.tall else delta.T
 
     def build(self, dtype: torch.dtype) -> Tensor:
-        delta = self._bases[0].times(self.larger, len(self.Gamma), scaled(*self.small()).to(dtype))
+        delta = self.bases.times(self.larger, len(self.Gamma), scaled(*self.small()).to(dtype))
         return delta if self.tall else delta.T
 
     def pullback(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
         right = gradient if self.tall else gradient.T
-        to_small = self._bases[0].times(self.larger, len(self.Gamma), right, transposed=True)
+        to_small = self.bases.times(self.larger, len(self.Gamma), right, transposed=True)
         return pulled_back(to_small, *self.small())
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
@@ -192,7 +217,7 @@ class RandLoRALayer(FullRankLayer):
         """
         out, into, inner = self.slot.out_features, self.slot.in_features, self.Lambda.numel()
         factorised = tokens * inner * (2 * (out + into) + self.smaller)
-        return factorised, out * into * (tokens + 2 * inner + WEIGHT_PASS)
+        return factorised, out * into * (tokens + 2 * inner + weight_pass(self.Lambda.device))
 
 
 def scaled(lambdas: Tensor, gammas: Tensor, base: Tensor) -> Tensor:

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import statistics
 import struct
 import sys
@@ -31,6 +30,7 @@ import torch
 from torch import Tensor
 
 from kshot.errors import UserError
+from kshot.files import amount, memory_of_machine
 
 GENERATOR: Final = "kshot-splitmix64-1"
 """Name and version of the raw stream and of what is made of it. Any change of a bit is a new version."""
@@ -112,96 +112,42 @@ def values(
     return _generate(seed, stream, start, count, per_word, decode, dtype, device)
 
 
-def ternary_signs(
-    seed: int,
-    stream: str,
-    start: int,
-    count: int,
-    *,
-    sparsity: float = 6.0,
-    device: torch.device | str = "cpu",
-) -> Tensor:
-    """The signs of the ``ternary`` sequence of :func:`values`: the same elements before their scale.
-
-    Args:
-        seed: 0 to 2^63 - 1.
-        stream: names the tensor.
-        start: index of the first element.
-        count: how many.
-        sparsity: 2 to 65,536.
-        device: where to make them.
-
-    Returns:
-        (count,), int8: -1, 0 or +1.
-
-    Raises:
-        UserError: an impossible seed or sparsity.
-    """
-    decode = partial(_ternary_signs, threshold=_ternary_threshold(sparsity))
-    return _generate(seed, stream, start, count, 2, decode, torch.int8, device)
-
-
 def basis(
     seed: int,
     stream: str,
     distribution: Distribution,
     shape: Sequence[int],
     *,
-    start: int = 0,
     sparsity: float = 6.0,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """A tensor filled in row-major order from :func:`values`, from element ``start`` on.
-
-    Args:
-        seed: 0 to 2^63 - 1.
-        stream: names the tensor.
-        distribution: one of those of :func:`values`.
-        shape: of the tensor.
-        start: index of its first element in the sequence.
-        sparsity: for ``ternary`` only, 2 to 65,536.
-        device: where to make it.
-
-    Returns:
-        ``shape``, float32.
+    """A tensor of the given shape, float32, filled in row-major order from :func:`values`, whose arguments these are.
 
     Raises:
         UserError: an impossible seed or sparsity.
     """
-    flat = values(seed, stream, distribution, start, math.prod(shape), sparsity=sparsity, device=device)
+    flat = values(seed, stream, distribution, 0, math.prod(shape), sparsity=sparsity, device=device)
     return flat.view(tuple(shape))
 
 
-def buckets(
-    seed: int,
-    stream: str,
-    count_of_buckets: int,
-    start: int,
-    count: int,
-    device: torch.device | str = "cpu",
-) -> Tensor:
-    """Elements [start, start + count) of an endless sequence of bucket numbers.
+@torch.inference_mode(False)
+def permutation(seed: int, stream: str, start: int, count: int, device: torch.device | str = "cpu") -> Tensor:
+    """The numbers 0 ... count - 1 in random order, (count,), int64: that of half words as signed numbers.
 
-    Two a word: u, a half as an unsigned number, gives ⌊u · K / 2^32⌋ for K buckets. The number of halves that lead to
-    a bucket differs by at most one from bucket to bucket.
+    Equal ones, of which there are few, stay in their order.
 
     Args:
         seed: 0 to 2^63 - 1.
         stream: names the tensor.
-        count_of_buckets: K, 1 to 2^31.
-        start: index of the first element.
-        count: how many.
+        start: index of the first word; count / 2 of them, rounded up, are used.
+        count: how many numbers.
         device: where to make them.
-
-    Returns:
-        (count,), int32, in [0, K).
 
     Raises:
         UserError: an impossible seed.
     """
-    assert 1 <= count_of_buckets <= 2**31
-    decode = partial(_buckets, count=count_of_buckets)
-    return _generate(seed, stream, start, count, 2, decode, torch.int32, device)
+    halves = words(seed, stream, start, -(-count // 2), device).view(torch.int32)[:count]
+    return halves.argsort(stable=True)
 
 
 def checksum(tensor: Tensor) -> str:
@@ -218,11 +164,10 @@ def checksum(tensor: Tensor) -> str:
 def describe(
     seed: int,
     stream: str,
-    distribution: Distribution | Literal["buckets"],
+    distribution: Distribution | Literal["permutation"],
     shape: Sequence[int],
     first_values: Tensor,
     *,
-    start: int = 0,
     sparsity: float = 6.0,
 ) -> dict[str, Any]:
     """What a checkpoint's header says of a basis instead of storing it.
@@ -230,28 +175,14 @@ def describe(
     Args:
         seed: 0 to 2^63 - 1.
         stream: names the tensor.
-        distribution: of :func:`values`, or ``buckets``.
+        distribution: of :func:`values`, or ``permutation``.
         shape: of the tensor.
         first_values: the tensor that was used, or at least its first 16 values.
-        start: index of its first element in the sequence.
         sparsity: recorded for ``ternary`` only.
-
-    Returns:
-        Strings, numbers and one list: ``generator``, ``seed``, ``stream``, ``distribution``, ``shape``, ``start``,
-        ``checksum``, and ``sparsity`` where it matters.
     """
-    info: dict[str, Any] = {
-        "generator": GENERATOR,
-        "seed": seed,
-        "stream": stream,
-        "distribution": distribution,
-        "shape": list(shape),
-        "start": start,
-        "checksum": checksum(first_values),
-    }
-    if distribution == "ternary":
-        info["sparsity"] = sparsity
-    return info
+    info = {"generator": GENERATOR, "seed": seed, "stream": stream, "distribution": distribution, "shape": list(shape)}
+    info |= {"start": 0, "checksum": checksum(first_values)}  # the first element's place in the stream
+    return info | ({"sparsity": sparsity} if distribution == "ternary" else {})
 
 
 def require_memory(bytes_needed: int, who: str, advice: str) -> None:
@@ -265,31 +196,12 @@ def require_memory(bytes_needed: int, who: str, advice: str) -> None:
     Raises:
         UserError: it would take more than half.
     """
-    memory = _physical_memory()
+    memory = memory_of_machine()
     if memory is not None and bytes_needed > memory / 2:
         raise UserError(
-            f"{who}: its basis would take {_amount(bytes_needed)}, and this machine has {_amount(memory)}, "
+            f"{who}: its basis would take {amount(bytes_needed)}, and this machine has {amount(memory)}, "
             f"of which it may take half: {advice}."
         )
-
-
-def _physical_memory() -> int | None:
-    """Bytes of memory in this machine, or None where the system does not tell."""
-    try:
-        size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return None
-    return size if size > 0 else None
-
-
-def _amount(size: float) -> str:
-    """Bytes in three digits: ``604 GB``."""
-    units = ("bytes", "kB", "MB", "GB", "TB", "PB", "EB")
-    for unit in units[:-1]:
-        if size < 999.5:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:,.0f} {units[-1]}"
 
 
 def _key(seed: int, stream: str) -> int:
@@ -413,16 +325,11 @@ def _ternary_threshold(sparsity: float) -> int:
     return round(2**32 / sparsity)
 
 
-def _ternary_signs(raw: Tensor, threshold: int) -> Tensor:
-    """Signs of ``ternary``, int8."""
-    half = raw.view(torch.int32)
-    plus, minus = half >= 2**31 - threshold, half < threshold - 2**31
-    return plus.view(torch.int8) - minus.view(torch.int8)
-
-
 def _ternary(raw: Tensor, threshold: int, scale: float) -> Tensor:
     """Values of ``ternary``."""
-    return _ternary_signs(raw, threshold).to(torch.float32).mul_(scale)
+    half = raw.view(torch.int32)
+    plus, minus = half >= 2**31 - threshold, half < threshold - 2**31
+    return (plus.view(torch.int8) - minus.view(torch.int8)).to(torch.float32).mul_(scale)
 
 
 def _sign(raw: Tensor) -> Tensor:
@@ -436,9 +343,3 @@ def _sign_table() -> Tensor:
     """The eight signs of each byte, the lowest bit first, (256, 8), float32, on the CPU."""
     signs = [[1.0 if byte >> bit & 1 else -1.0 for bit in range(8)] for byte in range(256)]
     return torch.tensor(signs, dtype=torch.float32, device="cpu")
-
-
-def _buckets(raw: Tensor, count: int) -> Tensor:
-    """Numbers of :func:`buckets`, int64: the product stays below 2^63."""
-    unsigned = raw.view(torch.int32).to(torch.int64).bitwise_and_(2**32 - 1)
-    return unsigned.mul_(count).bitwise_right_shift_(32)

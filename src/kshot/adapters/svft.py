@@ -17,8 +17,7 @@ from kshot.adapters.random_basis import words
 from kshot.adapters.svd import SVD, SingularPairs, fingerprint, relative_gap, svd_of
 from kshot.errors import UserError
 from kshot.layers import FullRankLayer
-from kshot.memo import Memo
-from kshot.slots import Slot
+from kshot.slots import Castable, Change, Slot
 
 SMALLEST_GAP = 1e-6  # of neighbouring singular values, relative to the largest: closer pairs may turn into each other
 
@@ -169,7 +168,7 @@ class Positions(nn.Module):
         return (p.T @ h).flatten().index_select(0, self.flat)
 
 
-class SVFTLayer(FullRankLayer):
+class SVFTLayer(FullRankLayer, Castable):
     """Runs with a weight of its own, ``W + U M Vᵀ``, or in the singular basis, ``x V (Σ + M)ᵀ Uᵀ + b``."""
 
     paths: ClassVar[tuple[str, ...]] = ("materialised", "svd")
@@ -190,38 +189,41 @@ class SVFTLayer(FullRankLayer):
         self.values = nn.Parameter(math.sqrt(2 / size) * drawn)
         gated = reference or settings.gate
         self.register_parameter("gate", nn.Parameter(torch.zeros(())) if gated else None)
-        self._basis: Memo[tuple[Tensor, ...]] = Memo()
 
     def m(self) -> Tensor:
         """The entries of M on Ω, (|Ω|,)."""
         return self.values if self.gate is None else self.values * self.gate.sigmoid()
 
-    def basis(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """U, Σ and Vᵀ, cast once."""
-        factors = (self.u, self.s, self.vt)
-        return self._basis.get(factors, lambda: tuple(t.to(dtype) for t in factors), key=dtype)
+    def frozen_tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.u, self.s, self.vt
 
     def delta(self) -> Tensor:
         return self.u @ self.omega.times(self.m(), self.vt.T).T
 
     def build(self, dtype: torch.dtype) -> Tensor:
-        u, _, _ = self.basis(dtype)
-        return u @ self.omega.times(self.m(), self.vt.T).T.to(dtype)
+        u, _, _ = self.frozen(dtype)
+        built: Tensor = u.to(dtype) @ self.omega.times(self.m(), self.vt.T).T.to(dtype)
+        return built
 
     def pullback(self, gradient: Tensor) -> list[Tensor]:
-        u, _, _ = self.basis(gradient.dtype)
-        dm = self.omega.inner((gradient.T @ u).to(self.vt.dtype), self.vt.T)
+        u, _, _ = self.frozen(gradient.dtype)
+        dm = self.omega.inner((gradient.T @ u.to(gradient.dtype)).to(self.vt.dtype), self.vt.T)
         if self.gate is None:
             return [dm]
         factor = self.gate.sigmoid()
         return [dm * factor, dm @ self.values * factor * (1 - factor)]
+
+    def change(self, x: Tensor, dtype: torch.dtype) -> Change:
+        if not self.dropping and self.choose(x.numel() // x.shape[-1]) == "svd":
+            return Change(product=lambda x: self.product(x, dtype))
+        return super().change(x, dtype)
 
     def choose(self, tokens: int) -> str:
         """In the singular basis where that costs fewer multiply-accumulates, and only where the factors are exact."""
         if self.path != "auto":
             return self.path
         slot = self.slot
-        if self.product_dtype().itemsize < 4:
+        if slot.projection.product_dtype(self.u.device).itemsize < 4:
             return "materialised"
         out, into = slot.out_features, slot.in_features
         n, frozen = min(out, into), 2 * tokens * out * into
@@ -230,21 +232,18 @@ class SVFTLayer(FullRankLayer):
         materialised = frozen + tokens * out * into + 2 * n * out * into
         return "svd" if svd <= materialised else "materialised"
 
-    def product_dtype(self) -> torch.dtype:
-        """The dtype in which the slot's product runs."""
-        return self.slot.projection.product_dtype(self.u)
-
-    def product(self, x: Tensor) -> Tensor:
+    def product(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """``x V (Σ + M)ᵀ Uᵀ + b``, (..., out)."""
-        dtype, bias = self.product_dtype(), self.slot.bias
+        bias = self.slot.bias
         bias = None if bias is None else bias.to(dtype)
         x, m = x.to(dtype), self.m().to(dtype)
+        u, s, vt = (t.to(dtype) for t in self.frozen(dtype))
         if torch.compiler.is_compiling():
-            h = F.linear(x, self.vt.to(dtype)).flatten(0, -2)
-            z = self.omega.times(m, h) + h * self.s.to(dtype)
-            y: Tensor = F.linear(z, self.u.to(dtype), bias).unflatten(0, x.shape[:-1])
+            h = F.linear(x, vt).flatten(0, -2)
+            z = self.omega.times(m, h) + h * s
+            y: Tensor = F.linear(z, u, bias).unflatten(0, x.shape[:-1])
         else:
-            y = SingularProduct.apply(x, m, bias, self.omega, *self.basis(dtype))
+            y = SingularProduct.apply(x, m, bias, self.omega, u, s, vt)
         return y
 
 

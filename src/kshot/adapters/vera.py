@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from kshot.adapters.base import Shared, SlotAdapter
-from kshot.adapters.random_basis import basis, describe, require_memory
-from kshot.layers import Factors, LowRankLayer
+from kshot.adapters.random_basis import basis, describe, require_memory, values
+from kshot.layers import LowRankLayer
+from kshot.products import Factors
 from kshot.slots import Slot
 
 
@@ -60,10 +61,20 @@ class RandomPair(Shared):
         self.seed = seed
         for name, shape in (("A", (rank, inputs)), ("B", (outputs, rank))):
             uniform = basis(seed, f"vera.{name}", "uniform", shape, device=device)
-            self.register_buffer(name, uniform.mul_(math.sqrt(2 / shape[1])), persistent=False)
+            self.register_buffer(name, uniform.mul_(gain(shape)), persistent=False)
 
     def fingerprint(self) -> dict[str, Any]:
-        return {n: describe(self.seed, f"vera.{n}", "uniform", t.shape, t) for n, t in self.named_buffers()}
+        """Describes both as they are drawn, whatever precision they were cast to since."""
+        found = {}
+        for name, tensor in self.named_buffers():
+            first = values(self.seed, f"vera.{name}", "uniform", 0, 16).mul_(gain(tensor.shape))
+            found[name] = describe(self.seed, f"vera.{name}", "uniform", tensor.shape, first)
+        return found
+
+
+def gain(shape: Sequence[int]) -> float:
+    """What entries of variance 1 are multiplied by."""
+    return math.sqrt(2 / shape[1])
 
 
 class VeRALayer(LowRankLayer):
@@ -71,11 +82,11 @@ class VeRALayer(LowRankLayer):
 
     def __init__(self, slot: Slot, pair: RandomPair, initial: float) -> None:
         super().__init__(slot)
-        self._pair = (pair,)
+        self.pair = pair
         self.lambda_b = nn.Parameter(torch.zeros(slot.out_features))
         self.lambda_d = nn.Parameter(torch.full((len(pair.A),), initial))
 
     def factors(self) -> list[Factors]:
-        pair, slot = self._pair[0], self.slot
+        pair, slot = self.pair, self.slot
         scales = torch.outer(self.lambda_b, self.lambda_d)  # first, so that autograd keeps nothing of this size but B
         return [Factors(scales * pair.B[: slot.out_features], pair.A[:, : slot.in_features])]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -56,7 +56,12 @@ class Attention(nn.Module):
         output_dropout: of the projected output, in training.
         true_blocks: whether True in a boolean mask blocks a position (PyTorch's module, open_clip) or allows it (timm,
             ``scaled_dot_product_attention``).
+
+    Attributes:
+        original: the library's module in whose place this one stands, without what was taken over from it.
+        taken: names here of what was taken over, by its name there.
     """
+
 
     def __init__(
         self,
@@ -76,6 +81,8 @@ class Attention(nn.Module):
         self.dropout, self.output_dropout = dropout, output_dropout
         self.q_norm, self.k_norm = q_norm or nn.Identity(), k_norm or nn.Identity()
         self.head_scale, self.inner_norm = head_scale, inner_norm or nn.Identity()
+        self.original: nn.Module | None = None
+        self.taken: dict[str, str] = {}
 
     def heads_of(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Projects (B, L, width) to q, k, v, each (B, heads, L, width of a head)."""
@@ -126,6 +133,28 @@ class Attention(nn.Module):
         prefix = prefix.transpose(1, 2).reshape(g * p, self.heads, -1)
         suffix = suffix.transpose(2, 3).reshape(g * c * s, self.heads, -1)
         return self.join(torch.cat([prefix, suffix]).transpose(0, 1).unsqueeze(0)).squeeze(0)
+
+
+    def as_library(self) -> nn.Module:
+        """The library's module, with the present weights under its own names."""
+        original: Any = self.original
+        for there, here in self.taken.items():
+            setattr(original, there, getattr(self, here))
+        if hasattr(original, "in_proj_weight"):
+            original.in_proj_weight, original.in_proj_bias = self.qkv.weight, self.qkv.bias
+            original.out_proj = linear_of(self.o)
+        else:
+            original.qkv, original.proj = linear_of(self.qkv), linear_of(self.o)
+        return cast(nn.Module, original)
+
+
+def linear_of(projection: Projection) -> nn.Linear:
+    """A plain linear layer with the weights of a projection."""
+    has_bias = projection.bias is not None
+    linear = nn.Linear(projection.in_features, projection.out_features, bias=has_bias, device="meta")
+    linear.weight = projection.weight
+    linear.bias = projection.bias  # type: ignore[assignment]  # torch says so for a layer without
+    return linear
 
 
 class DropInAttention(Attention):

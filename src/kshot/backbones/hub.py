@@ -25,16 +25,26 @@ def quiet_hub(timeout: float = 3.0) -> Iterator[None]:
     """
     from huggingface_hub import constants
 
-    before, disabled = constants.HF_HUB_OFFLINE, logging.root.manager.disable
+    before = constants.HF_HUB_OFFLINE
     behind_proxy = any(name in os.environ for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"))
     constants.HF_HUB_OFFLINE = before or not (behind_proxy or answers(constants.ENDPOINT, timeout))
+    try:
+        with quiet():
+            yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Loads without the libraries' chatter."""
+    disabled = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        constants.HF_HUB_OFFLINE = before
         logging.disable(disabled)
 
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from kshot.backbones.attention import Attention, PackedText
-from kshot.backbones.base import VisionLanguageBackbone, check_image_size, run_prompted, sha256_of
-from kshot.backbones.hub import out_of_reach, quiet_hub
+from kshot.backbones.base import check_image_size, run_prompted, sha256_of
+from kshot.backbones.hub import out_of_reach, quiet, quiet_hub
+from kshot.backbones.language import VisionLanguageBackbone
 from kshot.backbones.timm import prompt_shape, prompted_features
-from kshot.backbones.unfuse import unfuse_open_clip, unfuse_timm
+from kshot.backbones.unfuse import restore, unfuse_open_clip, unfuse_timm
 from kshot.errors import UserError, first_line, nearest_first
-from kshot.slots import Slot
 
 WEIGHTS = Path(__file__).parents[1] / "weights"  # model folders that kshot carries
 
@@ -38,6 +38,7 @@ class OpenClip(VisionLanguageBackbone):
             weights were not trained with; an image size that the patches do not tile; a memory that is not positive.
     """
 
+    @torch.inference_mode(False)  # weights must be able to stand in the graph of what is attached
     def __init__(
         self,
         model: str,
@@ -57,7 +58,7 @@ class OpenClip(VisionLanguageBackbone):
             patch = config.get("vision_cfg", {}).get("patch_size")
             if isinstance(patch, int):
                 check_image_size(image_size, patch, model)
-        with quiet_hub():
+        with quiet() if is_local(source, pretrained) else quiet_hub():
             try:
                 clip: Any = open_clip.create_model(
                     source,
@@ -110,18 +111,17 @@ class OpenClip(VisionLanguageBackbone):
             self.image_blocks, self.image_width = len(visual.transformer.resblocks), visual.transformer.width
         elif hasattr(visual, "trunk"):
             self.image_blocks, self.image_width = prompt_shape(visual.trunk)
-        self.freeze(clip, self._unfuse())
-
-    def _unfuse(self) -> dict[str, Slot]:
-        slots: dict[str, Slot] = {}
-        visual = self.clip.visual
         if hasattr(visual, "transformer"):
-            slots |= unfuse_open_clip(visual.transformer.resblocks, "image")
+            unfuse_open_clip(visual.transformer.resblocks, "image")
         elif hasattr(getattr(visual, "trunk", None), "blocks"):
-            slots |= unfuse_timm(visual.trunk.blocks, "image")
-        if hasattr(getattr(self._text, "transformer", None), "resblocks"):
-            slots |= unfuse_open_clip(self._text.transformer.resblocks, "text")
-        return slots
+            unfuse_timm(visual.trunk.blocks, "image")
+        if hasattr(getattr(text, "transformer", None), "resblocks"):
+            unfuse_open_clip(text.transformer.resblocks, "text")
+        self.freeze(clip)
+
+    def restore_library(self) -> None:
+        super().restore_library()
+        restore(self.clip)
 
     @property
     def _text(self) -> Any:
@@ -139,12 +139,12 @@ class OpenClip(VisionLanguageBackbone):
     def encode_normalised(self, image: Tensor) -> Tensor:
         return cast(Tensor, self.clip.encode_image(image))
 
-    def encode_prompted(self, image: Tensor, prompts: Sequence[Tensor]) -> Tensor:
+    def encode_prompted(self, image: Tensor, tokens: Sequence[Tensor]) -> Tensor:
         visual = self.clip.visual
         if hasattr(visual, "trunk"):
-            return cast(Tensor, visual.head(prompted_features(visual.trunk, image, prompts)))
+            return cast(Tensor, visual.head(prompted_features(visual.trunk, image, tokens)))
         x = visual._embeds(image)  # ends with ln_pre, which treats tokens alike
-        x = run_prompted(visual.transformer.resblocks, x, [visual.ln_pre(prompts[0]), *prompts[1:]])
+        x = run_prompted(visual.transformer.resblocks, x, [visual.ln_pre(tokens[0]), *tokens[1:]])
         pooled, _ = visual._pool(x)
         return cast(Tensor, pooled if visual.proj is None else pooled @ visual.proj)
 
@@ -182,17 +182,20 @@ class OpenClip(VisionLanguageBackbone):
 
     def encode_tokens(self, tokens: Tensor) -> Tensor:
         if not self.supports_prompts:
-            return cast(Tensor, self.clip.encode_text(tokens))
+            with self.passing("text"):
+                return cast(Tensor, self.clip.encode_text(tokens.to(self.mean.device, non_blocking=True)))
         end = self.end_of_text(tokens)
         same = (tokens == tokens[:1]).all(0).long().cumprod(0).sum()  # tokens that all prompts begin with
         shared, longest = int(torch.minimum(same, end.min())), int(end.max()) + 1
-        embeddings = self.embed_tokens(tokens[:, :longest])
+        embeddings = self.embed_tokens(tokens[:, :longest].to(self.mean.device, non_blocking=True))
         return self.encode_embeddings(embeddings[:1, :shared], embeddings[None, :, shared:], end)[0]
 
     def encode_part(self, prefix: Tensor, suffix: Tensor, end: Tensor, deep: Tensor | None) -> Tensor:
         text = self._text
         (groups, p, width), (classes, s) = prefix.shape, suffix.shape[1:3]
         positions = text.positional_embedding
+        if not isinstance(text.transformer.resblocks[0].attn, Attention):
+            return self._encode_apart(prefix, suffix, end, deep)
         x = torch.cat(
             [
                 (prefix + positions[:p]).reshape(groups * p, width),
@@ -208,8 +211,26 @@ class OpenClip(VisionLanguageBackbone):
             attended = cast(Attention, block.attn).packed(block.ln_1(x), layout)
             x = x + block.ls_1(getattr(block, "ln_attn", nn.Identity())(attended))
             x = x + block.ls_2(block.mlp(block.ln_2(x)))
-        x = x[groups * p :].view(groups, classes, s, width)
-        pooled = text.ln_final(x[:, torch.arange(classes, device=x.device), end.to(x.device) - p])
+        return self._pooled(x[groups * p :].view(groups, classes, s, width), end - p)
+
+    def _encode_apart(self, prefix: Tensor, suffix: Tensor, end: Tensor, deep: Tensor | None) -> Tensor:
+        """:meth:`encode_part` by the library's own blocks, which do not know that prompts share a prefix."""
+        text, classes = self._text, suffix.shape[1]
+        x = torch.cat([prefix.unsqueeze(1).expand(-1, classes, -1, -1), suffix], 2)  # (G, C, P + S, width)
+        shape, mask = x.shape, text.attn_mask[: x.shape[2], : x.shape[2]]
+        x = (x + text.positional_embedding[: shape[2]]).flatten(0, 1)
+        for i, block in enumerate(text.transformer.resblocks):
+            if deep is not None and 1 <= i <= len(deep):
+                own = deep[i - 1].to(x.dtype).expand(len(x), -1, -1)
+                x = torch.cat([x[:, :1], own, x[:, 1 + own.shape[1] :]], 1)
+            x = block(x, attn_mask=mask)
+        return self._pooled(x.view(shape), end)
+
+    def _pooled(self, x: Tensor, end: Tensor) -> Tensor:
+        """Text features, (G, C, D), from final states, (G, C, L, width), taken at a position of each class, (C,)."""
+        text, classes = self._text, x.shape[1]
+        position = end.to(x.device, non_blocking=True)
+        pooled = text.ln_final(x[:, torch.arange(classes, device=x.device), position])
         projection = text.text_projection
         if projection is None:
             return cast(Tensor, pooled)
@@ -242,6 +263,11 @@ def resolve(model: str) -> str:
             f"Unknown open_clip architecture {model!r}, nor is there such a folder. {nearest_first(model, names)}"
         )
     return model.replace("/", "-")
+
+
+def is_local(source: str, pretrained: str | None) -> bool:
+    """Whether a resolved model needs nothing of the hub."""
+    return source.startswith("local-dir:") or pretrained == "random" or bool(pretrained and Path(pretrained).is_file())
 
 
 def check_weights_named(model: str, pretrained: str | None, named: bool) -> None:

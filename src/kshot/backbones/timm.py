@@ -6,11 +6,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from kshot.backbones.base import Backbone, check_image_size, run_prompted, sha256_of
-from kshot.backbones.hub import out_of_reach, quiet_hub
-from kshot.backbones.unfuse import unfuse_timm
+from kshot.backbones.hub import out_of_reach, quiet, quiet_hub
+from kshot.backbones.unfuse import restore, unfuse_timm
 from kshot.errors import UserError, first_line, nearest_first
 
 
@@ -31,6 +32,7 @@ class Timm(Backbone):
         UserError: unknown model, no transformer blocks, weights out of reach or unfit, image size off the patches.
     """
 
+    @torch.inference_mode(False)  # weights must be able to stand in the graph of what is attached
     def __init__(
         self, model: str, weights: str = "pretrained", image_size: int | None = None, pool: str | None = None
     ) -> None:
@@ -62,13 +64,18 @@ class Timm(Backbone):
         self.weight_sha256 = sha256_of(vit)
         self.vit = vit
         self.image_blocks, self.image_width = prompt_shape(vit)
-        self.freeze(vit, unfuse_timm(vit.blocks, "image"))
+        unfuse_timm(vit.blocks, "image")
+        self.freeze(vit)
+
+    def restore_library(self) -> None:
+        super().restore_library()
+        restore(self.vit)
 
     def encode_normalised(self, image: Tensor) -> Tensor:
         return cast(Tensor, self.vit(image))
 
-    def encode_prompted(self, image: Tensor, prompts: Sequence[Tensor]) -> Tensor:
-        return prompted_features(self.vit, image, prompts)
+    def encode_prompted(self, image: Tensor, tokens: Sequence[Tensor]) -> Tensor:
+        return prompted_features(self.vit, image, tokens)
 
     def named_tower_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         for name, parameter in self.vit.named_parameters():
@@ -98,7 +105,7 @@ def create(model: str, weights: str, options: dict[str, Any]) -> Any:
     import timm
 
     try:
-        with quiet_hub():
+        with quiet_hub() if weights == "pretrained" else quiet():
             return timm.create_model(model, pretrained=weights != "random", **options)
     except TypeError as error:
         raise UserError(f"{model} is no vision transformer with free image size ({first_line(error)}).") from error

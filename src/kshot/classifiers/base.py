@@ -5,14 +5,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, Self
+from functools import reduce
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kshot.backbones.base import Backbone
+from kshot.backbones.language import VisionLanguageBackbone
 from kshot.errors import UserError
+from kshot.slots import Holder
+from kshot.templates import DEFAULT_TEMPLATE
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,7 @@ class Task:
     """
 
     class_names: tuple[str, ...]
-    templates: tuple[str, ...] = ("a photo of a {}.",)
+    templates: tuple[str, ...] = (DEFAULT_TEMPLATE,)
 
 
 class Shots(NamedTuple):
@@ -45,92 +49,46 @@ class Shots(NamedTuple):
         return self.features.flatten(0, 1), self.label.repeat(len(self.features))
 
 
-class Averaging(Protocol):
-    """A mean of what is trained over the epochs of a run, which takes its place when the run ends."""
-
-    def add(self, epoch: int, tensors: Mapping[str, Tensor]) -> None:
-        """Counts in the tensors at the end of an epoch, counted from 1."""
-        ...
-
-    def mean(self) -> dict[str, Tensor]:
-        """The mean so far, empty before the first epoch."""
-        ...
-
-    def state(self) -> dict[str, Any]:
-        """What a resumed run goes on from: tensors and plain data."""
-        ...
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Takes on a state."""
-        ...
-
-
 class Classifier(nn.Module, ABC):
-    """Tells classes apart by image features. Owns the backbone, so that both travel and train as one module.
+    """Tells classes apart by image features. Built on an untouched backbone, which it holds as a part of its own.
 
     Attributes:
-        closed_form: True when :meth:`fit_features` finds the answer and no gradient step is needed.
-        from_features: True when :meth:`fit_features` is to be called before training, for the answer or a start.
-        selects: True when something is chosen by the validation shots, in :meth:`fit_features` or :meth:`select`.
-        class_bound: why it can serve no classes but those that it was trained on; None when it can, for which
-            :meth:`prepare_classes` does what there is to do.
-        prompts_images: True when tensors of its own enter the image tower, in :meth:`encode_image`.
-        learns_from_frozen: True when :meth:`losses` wants image features of the untouched backbone, and
-            :meth:`observe_frozen` something of its text tower.
-        compares_text: True for a :class:`TextClassifier`, or what wraps one.
-        averaging: of the trained tensors over epochs, or None.
+        backbone: shared with the classifiers inside, if there are any.
+        task: the classes that it serves now.
+        needs: what a run must give: ``shots`` (:meth:`fit` is to be called before training), ``val`` (something is
+            chosen by validation shots, in :meth:`fit` or :meth:`select`), ``teacher`` (:meth:`losses` wants image
+            features of the untouched backbone).
     """
 
-    closed_form: bool = False
-    from_features: bool = False
-    selects: bool = False
-    class_bound: str | None = "it was built for its training classes"
-    prompts_images: bool = False
-    learns_from_frozen: bool = False
-    compares_text: bool = False
-    averaging: Averaging | None = None
+    needs: frozenset[str] = frozenset()
 
     def __init__(self, backbone: Backbone, task: Task) -> None:
         super().__init__()
         self.backbone = backbone
         self.task = task
 
-    @property
-    def title(self) -> str:
-        """What tables call it."""
-        return type(self).__name__
-
-    def lent(self) -> Self:
-        """This classifier as part of another, which owns the backbone."""
-        backbone = self.backbone
-        del self.backbone
-        self.__dict__["backbone"] = backbone  # reached as before, but registered only once
-        return self
-
-    # ------------------------------------------------------------------------------------------------ computing
-
-    def encode_image(self, image: Tensor) -> Tensor:
-        """Image features, (B, feature_dim), of images, (B, 3, H, W)."""
-        return self.backbone.encode_image(image)
-
     @abstractmethod
     def forward(self, features: Tensor) -> Tensor:
-        """Logits, (B, classes) in float32, from image features, (B, feature_dim)."""
+        """Logits, (B, classes) in float32 or double precision, from image features, (B, feature_dim)."""
 
-    def losses(self, features: Tensor, label: Tensor, frozen: Tensor | None = None) -> dict[str, Tensor]:  # noqa: ARG002  for subclasses
+    def losses(self, features: Tensor, label: Tensor, teacher: Tensor | None = None) -> dict[str, Tensor]:  # noqa: ARG002  for subclasses
         """The terms of the training loss, by name; their sum is minimised.
 
         Args:
             features: (B, feature_dim).
             label: (B,) class indices.
-            frozen: (B, feature_dim) of the same images by the untouched backbone, where ``learns_from_frozen``.
+            teacher: (B, feature_dim) of the same images by the untouched backbone, where it is needed.
         """
         return {"cross_entropy": F.cross_entropy(self(features), label)}
 
-    # ------------------------------------------------------------------------------------------------ classes
+    def image_tokens(self) -> Sequence[Tensor]:
+        """Learned tokens for the first blocks of the image tower, (n, image_width) each; none by default."""
+        return ()
 
     def set_class_names(self, class_names: Sequence[str], templates: Sequence[str] | None = None) -> None:
         """Serves other classes from now on: the one entry to base-to-new, cross-data-set and domain evaluation.
+
+        By default a classifier is bound to the classes that it was built for.
 
         Args:
             class_names: in label order.
@@ -139,28 +97,27 @@ class Classifier(nn.Module, ABC):
         Raises:
             UserError: what was learnt is bound to the training classes, or a prompt does not fit.
         """
-        names = tuple(class_names)
-        if self.class_bound and names != self.task.class_names:
+        self.refuse_other_classes(class_names, "it was built for its training classes")
+        self.task = Task(self.task.class_names, tuple(templates or self.task.templates))
+
+    def refuse_other_classes(self, class_names: Sequence[str], reason: str) -> None:
+        """Raises UserError, with the reason, unless these are the present classes."""
+        if tuple(class_names) != self.task.class_names:
             raise UserError(
-                f"{type(self).__name__} cannot serve classes that it was not trained on ({', '.join(names[:3])}, ...): "
-                f"{self.class_bound}."
+                f"{type(self).__name__} cannot serve classes that it was not trained on "
+                f"({', '.join(list(class_names)[:3])}, ...): {reason}."
             )
-        before, self.task = self.task, Task(names, tuple(templates or self.task.templates))
-        try:
-            self.prepare_classes()
-        except UserError:
-            self.task = before
-            raise
 
-    def prepare_classes(self) -> None:
-        """Builds what depends on the class names of :attr:`task`."""
+    def param_groups(self) -> list[dict[str, Any]]:
+        """What trains of the classifier's own, in groups for an optimizer, and how.
 
-    # ------------------------------------------------------------------------------------------------ a run
+        Each has ``params``, and may have ``head`` (True: ``model.head_lr`` concerns it), ``lr_factor`` (its learning
+        rate over the optimizer's) and ``average`` (the :class:`GaussianAverage` over epochs that the run ends with, of
+        everything that trains).
+        """
+        return [{"params": own_parameters(self), "head": True}]
 
-    def reserve(self, images: int) -> None:
-        """Makes room for what has a size of its own for each training image."""
-
-    def fit_features(self, train: Shots, val: Shots | None) -> None:
+    def fit(self, train: Shots, val: Shots | None) -> None:
         """Finds an answer, or a start, from the features of all shots; ``val`` only for choosing.
 
         Args:
@@ -172,21 +129,6 @@ class Classifier(nn.Module, ABC):
     def select(self, val: Shots) -> None:
         """Chooses, after gradient training, what is left to choose."""
 
-    def observe_frozen(self) -> None:
-        """Keeps what the losses need of the untouched text tower; called before training, without gradients."""
-
-    def head_parameters(self) -> list[nn.Parameter]:
-        """What ``model.head_lr`` concerns: the classifier's own tensors."""
-        inside = {id(p) for p in self.backbone.parameters()}
-        return [p for p in self.parameters() if id(p) not in inside]
-
-    def rate_factors(self) -> dict[nn.Parameter, float]:
-        """Parameters whose learning rate is a multiple of the optimizer's."""
-        return {}
-
-    def fit_shapes(self, saved: Mapping[str, Tensor]) -> None:
-        """Takes on the shapes of saved tensors, by name within this classifier, where they depend on the run."""
-
 
 class ClassifierFactory(Protocol):
     """What a YAML gives: a classifier but for its run-time arguments."""
@@ -196,37 +138,101 @@ class ClassifierFactory(Protocol):
         ...
 
 
-class TextClassifier(Classifier):
-    """Compares image features with one text feature a class: ``z = τ cos(f, t_c)``.
+def own_parameters(classifier: Classifier) -> list[nn.Parameter]:
+    """The trainable tensors of a classifier and of classifiers inside it, without the backbone's."""
+    inside = {id(p) for p in classifier.backbone.parameters()}
+    return [p for p in classifier.parameters() if p.requires_grad and id(p) not in inside]
 
-    Subclasses give the text; they may change what is done with it in :meth:`terms`.
+
+def closed_form(classifier: Classifier) -> bool:
+    """Whether :meth:`Classifier.fit` finds the whole answer, so that no gradient step is to be taken."""
+    return "shots" in classifier.needs and not own_parameters(classifier)
+
+
+def title_of(classifier: Classifier) -> str:
+    """What tables call a classifier: ``CoOp``, ``DePT (CoOp)``."""
+    inner = getattr(classifier, "inner", None)
+    return type(classifier).__name__ + (f" ({title_of(inner)})" if isinstance(inner, Classifier) else "")
+
+
+@dataclass(frozen=True)
+class GaussianAverage:
+    """``Σ_e w_e θ_e / Σ_e w_e`` with ``w_e = exp(-(e - μ)² / 2σ²)`` over the epochs e that were run.
+
+    PromptSRC's aggregation (arXiv:2307.06948, equation 9).
+
+    Attributes:
+        mean: μ, an epoch counted from 1.
+        std: σ, in epochs.
     """
 
-    compares_text = True
-    class_bound: str | None = None
+    mean: float
+    std: float
+
+
+class TextClassifier(Classifier, Holder):
+    """Compares image features with one text feature a class: ``z = τ cos(f, t_c)``.
+
+    Subclasses give the text by :meth:`encode`; they may change what is done with it in :meth:`text_features`,
+    :meth:`logits` and :meth:`terms`.
+
+    Attributes:
+        backbone: constructors see to it that it has a text tower.
+        held: what :meth:`encode` gave, while it is held: in evaluation, and in a run that trains nothing of it.
+    """
+
+    backbone: VisionLanguageBackbone
 
     @abstractmethod
-    def text_features(self, features: Tensor) -> Tensor:
-        """Class features, (C, D), or (B, C, D) where they depend on the image; not normalised to unit length."""
+    def encode(self) -> Tensor:
+        """Class features, (C, D), not normalised to unit length, from the present class names and tensors.
+
+        What trains beside the text tower and its prompts enters in :meth:`text_features` or :meth:`logits`, so that
+        these features can be held.
+        """
+
+    def hold(self) -> Tensor | None:
+        return self.encode()
+
+    def text_features(self, features: Tensor) -> Tensor:  # noqa: ARG002  for subclasses whose text depends on the image
+        """Class features, (C, D), or (B, C, D) where they depend on the image, which has features (B, D)."""
+        if self.held is not None and not self.backbone.is_unadapted:
+            return self.held
+        return self.encode()
 
     def logits(self, features: Tensor, text: Tensor) -> Tensor:
         """(B, C) from image features, (B, D), and text features as :meth:`text_features` gives them."""
-        scale: Tensor = self.backbone.logit_scale  # type: ignore[assignment]  # constructors require a text tower
-        return cosine_logits(features, text, scale)
+        return cosine_logits(features, text, self.backbone.logit_scale)
 
     def forward(self, features: Tensor) -> Tensor:
         return self.logits(features, self.text_features(features))
 
-    def terms(self, features: Tensor, text: Tensor, label: Tensor, frozen: Tensor | None) -> dict[str, Tensor]:  # noqa: ARG002  for subclasses
+    def terms(self, features: Tensor, text: Tensor, label: Tensor, teacher: Tensor | None) -> dict[str, Tensor]:  # noqa: ARG002  for subclasses
         """The terms of the loss, as :meth:`losses`, from text features that are computed already."""
         return {"cross_entropy": F.cross_entropy(self.logits(features, text), label)}
 
-    def losses(self, features: Tensor, label: Tensor, frozen: Tensor | None = None) -> dict[str, Tensor]:
-        return self.terms(features, self.text_features(features), label, frozen)
+    def losses(self, features: Tensor, label: Tensor, teacher: Tensor | None = None) -> dict[str, Tensor]:
+        return self.terms(features, self.text_features(features), label, teacher)
+
+    @torch.inference_mode(False)  # what depends on class names may stand in the graph of a later step
+    @torch.no_grad()
+    def set_class_names(self, class_names: Sequence[str], templates: Sequence[str] | None = None) -> None:
+        before, self.task = self.task, Task(tuple(class_names), tuple(templates or self.task.templates))
+        try:
+            self.prepare_classes()
+        except UserError:
+            self.task = before
+            raise
+        if self.held is not None:
+            self.held = self.hold()
+
+    @abstractmethod
+    def prepare_classes(self) -> None:
+        """Builds what depends on the class names of :attr:`task`."""
 
 
 def cosine_logits(features: Tensor, prototypes: Tensor, scale: Tensor | float) -> Tensor:
-    """Scaled cosine similarities in float32.
+    """Scaled cosine similarities, in float32 or double precision.
 
     Args:
         features: (B, D).
@@ -236,8 +242,28 @@ def cosine_logits(features: Tensor, prototypes: Tensor, scale: Tensor | float) -
     Returns:
         (B, C).
     """
-    features, prototypes = F.normalize(features.float(), dim=-1), F.normalize(prototypes.float(), dim=-1)
+    features, prototypes = (F.normalize(x, dim=-1) for x in exact(features, prototypes))
     with torch.autocast(features.device.type, enabled=False):
         if prototypes.ndim == 3:
             return scale * (prototypes @ features.unsqueeze(-1)).squeeze(-1)
         return scale * features @ prototypes.T
+
+
+def exact(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors in the dtype that classifiers compute in: the widest of theirs, and at least float32."""
+    dtype = reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)
+    return tuple(t.to(dtype) for t in tensors)
+
+
+def exact_linear(layer: nn.Module, x: Tensor) -> Tensor:
+    """``x Wᵀ + b`` of a linear layer, in the dtype of :func:`exact` whatever autocast says."""
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(*exact(x, layer.get_parameter("weight"), layer.get_parameter("bias")))
+
+
+@torch.inference_mode(False)
+def take_shapes(module: nn.Module, saved: Mapping[str, Tensor]) -> None:
+    """Gives tensors without rows, whose number follows from the training images, the shapes of saved ones."""
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if tensor.ndim and not len(tensor) and name in saved:
+            tensor.data = torch.zeros_like(saved[name], dtype=tensor.dtype, device=tensor.device)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kshot.backbones.base import Backbone
-from kshot.classifiers.base import Classifier, Shots, Task, cosine_logits
+from kshot.classifiers.base import Classifier, Shots, Task, cosine_logits, exact
 
 
 class NearestClassMean(Classifier):
@@ -21,12 +23,12 @@ class NearestClassMean(Classifier):
     """
 
     means: Tensor
-    from_features = True
-    class_bound = "its means are those of the training classes"
+    needs = frozenset({"shots"})
 
+    @torch.inference_mode(False)
     def __init__(self, backbone: Backbone, task: Task, scale: float = 20.0, trainable: bool = False) -> None:
         super().__init__(backbone, task)
-        self.scale, self.closed_form = scale, not trainable
+        self.scale = scale
         means = torch.zeros(len(task.class_names), backbone.feature_dim)
         if trainable:
             self.means = nn.Parameter(means)
@@ -36,9 +38,14 @@ class NearestClassMean(Classifier):
     def forward(self, features: Tensor) -> Tensor:
         return cosine_logits(features, self.means, self.scale)
 
+    def set_class_names(self, class_names: Sequence[str], templates: Sequence[str] | None = None) -> None:
+        self.refuse_other_classes(class_names, "its means are those of the training classes")
+        super().set_class_names(class_names, templates)
+
     @torch.no_grad()
-    def fit_features(self, train: Shots, val: Shots | None) -> None:  # noqa: ARG002  nothing to choose
-        features, label = train.every_view
-        features = F.normalize(features.float(), dim=-1)
+    def fit(self, train: Shots, val: Shots | None) -> None:  # noqa: ARG002  nothing to choose
+        views, label = train.every_view
+        (features,) = exact(views)
         member = F.one_hot(label, len(self.means)).T.to(features)  # (C, N)
-        self.means.copy_(F.normalize(member @ features / member.sum(1, keepdim=True).clamp(min=1), dim=-1))
+        sums = member @ F.normalize(features, dim=-1)
+        self.means.copy_(F.normalize(sums / member.sum(1, keepdim=True).clamp(min=1), dim=-1))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kshot.backbones.base import Backbone
-from kshot.classifiers.base import Shots, Task, cosine_logits
+from kshot.classifiers.base import Shots, Task, cosine_logits, exact
 from kshot.classifiers.zero_shot import TextPrompt
 from kshot.errors import UserError
 
@@ -35,6 +35,7 @@ class CLIPAdapter(TextPrompt):
 
     chosen: Tensor
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         backbone: Backbone,
@@ -54,7 +55,7 @@ class CLIPAdapter(TextPrompt):
         width = backbone.feature_dim
         if not 1 <= reduction <= width:
             raise UserError(f"CLIPAdapter: reduction is {reduction}, and must be from 1 to {width}, the feature width.")
-        self.selects = len(ratios) > 1
+        self.needs = frozenset({"val"} if len(ratios) > 1 else ())
         self.image_adapter = Bottlenecks(width, width // reduction, ratios)
         self.text_adapter = Bottlenecks(width, width // reduction, [text_ratio] * len(ratios)) if text_ratio else None
         self.register_buffer("chosen", torch.zeros(1, dtype=torch.long))
@@ -63,13 +64,13 @@ class CLIPAdapter(TextPrompt):
         """Logits of some of the ratios, (R, B, C)."""
         images = self.image_adapter(features, which)
         texts = self.text_adapter(text, which) if self.text_adapter is not None else [text] * len(images)
-        scale = self.text.backbone.logit_scale
+        scale = self.backbone.logit_scale
         return torch.stack([cosine_logits(f, t, scale) for f, t in zip(images, texts, strict=True)])
 
     def logits(self, features: Tensor, text: Tensor) -> Tensor:
         return self.candidates(features, text, self.chosen)[0]
 
-    def terms(self, features: Tensor, text: Tensor, label: Tensor, frozen: Tensor | None) -> dict[str, Tensor]:  # noqa: ARG002
+    def terms(self, features: Tensor, text: Tensor, label: Tensor, teacher: Tensor | None) -> dict[str, Tensor]:  # noqa: ARG002
         every = self.candidates(features, text, slice(None))
         return {"cross_entropy": torch.stack([F.cross_entropy(each, label) for each in every]).sum()}
 
@@ -93,16 +94,13 @@ class Bottlenecks(nn.Module):
 
     def __init__(self, width: int, hidden: int, ratios: Sequence[float]) -> None:
         super().__init__()
-        down, up = (
-            nn.Linear(width, hidden, bias=False),
-            nn.Linear(hidden, width, bias=False),
-        )  # for their initial values
+        down, up = nn.Linear(width, hidden, bias=False), nn.Linear(hidden, width, bias=False)  # for initial values
         self.down = nn.Parameter(down.weight.detach().repeat(len(ratios), 1, 1))  # W₁, (R, hidden, D)
         self.up = nn.Parameter(up.weight.detach().repeat(len(ratios), 1, 1))  # W₂, (R, D, hidden)
         self.register_buffer("ratio", torch.tensor(ratios, dtype=torch.float32).view(-1, 1, 1))
 
     def forward(self, x: Tensor, which: Tensor | slice) -> Tensor:
         """(R', N, D) of x, (N, D), for some of the ratios."""
-        x, down, up, ratio = x.float(), self.down[which], self.up[which], self.ratio[which]
+        x, down, up, ratio = exact(x, self.down[which], self.up[which], self.ratio[which])
         with torch.autocast(x.device.type, enabled=False):
             return ratio * F.relu(F.relu(x @ down.mT) @ up.mT) + (1 - ratio) * x

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from kshot.backbones.base import Backbone, require_prompts
+from kshot.backbones.base import Backbone
+from kshot.backbones.language import require_prompts
 from kshot.classifiers.base import Task, TextClassifier
 from kshot.classifiers.zero_shot import require_tokens
 from kshot.errors import UserError
-from kshot.memo import Memo
 
 PUBLISHED_DEPTH = 9  # blocks with prompts of their own in MaPLe and PromptSRC
 
@@ -29,14 +30,22 @@ class CoOp(TextClassifier):
         depth: text blocks that get context tokens of their own, the input counted as the first (Khattak et al. 2022,
             arXiv:2210.03117, section 3.2); None takes 9, or all blocks of a smaller tower.
 
+    Attributes:
+        context: V, (M, text width), or (C, M, text width) where it is class-specific.
+        deep: (depth - 1, M, text width) of the later blocks; None at a depth of 1.
+        end: (C,) position of the end token, on the CPU.
+
     Raises:
         UserError: no such text tower; ``init_words`` and ``context_length`` contradict each other; a prompt that does
             not fit; a class name without tokens; a depth beyond the tower, or with a context that is not shared.
     """
 
     deep: nn.Parameter | None
+    start: Tensor
+    rest: Tensor
     keeps_words = False  # whether init words beyond the context length stay in the prompt as they are
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         backbone: Backbone,
@@ -68,21 +77,24 @@ class CoOp(TextClassifier):
         if depth > 1 and (class_specific or position != "end"):
             raise UserError(f"{who}: depth {depth} needs a shared context before the class name (position: end).")
         if tokens:
-            context = text.embed_tokens(torch.tensor(tokens[:length])).detach().clone()
+            context = text.embed_tokens(torch.tensor(tokens[:length], device=text.mean.device)).detach().clone()
         else:
             context = torch.randn(length, text.text_width) * 0.02
         self.context = nn.Parameter(context.repeat(len(task.class_names), 1, 1) if class_specific else context)
         deep = nn.Parameter(torch.randn(depth - 1, length, text.text_width) * 0.02) if depth > 1 else None
         self.register_parameter("deep", deep)
         self.class_specific, self.position = class_specific, position
-        if class_specific:
-            self.class_bound = "a class-specific context was learnt for each training class"
         self.prepare_classes()
+
+    def set_class_names(self, class_names: Sequence[str], templates: Sequence[str] | None = None) -> None:
+        if self.class_specific:
+            self.refuse_other_classes(class_names, "a class-specific context was learnt for each training class")
+        super().set_class_names(class_names, templates)
 
     def prepare_classes(self) -> None:
         """Builds the frozen parts of the prompts; the context stays."""
         who, names, length = type(self).__name__, self.task.class_names, self.context.shape[-2]
-        text = require_prompts(self.backbone, who)
+        text = self.backbone
         name_lengths = [require_tokens(text, name) for name in names]
         for name, own in zip(names, name_lengths, strict=True):
             needed = len(text.token_ids(f"{self.fixed_words} {name}.")) + length + 2
@@ -99,48 +111,35 @@ class CoOp(TextClassifier):
         rest = tokens[:, 1 + length : int(self.end.max()) + 1]
         same = int((rest == rest[:1]).all(0).long().cumprod(0).sum())
         self.same = min(same, int(self.end.min()) - 1 - length)  # tokens with which every rest begins
-        device = self.context.device
-        with torch.no_grad():
-            start, rest_embeddings = text.embed_tokens(tokens[:1, :1].to(device)), text.embed_tokens(rest.to(device))
-        self.register_buffer("start", start, persistent=False)  # (1, 1, width)
-        self.register_buffer("rest", rest_embeddings, persistent=False)  # (C, name, full stop, end and padding, width)
-        self._memo: Memo[Tensor] = Memo()
+        tokens, rest = tokens.to(text.mean.device), rest.to(text.mean.device)
+        with torch.no_grad():  # (1, 1, width), and (C, name, full stop, end and padding, width)
+            self.register_buffer("start", text.embed_tokens(tokens[:1, :1]), persistent=False)
+            self.register_buffer("rest", text.embed_tokens(rest), persistent=False)
 
     def prompts(self) -> tuple[Tensor, Tensor]:
         """Shared prefix, (1, P, width), and what differs by class, (1, C, S, width), in the order of ``position``."""
-        start, rest = self.get_buffer("start"), self.get_buffer("rest")
-        classes, length = len(rest), self.context.shape[-2]
+        start, rest, own = self.start, self.rest, self.context.to(self.rest.dtype)
+        classes, length = len(rest), own.shape[-2]
         before = {"end": length, "middle": length // 2, "front": 0}[self.position]
         if before == length and not self.class_specific:
-            return self.shared_prompts(self.context.unsqueeze(0))
-        context = self.context if self.class_specific else self.context.expand(classes, -1, -1)
+            return self.shared_prompts(own.unsqueeze(0))
+        context = own if self.class_specific else own.expand(classes, -1, -1)
         first, second = context[:, :before], context[:, before:]
         suffix = torch.stack(
             [torch.cat([rest[c, :n], second[c], rest[c, n:]]) for c, n in enumerate(self.name_lengths)]
         )
         if self.class_specific:
             return start, torch.cat([first, suffix], 1).unsqueeze(0)
-        return torch.cat([start, self.context[None, :before]], 1), suffix.unsqueeze(0)
+        return torch.cat([start, own[None, :before]], 1), suffix.unsqueeze(0)
 
     def shared_prompts(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """Prefix, (G, P, width), and suffix, (G, C, S, width), of contexts, (G, M, width), before the class name."""
-        groups, rest = len(context), self.get_buffer("rest")
-        start, common = self.get_buffer("start"), rest[:1, : self.same]
-        prefix = torch.cat([start.expand(groups, -1, -1), context, common.expand(groups, -1, -1)], 1)
-        return prefix, rest[:, self.same :].expand(groups, -1, -1, -1)
+        groups, common = len(context), self.rest[:1, : self.same]
+        prefix = torch.cat([self.start.expand(groups, -1, -1), context, common.expand(groups, -1, -1)], 1)
+        return prefix, self.rest[:, self.same :].expand(groups, -1, -1, -1)
 
     def encode(self) -> Tensor:
-        """Class features, (C, D)."""
-        prefix, suffix = self.prompts()
-        text = require_prompts(self.backbone, type(self).__name__)
-        return text.encode_embeddings(prefix, suffix, self.end, self.deep)[0]
-
-    def text_features(self, features: Tensor) -> Tensor:  # noqa: ARG002  the same for every image
-        text = require_prompts(self.backbone, type(self).__name__)
-        if torch.is_grad_enabled() or not text.settled("text"):
-            return self.encode()
-        own = [p for p in (self.context, self.deep) if p is not None]
-        return self._memo.get([*own, *text.trainable("text")], self.encode)
+        return self.backbone.encode_embeddings(*self.prompts(), self.end, self.deep)[0]
 
 
 def checked_depth(who: str, depth: int | None, blocks: int, tower: str) -> int:

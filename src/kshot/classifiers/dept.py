@@ -2,38 +2,61 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kshot.backbones.base import Backbone, require_text
-from kshot.classifiers.base import ClassifierFactory, Task
+from kshot.backbones.base import Backbone
+from kshot.backbones.language import require_text
+from kshot.classifiers.base import (
+    Classifier,
+    ClassifierFactory,
+    Shots,
+    Task,
+    TextClassifier,
+    closed_form,
+    exact,
+    exact_linear,
+)
 from kshot.classifiers.coop import CoOp
-from kshot.classifiers.wrapper import Wrapper
+from kshot.classifiers.vpt import VPT
 from kshot.errors import UserError
 
 
-class DePT(Wrapper):
+class DePT(Classifier):
     """Adds a channel-adjusted transfer (CAT) head, which keeps what is special to the training classes.
 
     With ``cwT(u) = γ ⊙ u + β`` for each modality (the paper's equation 4), text features t_y of the images' own classes
     and X = [cwT(t_y); cwT(f)], both not normalised::
 
-        L = (1 - λ) L_base + λ CE(X Wᵀ + b, [y; y])
+        L = (1 - λ) CE(z_base, y) + λ CE(X Wᵀ + b, [y; y]) + further terms of the base
         z = (1 - λ) z_base + λ (cwT(f) Wᵀ + b)      for the training classes and subsets of them
         z = z_base                                  for any other classes
+
+    As in the paper's code, further terms keep their weight: KgCoOp's knowledge, PromptSRC's regularisers.
 
     Args:
         backbone: as the base method needs it.
         task: of the training classes, to which W belongs.
-        base: the prompt method; all terms of its loss count as L_base.
+        base: the prompt method.
         balance: λ.
         rate_factor: learning rate of the CAT head over the optimizer's.
+
+    Attributes:
+        inner: the base.
+        trained_on: names of the training classes.
+        rows: of W for the present classes, (C,); None where these are other classes.
 
     Raises:
         UserError: ``balance`` outside [0, 1]; a base that compares with no text.
     """
 
+    rows: Tensor | None
+
+    @torch.inference_mode(False)
     def __init__(
         self,
         backbone: Backbone,
@@ -43,8 +66,9 @@ class DePT(Wrapper):
         rate_factor: float = 6.5,
     ) -> None:
         require_text(backbone, "DePT")
-        super().__init__(backbone, task, base)
-        if not self.inner.compares_text or self.inner.closed_form:
+        super().__init__(backbone, task)
+        self.inner: Classifier = base(backbone=backbone, task=task)
+        if not isinstance(self.innermost, TextClassifier) or closed_form(self.inner):
             raise UserError(
                 f"DePT needs a base that learns prompts, such as CoOp or PromptSRC, not {type(self.inner).__name__}."
             )
@@ -52,44 +76,68 @@ class DePT(Wrapper):
             raise UserError(f"DePT: balance is {balance}, and must lie in [0, 1].")
         if not rate_factor > 0:
             raise UserError(f"DePT: rate_factor is {rate_factor}, and must be positive.")
-        self.balance, self.rate_factor = balance, rate_factor
+        self.needs, self.balance, self.rate_factor = self.inner.needs, balance, rate_factor
         width = backbone.feature_dim
         self.text_gain, self.image_gain = (nn.Parameter(torch.ones(width)) for _ in range(2))  # γ
         self.text_shift, self.image_shift = (nn.Parameter(torch.zeros(width)) for _ in range(2))  # β
         self.head = nn.Linear(width, len(task.class_names))
         self.trained_on = task.class_names
+        self.register_buffer("rows", torch.arange(len(task.class_names)), persistent=False)
 
-    def own_parameters(self) -> list[nn.Parameter]:
-        """γ, β, W and b."""
-        return [self.text_gain, self.image_gain, self.text_shift, self.image_shift, *self.head.parameters()]
+    @property
+    def innermost(self) -> Classifier:
+        """The base, or the head of a base that puts learned tokens before it."""
+        return self.inner.inner if isinstance(self.inner, VPT) else self.inner
 
-    def head_parameters(self) -> list[nn.Parameter]:
-        return [*super().head_parameters(), *self.own_parameters()]
+    def image_tokens(self) -> Sequence[Tensor]:
+        return self.inner.image_tokens()
 
-    def rate_factors(self) -> dict[nn.Parameter, float]:
-        return self.inner.rate_factors() | dict.fromkeys(self.own_parameters(), self.rate_factor)
-
-    def terms(self, features: Tensor, text: Tensor, label: Tensor, frozen: Tensor | None) -> dict[str, Tensor]:
-        base = super().terms(features, text, label, frozen)
+    def losses(self, features: Tensor, label: Tensor, teacher: Tensor | None = None) -> dict[str, Tensor]:
+        base = self.innermost
+        assert isinstance(base, TextClassifier), "the constructor has seen to it"
+        text = base.text_features(features)
+        terms = base.terms(features, text, label, teacher)
+        scaled = {name: (1 - self.balance) * term for name, term in terms.items() if name == "cross_entropy"}
         own = text[label] if text.ndim == 2 else text[torch.arange(len(label), device=label.device), label]
-        with torch.autocast(features.device.type, enabled=False):
-            x = torch.cat([own.float() * self.text_gain + self.text_shift, self.adjusted(features)])
-            transfer = F.cross_entropy(self.head(x), label.repeat(2))
-        return {name: (1 - self.balance) * term for name, term in base.items()} | {"transfer": self.balance * transfer}
-
-    def adjusted(self, features: Tensor) -> Tensor:
-        """CwT of image features, (B, D)."""
-        return features.float() * self.image_gain + self.image_shift
+        adjusted = [self.adjusted(own, self.text_gain, self.text_shift), self.adjusted_images(features)]
+        transfer = F.cross_entropy(exact_linear(self.head, torch.cat(adjusted)), label.repeat(2))
+        return terms | scaled | {"transfer": self.balance * transfer}
 
     def forward(self, features: Tensor) -> Tensor:
-        logits = super().forward(features)
-        weight: Tensor = self.head.weight
-        bias: Tensor = self.head.bias
-        if self.task.class_names != self.trained_on:
-            if not set(self.task.class_names) <= set(self.trained_on):
-                return logits
-            rows = [self.trained_on.index(name) for name in self.task.class_names]
-            weight, bias = weight[rows], bias[rows]
-        with torch.autocast(features.device.type, enabled=False):
-            transfer = F.linear(self.adjusted(features), weight, bias)
-        return (1 - self.balance) * logits + self.balance * transfer
+        logits: Tensor = self.inner(features)
+        if self.rows is None:
+            return logits
+        transfer = exact_linear(self.head, self.adjusted_images(features))
+        return (1 - self.balance) * logits + self.balance * transfer[:, self.rows]
+
+    @staticmethod
+    def adjusted(x: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
+        """CwT of features, (B, D)."""
+        x, gain, shift = exact(x, gain, shift)
+        return x * gain + shift
+
+    def adjusted_images(self, features: Tensor) -> Tensor:
+        """CwT of image features, (B, D)."""
+        return self.adjusted(features, self.image_gain, self.image_shift)
+
+    @torch.inference_mode(False)
+    def set_class_names(self, class_names: Sequence[str], templates: Sequence[str] | None = None) -> None:
+        self.inner.set_class_names(class_names, templates)
+        self.task = self.inner.task
+        names, known = self.task.class_names, self.trained_on
+        if names == known:  # names may be there twice
+            self.rows = torch.arange(len(known), device=self.text_gain.device)
+        elif set(names) <= set(known):
+            self.rows = torch.tensor([known.index(name) for name in names], device=self.text_gain.device)
+        else:
+            self.rows = None
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        own = [self.text_gain, self.image_gain, self.text_shift, self.image_shift, *self.head.parameters()]
+        return [*self.inner.param_groups(), {"params": own, "head": True, "lr_factor": self.rate_factor}]
+
+    def fit(self, train: Shots, val: Shots | None) -> None:
+        self.inner.fit(train, val)
+
+    def select(self, val: Shots) -> None:
+        self.inner.select(val)

@@ -2,34 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kshot.backbones.base import Backbone, require_text
-from kshot.classifiers.base import Task
+from kshot.backbones.base import Backbone
+from kshot.classifiers.base import Task, exact
 from kshot.classifiers.coop import CoOp
-from kshot.classifiers.zero_shot import TextFeatures
+from kshot.classifiers.zero_shot import untouched_text
+from kshot.templates import named_templates
 
 
 class KgCoOp(CoOp):
-    """CoOp with the term ``weight · (1 - mean_c cos(t_c, t⁰_c))``, t⁰ the frozen features of the data set's templates.
+    """CoOp with the term ``weight · (1 - mean_c cos(t_c, t⁰_c))``, t⁰ the text features of the untouched backbone.
 
     The paper writes the mean squared distance of unit vectors (equation 6), which is twice that.
 
     Args:
         backbone: must have a text tower that takes embeddings.
-        task: its class names and templates.
+        task: its class names and, unless overridden, its templates.
         context_length: M; None takes the length of ``init_words``, or 16.
         init_words: start of the context.
         weight: of the term; the paper's code has 8.
+        templates: of t⁰: sentences, or the name of an ensemble as for TextPrompt; None takes the data set's.
+
+    Attributes:
+        teacher: t⁰, (C, D), once the losses have asked for it; None after a change of classes.
 
     Raises:
-        UserError: as :class:`~kshot.classifiers.coop.CoOp`.
+        UserError: as :class:`~kshot.classifiers.coop.CoOp`; bad templates.
     """
 
-    frozen_text: Tensor
+    teacher: Tensor | None
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         backbone: Backbone,
@@ -37,15 +45,25 @@ class KgCoOp(CoOp):
         context_length: int | None = None,
         init_words: str | None = "a photo of a",
         weight: float = 8.0,
+        templates: Sequence[str] | str | None = None,
     ) -> None:
         super().__init__(backbone, task, context_length, init_words=init_words)
         self.weight = weight
+        self.templates = named_templates(templates) if templates else None
 
-    @torch.no_grad()
-    def observe_frozen(self) -> None:
-        text = TextFeatures(require_text(self.backbone, "KgCoOp"), self.task.class_names, self.task.templates)
-        self.register_buffer("frozen_text", text.encode(), persistent=False)
+    def prepare_classes(self) -> None:
+        super().prepare_classes()
+        self.register_buffer("teacher", None, persistent=False)
 
-    def terms(self, features: Tensor, text: Tensor, label: Tensor, frozen: Tensor | None) -> dict[str, Tensor]:
-        similarity = F.cosine_similarity(text.float(), self.frozen_text.float(), dim=-1)
-        return super().terms(features, text, label, frozen) | {"knowledge": self.weight * (1 - similarity.mean())}
+    @torch.inference_mode(False)
+    def teacher_text(self) -> Tensor:
+        """t⁰, (C, D)."""
+        if self.teacher is None:
+            templates = self.templates or self.task.templates
+            self.teacher = untouched_text(self.backbone, self.task.class_names, templates)
+        return self.teacher
+
+    def terms(self, features: Tensor, text: Tensor, label: Tensor, teacher: Tensor | None) -> dict[str, Tensor]:
+        text, before = exact(text, self.teacher_text())
+        similarity = F.cosine_similarity(text, before, dim=-1)
+        return super().terms(features, text, label, teacher) | {"knowledge": self.weight * (1 - similarity.mean())}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kshot.backbones.base import Backbone
-from kshot.classifiers.base import Classifier, Task
+from kshot.classifiers.base import Classifier, Task, exact, exact_linear
 
 
 class LinearProbe(Classifier):
@@ -19,8 +21,7 @@ class LinearProbe(Classifier):
         normalize: scale features to unit length, times the square root of their width, before the product.
     """
 
-    class_bound = "its layer has one row of weights for each training class"
-
+    @torch.inference_mode(False)
     def __init__(self, backbone: Backbone, task: Task, normalize: bool = True) -> None:
         super().__init__(backbone, task)
         self.normalize = normalize
@@ -29,9 +30,11 @@ class LinearProbe(Classifier):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, features: Tensor) -> Tensor:
-        features = features.float()
+        (features,) = exact(features)
         if self.normalize:
             features = F.normalize(features, dim=-1) * features.shape[-1] ** 0.5
-        with torch.autocast(features.device.type, enabled=False):
-            logits: Tensor = self.head(features)
-        return logits
+        return exact_linear(self.head, features)
+
+    def set_class_names(self, class_names: Sequence[str], templates: Sequence[str] | None = None) -> None:
+        self.refuse_other_classes(class_names, "its layer has one row of weights for each training class")
+        super().set_class_names(class_names, templates)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kshot.backbones.base import Backbone
-from kshot.classifiers.base import Classifier, Shots, Task
+from kshot.classifiers.base import Classifier, Shots, Task, exact
 from kshot.errors import UserError
 
 NEVER = -1e9  # the logit of a class without training images: its probability is 0, and every number stays finite
@@ -34,15 +34,14 @@ class LogisticProbe(Classifier):
     weight: Tensor
     bias: Tensor
     C: Tensor
-    closed_form = True
-    from_features = True
-    class_bound = "it has one row of weights for each training class"
 
+    @torch.inference_mode(False)
     def __init__(self, backbone: Backbone, task: Task, C: float | None = None, normalize: bool = False) -> None:  # noqa: N803  its name in every paper
         super().__init__(backbone, task)
         if C is not None and not 0 < C < math.inf:
             raise UserError(f"LogisticProbe: C is {C}, and must be above 0, or null to search it.")
-        self.selects, self.normalize = C is None, normalize
+        self.needs = frozenset({"shots", "val"} if C is None else {"shots"})
+        self.strength, self.normalize = C, normalize
         self.register_buffer("weight", torch.zeros(len(task.class_names), backbone.feature_dim))
         self.register_buffer("bias", torch.zeros(len(task.class_names)))
         self.register_buffer("C", torch.tensor(1.0 if C is None else float(C)))
@@ -52,15 +51,20 @@ class LogisticProbe(Classifier):
         return F.normalize(features, dim=-1) if self.normalize else features
 
     def forward(self, features: Tensor) -> Tensor:
+        features, weight, bias = exact(features, self.weight, self.bias)
         with torch.autocast(features.device.type, enabled=False):
-            return F.linear(self.scaled(features.float()), self.weight, self.bias)
+            return F.linear(self.scaled(features), weight, bias)
+
+    def set_class_names(self, class_names: Sequence[str], templates: Sequence[str] | None = None) -> None:
+        self.refuse_other_classes(class_names, "it has one row of weights for each training class")
+        super().set_class_names(class_names, templates)
 
     @torch.no_grad()
-    def fit_features(self, train: Shots, val: Shots | None) -> None:
+    def fit(self, train: Shots, val: Shots | None) -> None:
         features, label = (x.cpu() for x in train.every_view)
-        features = self.scaled(features.double())
+        features, strength = self.scaled(features.double()), 1.0 if self.strength is None else self.strength
 
-        if self.selects and val is not None:
+        if self.strength is None and val is not None:
             queries, truth = (x.cpu() for x in val.every_view)
             queries = self.scaled(queries.double())
 
@@ -68,8 +72,9 @@ class LogisticProbe(Classifier):
                 weight, bias = self.solve(features, label, 10**log_c)
                 return int((F.linear(queries, weight, bias).argmax(-1) == truth).sum())
 
-            self.C.fill_(10 ** search(right))
-        weight, bias = self.solve(features, label, float(self.C))
+            strength = 10 ** search(right)
+        self.C.fill_(strength)
+        weight, bias = self.solve(features, label, strength)
         self.weight.copy_(weight)
         self.bias.copy_(bias)
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor, nn
 
-from kshot.backbones.base import Backbone, require_image_prompts, require_prompts
-from kshot.classifiers.base import Task
+from kshot.backbones.base import Backbone, require_image_prompts
+from kshot.backbones.language import require_prompts
+from kshot.classifiers.base import Task, exact_linear
 from kshot.classifiers.coop import PUBLISHED_DEPTH, CoOp, checked_depth
 
 
@@ -13,7 +18,7 @@ class MaPLe(CoOp):
     """Multi-modal prompt learning (Khattak et al. 2022, arXiv:2210.03117).
 
     Text prompts P_0 ... P_{J-1} go into the first J text blocks, ``P̃_j = P_j W_jᵀ + b_j`` into the first J image blocks
-    (the paper's equations 4 to 7).
+    (the paper's equations 4 to 7). As in the paper's code, the projections of deep prompts start alike.
 
     Args:
         backbone: must have a text tower that takes embeddings, and an image tower that takes prompts.
@@ -23,13 +28,16 @@ class MaPLe(CoOp):
             the paper's code.
         depth: J; None takes 9, or all blocks of a smaller tower.
 
+    Attributes:
+        project: the J projections, W_j and b_j.
+
     Raises:
         UserError: as :class:`~kshot.classifiers.coop.CoOp`; an image tower that takes no prompts, or is shallower.
     """
 
     keeps_words = True
-    prompts_images = True
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         backbone: Backbone,
@@ -43,12 +51,10 @@ class MaPLe(CoOp):
         if depth is None:
             depth = min(PUBLISHED_DEPTH, text_blocks, backbone.image_blocks)
         super().__init__(backbone, task, context_length, init_words=init_words, depth=depth)
-        count = 1 if self.deep is None else 1 + len(self.deep)
-        checked_depth("MaPLe", count, backbone.image_blocks, "image")
-        width = self.context.shape[-1]
-        self.project = nn.ModuleList(nn.Linear(width, backbone.image_width) for _ in range(count))
+        checked_depth("MaPLe", depth, backbone.image_blocks, "image")
+        first, deep = (nn.Linear(self.context.shape[-1], backbone.image_width) for _ in range(2))
+        self.project = nn.ModuleList([first, *(copy.deepcopy(deep) for _ in range(depth - 1))])
 
-    def encode_image(self, image: Tensor) -> Tensor:
+    def image_tokens(self) -> Sequence[Tensor]:
         text_prompts = [self.context] if self.deep is None else [self.context, *self.deep]
-        prompts = [project(p) for project, p in zip(self.project, text_prompts, strict=True)]
-        return self.backbone.encode_image(image, prompts)
+        return [exact_linear(project, p).to(p.dtype) for project, p in zip(self.project, text_prompts, strict=True)]

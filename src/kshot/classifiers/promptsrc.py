@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from kshot.backbones.base import Backbone, require_text
-from kshot.classifiers.base import Task, cosine_logits
+from kshot.backbones.base import Backbone
+from kshot.backbones.language import require_text
+from kshot.classifiers.base import GaussianAverage, Task, cosine_logits, exact
 from kshot.classifiers.coop import CoOp
-from kshot.classifiers.vpt import VPT
-from kshot.classifiers.zero_shot import TextFeatures, named_templates
+from kshot.classifiers.vpt import checked_blocks
+from kshot.classifiers.zero_shot import untouched_text
 from kshot.errors import UserError
+from kshot.templates import named_templates
 
 
-class PromptSRC(VPT):
+class PromptSRC(CoOp):
     """IVLP with three regularisers and Gaussian aggregation of the prompts over the epochs.
 
     With t, f the prompted and t⁰, v⁰ the frozen features, all of unit length, and z, z⁰ their logits::
@@ -45,13 +44,18 @@ class PromptSRC(VPT):
             aggregation and ends with the last epoch.
         average_std: its standard deviation, in epochs.
 
+    Attributes:
+        image_prompts: (blocks, prompt_length, image width).
+        teacher: t⁰, (C, D), once the losses have asked for it; None after a change of classes.
+
     Raises:
         UserError: as CoOp and VPT; a standard deviation that is not positive.
     """
 
-    learns_from_frozen = True
-    frozen_text: Tensor
+    needs = frozenset({"teacher"})
+    teacher: Tensor | None
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         backbone: Backbone,
@@ -68,75 +72,44 @@ class PromptSRC(VPT):
         average_std: float = 30.0,
     ) -> None:
         require_text(backbone, "PromptSRC")
-        head = partial(CoOp, context_length=context_length, init_words=init_words, depth=depth)
-        super().__init__(backbone, task, prompt_length, depth, head)
+        blocks = checked_blocks("PromptSRC", backbone, prompt_length, depth)
+        super().__init__(backbone, task, context_length, init_words=init_words, depth=depth)
         if not average_std > 0:
             raise UserError(f"PromptSRC: average_std is {average_std}, and must be positive.")
+        self.image_prompts = nn.Parameter(torch.randn(blocks, prompt_length, backbone.image_width) * 0.02)
         self.text_weight, self.image_weight, self.logit_weight = text_weight, image_weight, logit_weight
         self.templates = named_templates(templates)
-        self.gaussian = None if average_mean is None else GaussianAverage(average_mean, average_std)
+        self.average = None if average_mean is None else GaussianAverage(average_mean, average_std)
 
-    @property
-    def title(self) -> str:
-        return type(self).__name__
+    def image_tokens(self) -> Sequence[Tensor]:
+        return list(self.image_prompts)
 
-    @property
-    def averaging(self) -> GaussianAverage | None:  # type: ignore[override]
-        return self.gaussian
+    def param_groups(self) -> list[dict[str, Any]]:
+        text_prompts = [p for p in (self.context, self.deep) if p is not None]
+        groups: list[dict[str, Any]] = [{"params": [self.image_prompts]}, {"params": text_prompts, "head": True}]
+        return groups if self.average is None else [group | {"average": self.average} for group in groups]
 
-    @torch.no_grad()
-    def observe_frozen(self) -> None:
-        backbone = require_text(self.backbone, "PromptSRC")
-        text = TextFeatures(backbone, self.task.class_names, self.templates, normalise_first=False)
-        self.register_buffer("frozen_text", F.normalize(text.encode(), dim=-1), persistent=False)
+    def prepare_classes(self) -> None:
+        super().prepare_classes()
+        self.register_buffer("teacher", None, persistent=False)
 
-    def terms(self, features: Tensor, text: Tensor, label: Tensor, frozen: Tensor | None) -> dict[str, Tensor]:
-        assert frozen is not None, "the caller gives image features of the untouched backbone"
-        t, f, v0 = (F.normalize(x.float(), dim=-1) for x in (text, features, frozen))
-        scale = require_text(self.backbone, "PromptSRC").logit_scale
-        before = cosine_logits(v0, self.frozen_text, scale).log_softmax(-1)
+    @torch.inference_mode(False)
+    def teacher_text(self) -> Tensor:
+        """t⁰, (C, D), of unit length."""
+        if self.teacher is None:
+            text = untouched_text(self.backbone, self.task.class_names, self.templates, unit_length=False)
+            self.teacher = F.normalize(text, dim=-1)
+        return self.teacher
+
+    def terms(self, features: Tensor, text: Tensor, label: Tensor, teacher: Tensor | None) -> dict[str, Tensor]:
+        assert teacher is not None, "the caller gives image features of the untouched backbone"
+        t, f, v0 = (F.normalize(x, dim=-1) for x in exact(text, features, teacher))
+        t0 = self.teacher_text()
+        before = cosine_logits(v0, t0, self.backbone.logit_scale).log_softmax(-1)
         after = self.logits(features, text).log_softmax(-1)
         divergence = F.kl_div(after, before, reduction="sum", log_target=True) / after.numel()
-        return super().terms(features, text, label, frozen) | {
-            "text_consistency": self.text_weight * (t - self.frozen_text).abs().mean(),
+        return super().terms(features, text, label, teacher) | {
+            "text_consistency": self.text_weight * (t - t0).abs().mean(),
             "image_consistency": self.image_weight * (f - v0).abs().mean(),
             "logit_consistency": self.logit_weight * divergence,
         }
-
-
-class GaussianAverage:
-    """``Σ_e w_e θ_e / Σ_e w_e`` with ``w_e = exp(-(e - μ)² / 2σ²)`` over the epochs e that were run (equation 9).
-
-    Kept as a running mean in float32, over trained tensors alone. A tensor whose shape changes during the run starts
-    anew. Weights are kept as logarithms, since a run may end far from μ.
-
-    Args:
-        mean: μ, an epoch counted from 1.
-        std: σ, in epochs.
-    """
-
-    def __init__(self, mean: float, std: float) -> None:
-        self.peak, self.std = mean, std
-        self.means: dict[str, Tensor] = {}
-        self.log_weights: dict[str, float] = {}  # log Σ w_e so far
-
-    @torch.no_grad()
-    def add(self, epoch: int, tensors: Mapping[str, Tensor]) -> None:
-        log_weight = -((epoch - self.peak) ** 2) / (2 * self.std**2)
-        for name, tensor in tensors.items():
-            value, before = tensor.detach().float(), self.means.get(name)
-            if before is None or before.shape != value.shape:
-                self.means[name], self.log_weights[name] = value.clone(), log_weight
-                continue
-            total = float(np.logaddexp(self.log_weights[name], log_weight))
-            self.means[name] = torch.lerp(before.to(value.device), value, math.exp(log_weight - total))
-            self.log_weights[name] = total
-
-    def mean(self) -> dict[str, Tensor]:
-        return dict(self.means)
-
-    def state(self) -> dict[str, Any]:
-        return {"means": dict(self.means), "log_weights": dict(self.log_weights)}
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        self.means, self.log_weights = dict(state["means"]), dict(state["log_weights"])

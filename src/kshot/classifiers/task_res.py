@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kshot.backbones.base import Backbone
@@ -16,7 +15,10 @@ from kshot.errors import UserError
 
 
 class TaskRes(TextPrompt):
-    """``z = τ cos(f, t_c + a x_c)`` with t_c of unit length and x, (C, D), learned from zero.
+    """``z = τ cos(f, t_c + a x_c)`` with x, (C, D), learned from zero.
+
+    As in the paper's code, t_c is the text feature as the tower gives it, some ten long for CLIP, and of an ensemble
+    the mean of these; what ``a x_c`` changes is normalised afterwards.
 
     Args:
         backbone: must have a text tower.
@@ -28,8 +30,9 @@ class TaskRes(TextPrompt):
         UserError: no text tower; a prompt does not fit; the scale is not above 0.
     """
 
-    class_bound = "its residuals belong to the training classes"
+    unit_length = False
 
+    @torch.inference_mode(False)
     def __init__(
         self, backbone: Backbone, task: Task, scale: float = 0.5, templates: Sequence[str] | str | None = None
     ) -> None:
@@ -40,4 +43,8 @@ class TaskRes(TextPrompt):
         self.residual = nn.Parameter(torch.zeros(len(task.class_names), backbone.feature_dim))
 
     def text_features(self, features: Tensor) -> Tensor:
-        return F.normalize(super().text_features(features).float(), dim=-1) + self.scale * self.residual
+        return super().text_features(features) + self.scale * self.residual
+
+    def set_class_names(self, class_names: Sequence[str], templates: Sequence[str] | None = None) -> None:
+        self.refuse_other_classes(class_names, "its residuals belong to the training classes")
+        super().set_class_names(class_names, templates)

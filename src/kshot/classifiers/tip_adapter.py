@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from kshot.backbones.base import Backbone
-from kshot.classifiers.base import Shots, Task
+from kshot.classifiers.base import Shots, Task, closed_form, exact
 from kshot.classifiers.zero_shot import TextPrompt
 from kshot.errors import UserError
 
@@ -22,7 +22,7 @@ class TipAdapter(TextPrompt):
     """``z = τ f tᵀ + α exp(-β (1 - f Kᵀ)) Y``, all of unit length; nothing is trained.
 
     The keys K, (N, D), are the training images: the mean over the recorded views of their raw features, then
-    normalised. The values Y are their labels, one-hot. ``α = 0`` is zero-shot.
+    normalised. The values Y are their labels, one-hot. ``α = 0`` is zero-shot, and so is a cache before :meth:`fit`.
 
     Args:
         backbone: must have a text tower.
@@ -41,10 +41,8 @@ class TipAdapter(TextPrompt):
     values: Tensor
     alpha: Tensor
     beta: Tensor
-    closed_form = True
-    from_features = True
-    class_bound = "each key of its cache is a training image with the label of a training class"
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         backbone: Backbone,
@@ -63,7 +61,7 @@ class TipAdapter(TextPrompt):
             check(who, "beta", beta, 0.0, inclusive=False)
         check(who, "alpha_range", alpha_range, 0.1, inclusive=False)
         check(who, "beta_range", beta_range, 0.1, inclusive=False)
-        self.selects = alpha is None or beta is None
+        self.needs = frozenset({"shots", "val"} if alpha is None or beta is None else {"shots"})
         self.alphas = [alpha] if alpha is not None else [0.1 + i * (alpha_range - 0.1) / 20 for i in range(20)]
         self.betas = [beta] if beta is not None else [0.1 + i * (beta_range - 0.1) / 200 for i in range(200)]
         self.register_buffer("alpha", torch.tensor(0.0 if alpha is None else float(alpha)))  # 0 until it is chosen
@@ -71,42 +69,42 @@ class TipAdapter(TextPrompt):
         self.register_buffer("values", torch.zeros(0, dtype=torch.long))
         self.register_buffer("keys", torch.zeros(0, backbone.feature_dim))
 
-    def reserve(self, images: int) -> None:
-        if images != len(self.keys):
-            device = self.backbone.mean.device
-            self.values = torch.zeros(images, dtype=torch.long, device=device)
-            self.keys = torch.zeros(images, self.backbone.feature_dim, device=device)
+    def set_class_names(self, class_names: Sequence[str], templates: Sequence[str] | None = None) -> None:
+        self.refuse_other_classes(
+            class_names, "each key of its cache is a training image with the label of a training class"
+        )
+        super().set_class_names(class_names, templates)
 
-    def fit_shapes(self, saved: Mapping[str, Tensor]) -> None:
-        if "keys" in saved:
-            self.reserve(len(saved["keys"]))
-
+    @torch.inference_mode(False)  # keys may train, and values stand in the graph
     @torch.no_grad()
-    def fit_features(self, train: Shots, val: Shots | None) -> None:
-        self.reserve(len(train.label))
-        self.keys.copy_(F.normalize(train.features.float().mean(0), dim=-1))
-        self.values.copy_(train.label)
-        if self.closed_form and self.selects and val is not None:
+    def fit(self, train: Shots, val: Shots | None) -> None:
+        (features,) = exact(train.features)
+        keys = F.normalize(features.mean(0), dim=-1).to(self.keys)
+        self.keys = nn.Parameter(keys) if isinstance(self.keys, nn.Parameter) else keys
+        self.values = train.label.to(self.values, copy=True)
+        if closed_form(self) and "val" in self.needs and val is not None:
             self.select(val)
 
     def logits(self, features: Tensor, text: Tensor) -> Tensor:
         zero_shot = super().logits(features, text)
-        f = F.normalize(features.float(), dim=-1)
+        f, keys = exact(features, self.keys)
         with torch.autocast(f.device.type, enabled=False):
-            affinity = torch.exp(-self.beta * (1 - f @ self.keys.T))  # (B, N)
-            return zero_shot + self.alpha * affinity @ F.one_hot(self.values, zero_shot.shape[-1]).to(affinity)
+            affinity = torch.exp(-self.beta * (1 - keys @ F.normalize(f, dim=-1).T))  # (N, B)
+            cache = affinity.new_zeros(zero_shot.mT.shape).index_add(0, self.values, affinity)  # a product with Yᵀ
+            return zero_shot + self.alpha * cache.T
 
     @torch.no_grad()
     def select(self, val: Shots) -> None:
         """Takes the α and β that are right most often; among equals the smallest β, then the smallest α."""
-        features, label = val.every_view
-        text = self.text_features(features)
-        by_class = [self.keys[self.values == c] for c in range(len(text))]
+        views, label = val.every_view
+        text = self.text_features(views)
+        features, known = exact(views, self.keys)
+        by_class = [known[self.values == c] for c in range(len(text))]
         chunk = max(1, AT_ONCE // (len(text) * max(1, *map(len, by_class))))
         right = torch.zeros(len(self.betas), len(self.alphas), dtype=torch.long, device=text.device)
         with torch.autocast(text.device.type, enabled=False):
             for some, truth in zip(features.split(chunk), label.split(chunk), strict=True):
-                zero_shot, f = super().logits(some, text), F.normalize(some.float(), dim=-1)
+                zero_shot, f = super().logits(some, text), F.normalize(some, dim=-1)
                 # (keys of a class, C, B), so that a sum over the first takes the place of Y; exp makes the padding 0
                 similarity = pad_sequence([keys @ f.T for keys in by_class], padding_value=-math.inf)
                 for i, beta in enumerate(self.betas):
@@ -135,8 +133,7 @@ class TipAdapterF(TipAdapter):
         initial_beta: β in training.
     """
 
-    closed_form = False
-
+    @torch.inference_mode(False)
     def __init__(
         self,
         backbone: Backbone,
@@ -156,11 +153,6 @@ class TipAdapterF(TipAdapter):
         self.beta.fill_(initial_beta if beta is None else beta)
         del self.keys
         self.keys = nn.Parameter(torch.zeros(0, backbone.feature_dim))
-
-    def reserve(self, images: int) -> None:
-        if images != len(self.keys):
-            self.values = torch.zeros(images, dtype=torch.long, device=self.keys.device)
-            self.keys = nn.Parameter(self.keys.new_zeros(images, self.keys.shape[1]))
 
 
 def check(who: str, name: str, value: float, least: float, inclusive: bool = True) -> None:

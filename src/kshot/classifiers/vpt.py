@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from kshot.backbones.base import Backbone, VisionLanguageBackbone, require_image_prompts
-from kshot.classifiers.base import ClassifierFactory, Task
+from kshot.backbones.base import Backbone, require_image_prompts
+from kshot.backbones.language import VisionLanguageBackbone
+from kshot.classifiers.base import Classifier, ClassifierFactory, Shots, Task, closed_form
 from kshot.classifiers.coop import checked_depth
 from kshot.classifiers.linear import LinearProbe
-from kshot.classifiers.wrapper import Wrapper
 from kshot.classifiers.zero_shot import TextPrompt
 from kshot.errors import UserError
 
 
-class VPT(Wrapper):
+class VPT(Classifier):
     """Appends prompts P_0 ... P_{J-1} to the tokens of the first J image blocks (VPT-deep, the paper's equation 5).
 
     With ``head: CoOp`` of the same depth this is IVLP, independent vision-language prompting (Rasheed et al. 2022,
@@ -28,12 +31,15 @@ class VPT(Wrapper):
             smaller tower.
         head: what tells the classes apart; None takes TextPrompt, or LinearProbe without a text tower.
 
+    Attributes:
+        inner: the head.
+        image_prompts: (J, prompt_length, image width).
+
     Raises:
-        UserError: the image tower takes no prompts or has fewer blocks; a head in closed form.
+        UserError: the image tower takes no prompts or has fewer blocks; a head in closed form, or with image prompts.
     """
 
-    prompts_images = True
-
+    @torch.inference_mode(False)
     def __init__(
         self,
         backbone: Backbone,
@@ -42,21 +48,52 @@ class VPT(Wrapper):
         depth: int | None = None,
         head: ClassifierFactory | None = None,
     ) -> None:
-        who = type(self).__name__
-        require_image_prompts(backbone, who)
-        if prompt_length < 1:
-            raise UserError(f"{who}: prompt_length is {prompt_length}, and must be at least 1.")
-        depth = checked_depth(who, depth, backbone.image_blocks, "image")
+        super().__init__(backbone, task)
+        depth = checked_blocks("VPT", backbone, prompt_length, depth)
         head = head or (TextPrompt if isinstance(backbone, VisionLanguageBackbone) else LinearProbe)
-        super().__init__(backbone, task, head)
-        if self.inner.closed_form:
+        self.inner: Classifier = head(backbone=backbone, task=task)
+        kind = type(self.inner).__name__
+        if closed_form(self.inner):
             raise UserError(
-                f"{who} is trained by gradient steps, and {type(self.inner).__name__} has a closed form: use "
-                "LinearProbe, or NearestClassMean with trainable: true."
+                f"VPT is trained by gradient steps, and {kind} has a closed form: use LinearProbe, or NearestClassMean "
+                "with trainable: true."
             )
-        if self.inner.prompts_images:
-            raise UserError(f"{who}: {type(self.inner).__name__} has image prompts of its own: use it without {who}.")
+        if self.inner.image_tokens():
+            raise UserError(f"VPT: {kind} has image prompts of its own: use it without VPT.")
+        self.needs = self.inner.needs
         self.image_prompts = nn.Parameter(torch.randn(depth, prompt_length, backbone.image_width) * 0.02)
 
-    def encode_image(self, image: Tensor) -> Tensor:
-        return self.backbone.encode_image(image, list(self.image_prompts))
+    def image_tokens(self) -> Sequence[Tensor]:
+        return list(self.image_prompts)
+
+    def forward(self, features: Tensor) -> Tensor:
+        logits: Tensor = self.inner(features)
+        return logits
+
+    def losses(self, features: Tensor, label: Tensor, teacher: Tensor | None = None) -> dict[str, Tensor]:
+        return self.inner.losses(features, label, teacher)
+
+    def set_class_names(self, class_names: Sequence[str], templates: Sequence[str] | None = None) -> None:
+        self.inner.set_class_names(class_names, templates)
+        self.task = self.inner.task
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [{"params": [self.image_prompts]}, *self.inner.param_groups()]
+
+    def fit(self, train: Shots, val: Shots | None) -> None:
+        self.inner.fit(train, val)
+
+    def select(self, val: Shots) -> None:
+        self.inner.select(val)
+
+
+def checked_blocks(who: str, backbone: Backbone, prompt_length: int, depth: int | None) -> int:
+    """The image blocks that get learned tokens of their own; a depth of None stands for 9, or all of a smaller tower.
+
+    Raises:
+        UserError: the image tower takes no prompts or has fewer blocks; no prompt.
+    """
+    require_image_prompts(backbone, who)
+    if prompt_length < 1:
+        raise UserError(f"{who}: prompt_length is {prompt_length}, and must be at least 1.")
+    return checked_depth(who, depth, backbone.image_blocks, "image")

@@ -8,21 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kshot.backbones.base import Backbone, VisionLanguageBackbone, require_text
-from kshot.classifiers.base import Task, TextClassifier
-from kshot.errors import UserError, nearest_first
-from kshot.memo import Memo
-
-# CoOp's choice of the templates of Radford et al. (2021) for ImageNet.
-IMAGENET_7 = (
-    "itap of a {}.",
-    "a bad photo of the {}.",
-    "a origami {}.",
-    "a photo of the large {}.",
-    "a {} in a video game.",
-    "art of the {}.",
-    "a photo of the small {}.",
-)
+from kshot.backbones.base import Backbone
+from kshot.backbones.language import VisionLanguageBackbone, require_text
+from kshot.classifiers.base import Task, TextClassifier, exact
+from kshot.errors import UserError
+from kshot.templates import named_templates
 
 
 class TextPrompt(TextClassifier):
@@ -40,6 +30,9 @@ class TextPrompt(TextClassifier):
         UserError: the backbone has no text tower, or a prompt does not fit its context.
     """
 
+    unit_length = True  # whether the features of an ensemble's sentences are normalised before their mean
+
+    @torch.inference_mode(False)
     def __init__(self, backbone: Backbone, task: Task, templates: Sequence[str] | str | None = None) -> None:
         super().__init__(backbone, task)
         require_text(backbone, type(self).__name__)
@@ -47,21 +40,25 @@ class TextPrompt(TextClassifier):
         self.prepare_classes()
 
     def prepare_classes(self) -> None:
-        text = require_text(self.backbone, type(self).__name__)
-        self.text = TextFeatures(text, self.task.class_names, self.templates or self.task.templates)
+        templates = self.templates or self.task.templates
+        self.sentences = Sentences(self.backbone, self.task.class_names, templates, self.unit_length)
 
-    def text_features(self, features: Tensor) -> Tensor:  # noqa: ARG002  the same for every image
-        return self.text()
+    def encode(self) -> Tensor:
+        return self.sentences.encode(self.backbone)
 
 
-class TextFeatures:
-    """Class prototypes from text; encoded anew only when something in the text tower changed or needs a gradient.
+class Sentences:
+    """The sentences that stand for classes, as tokens.
 
     Args:
-        backbone: with the text tower.
+        backbone: with the text tower that reads them.
         class_names: in label order.
         templates: one, whose features are taken as they are, or an ensemble.
-        normalise_first: normalise before the mean over templates (CLIP), or only after it (PromptSRC).
+        unit_length: give the features of an ensemble's sentences, and their mean, unit length (CLIP); False takes the
+            mean of the features as they are (PromptSRC, TaskRes).
+
+    Raises:
+        UserError: a class name without tokens, or a sentence that does not fit.
     """
 
     def __init__(
@@ -69,29 +66,36 @@ class TextFeatures:
         backbone: VisionLanguageBackbone,
         class_names: Sequence[str],
         templates: Sequence[str],
-        normalise_first: bool = True,
+        unit_length: bool = True,
     ) -> None:
-        self.backbone, self.normalise_first = backbone, normalise_first
+        self.unit_length = unit_length
         for name in class_names:
             require_tokens(backbone, name)
+        # Plain tensors on the CPU, where lengths can be read without waiting for a device.
         self.tokens = [backbone.tokenize([t.format(name) for name in class_names]) for t in templates]
-        self._memo: Memo[Tensor] = Memo()
 
-    def __call__(self) -> Tensor:
-        """Prototypes, (C, D); those of an ensemble have unit length."""
-        if not self.backbone.settled("text"):
-            return self.encode()
-        return self._memo.get([self.backbone.mean, *self.backbone.trainable("text")], self.encode)
-
-    def encode(self) -> Tensor:
-        """The same, computed."""
-        device = self.backbone.mean.device
-        features = [self.backbone.encode_tokens(t.to(device)).float() for t in self.tokens]
+    def encode(self, backbone: VisionLanguageBackbone) -> Tensor:
+        """Prototypes, (C, D)."""
+        features = exact(*[backbone.encode_tokens(tokens) for tokens in self.tokens])
         if len(features) == 1:
             return features[0]
-        if self.normalise_first:
-            features = [F.normalize(f, dim=-1) for f in features]
-        return F.normalize(torch.stack(features).mean(0), dim=-1)
+        if self.unit_length:
+            return F.normalize(torch.stack([F.normalize(f, dim=-1) for f in features]).mean(0), dim=-1)
+        return torch.stack(features).mean(0)
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def untouched_text(
+    backbone: VisionLanguageBackbone, class_names: Sequence[str], templates: Sequence[str], unit_length: bool = True
+) -> Tensor:
+    """Prototypes, (C, D), by the backbone as it was before anything was attached, as :class:`Sentences`.
+
+    They stand in a run's losses as a teacher, so that they are computed without the rounding of mixed precision.
+    """
+    sentences = Sentences(backbone, class_names, templates, unit_length)
+    with backbone.unadapted(), torch.autocast(backbone.mean.device.type, enabled=False):
+        return sentences.encode(backbone)
 
 
 def require_tokens(backbone: VisionLanguageBackbone, name: str) -> int:
@@ -104,28 +108,3 @@ def require_tokens(backbone: VisionLanguageBackbone, name: str) -> int:
     if tokens == 0:
         raise UserError(f"The tokenizer of {backbone.name} finds no token in the class name {name!r}: give it words.")
     return tokens
-
-
-def named_templates(templates: Sequence[str] | str) -> tuple[str, ...]:
-    """Sentences as they are given, or those of a named ensemble.
-
-    Raises:
-        UserError: no ensemble of that name, no sentence, or one without a place for the class name.
-    """
-    if not isinstance(templates, str) or "{" in templates:
-        given = (templates,) if isinstance(templates, str) else tuple(templates)
-        wrong = [t for t in given if t.count("{}") != 1 or t.replace("{}", "").strip("{}") != t.replace("{}", "")]
-        if not given or wrong:
-            raise UserError(f"templates: {(wrong or ['[]'])[0]!r} must have {{}} once, where the class name goes.")
-        return given
-    if templates == "imagenet7":
-        return IMAGENET_7
-    if templates not in ("imagenet60", "imagenet80"):
-        raise UserError(
-            f"templates: {templates!r} has no {{}} for the class name, nor is it an ensemble. "
-            f"{nearest_first(templates, ['imagenet7', 'imagenet60', 'imagenet80'])}"
-        )
-    from open_clip import OPENAI_IMAGENET_TEMPLATES
-
-    sentences = tuple(str(template("{}")) for template in OPENAI_IMAGENET_TEMPLATES)
-    return sentences[: int(templates.removeprefix("imagenet"))]  # PromptSRC's 60 are the first of CLIP's 80

@@ -5,12 +5,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kshot.data.images import ImageSource
+from kshot.data.readers import read_split_zhou, split_from_csv, split_from_folder
 from kshot.data.sources import ImageFiles, SklearnDigits, Source, TorchvisionArrays
-from kshot.data.splits import Row, Split, read_split_zhou, split_from_csv, split_from_folder
+from kshot.data.splits import Row, Split, check_distinct
 from kshot.errors import UserError, nearest_first
 from kshot.files import packaged_folder
-
-DEFAULT_TEMPLATE = "a photo of a {}."
+from kshot.templates import DEFAULT_TEMPLATE
 
 
 @dataclass(frozen=True)
@@ -151,24 +151,30 @@ def load_split(
     Args:
         dataset: catalogue name, folder, CSV file or split file.
         root: the data root.
-        class_names: names in label order, for a CSV file whose labels are numbers. With names given, names of the
-            source that read the same are no error.
+        class_names: names in label order instead of the source's, which may read the same then.
         download: fetch array data sets that are missing; their labels are in the same files as the images.
 
     Returns:
         The split, and the entry by which ``open_images`` finds its images.
 
     Raises:
-        UserError: there is no such data set, or it breaks a rule of its reader.
+        UserError: there is no such data set, it breaks a rule of its reader, or names are not as many as the classes or
+            read the same.
     """
-    root = Path(root)
+    split, entry = _read(dataset, Path(root), class_names, download)
+    if class_names is not None and len(class_names) != len(split.class_names):
+        raise UserError(f"{len(class_names)} class_names for the {len(split.class_names)} of {split.name}")
+    check_distinct(class_names or split.class_names, "class_names" if class_names else split.file)
+    return split, entry
+
+
+def _read(dataset: str, root: Path, class_names: Sequence[str] | None, download: bool) -> tuple[Split, DatasetEntry]:
     entry = CATALOGUE.get(dataset)
-    renamed = class_names is not None
-    if entry is not None and isinstance(entry.source, TorchvisionArrays):
-        return entry.source.split(dataset, root, download), entry
     if entry is not None:
+        if isinstance(entry.source, TorchvisionArrays):
+            return entry.source.split(dataset, root, download), entry
         assert entry.split is not None  # the contract of the catalogue, which has a test
-        return read_split_zhou(packaged_folder("data_splits") / entry.split, dataset, entry.image_root, renamed), entry
+        return read_split_zhou(packaged_folder("data_splits") / entry.split, dataset, entry.image_root), entry
     path = next((p for p in (Path(dataset), root / dataset) if dataset and p.exists()), None)
     if path is None:
         raise UserError(
@@ -177,30 +183,24 @@ def load_split(
         )
     here = str(path.resolve().parent)
     if path.is_dir():
-        split, entry = split_from_folder(path, allow_duplicates=renamed), DatasetEntry(folder=str(path.resolve()))
-    elif path.suffix.lower() == ".csv":
-        split = split_from_csv(path, class_names, allow_duplicates=renamed)
-        entry = DatasetEntry(folder=here, aliases=(".",))
-    elif path.name.endswith((".json", ".json.gz")):
-        split, entry = read_split_zhou(path, allow_duplicates=renamed), DatasetEntry(aliases=(here,))
-        if split.item_kind == "index":
-            raise UserError(f"{path}: the rows have an index instead of a file, which only catalogue data sets may")
-    else:
+        return split_from_folder(path), DatasetEntry(folder=str(path.resolve()))
+    if path.suffix.lower() == ".csv":
+        return split_from_csv(path, class_names), DatasetEntry(folder=here, aliases=(".",))
+    if not path.name.endswith((".json", ".json.gz")):
         raise UserError(f"{path}: a data set is a catalogue name, a folder, or a .csv, .json or .json.gz file")
-    return split, entry
+    split = read_split_zhou(path)
+    if split.item_kind == "index":
+        raise UserError(f"{path}: the rows have an index instead of a file, which only catalogue data sets may")
+    return split, DatasetEntry(aliases=(here,))
 
 
 def open_images(
     entry: DatasetEntry, root: str | Path, part: str, rows: Sequence[Row], download: bool = False
 ) -> ImageSource:
-    """Opens the images of a part.
+    """Opens the images of a part: train, val or test.
 
-    Args:
-        entry: of the data set, as ``load_split`` returns it.
-        root: the data root.
-        part: train, val or test.
-        rows: of the part, at least one; the first tells which candidate folder is the right one.
-        download: fetch what is missing, where torchvision can.
+    The first of its rows tells which candidate folder is the right one. What is missing is fetched where that is asked
+    for and torchvision can.
 
     Raises:
         UserError: the images are not there.

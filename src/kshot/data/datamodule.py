@@ -1,36 +1,37 @@
-"""The data of one few-shot run for Lightning: shots to train on, and a test part that opens only for testing."""
+"""The data of one few-shot run for Lightning: shots to train on, and test parts that open only for testing."""
 
 import dataclasses
-import itertools
-import random
-import warnings
+import hashlib
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from kshot.data.catalogue import CATALOGUE, load_split, open_images
+from kshot.data.catalogue import load_split, open_images
+from kshot.data.heldout import HeldOut, point_out_numbers
 from kshot.data.images import Augment, FileImages
+from kshot.data.loading import EpochSampler, Keys, endless, halves, part_loader, share
 from kshot.data.manifest import manifest_bytes, read_manifest
-from kshot.data.parts import Batch, EpochSampler, LazyImages, Part, StoredImages
-from kshot.data.protocols import ProtocolName, TestSet, as_in_source, check_protocol, class_groups, restrict
+from kshot.data.parts import Batch, LazyImages, Part, StoredImages
+from kshot.data.protocols import ProtocolName, TestSet, check_protocol, class_groups, restrict
+from kshot.data.readers import image_files
 from kshot.data.sampling import draw
-from kshot.data.splits import Row, Split, check_distinct, display_name, images_below
+from kshot.data.splits import Row
 from kshot.errors import UserError
 from kshot.files import write_atomically
-
-_Arguments = tuple[str, str, list[str] | None, bool]  # of load_split
+from kshot.templates import check_templates
 
 
 class FewShotDataModule(LightningDataModule):
     """The images of one few-shot run: k per class to train on, and whole test parts to judge by.
 
-    The rows of a test part are forgotten after reading and read again by ``setup("test")``, so that nothing that
-    trains can see them.
+    Parts are called train, val, predict, and as ``test_parts`` says. On several devices each one sees its own share of
+    a part: at a training step they see together what one would see with their joint batch size; of the images that
+    are judged by, each is seen once. The Trainer is made with ``use_distributed_sampler=False``.
 
     Args:
         dataset: catalogue name (digits, dtd, ...), folder of class folders, CSV file or split file.
@@ -67,7 +68,6 @@ class FewShotDataModule(LightningDataModule):
         image_size: may be set until ``setup``.
         images: files and folders for prediction, set before ``setup("predict")``.
         predict_paths: the files that these are, in index order.
-        skipped: per part, the images left out by ``skip_unreadable``.
 
     Raises:
         UserError: anything that is wrong and can be known without opening images.
@@ -122,16 +122,10 @@ class FewShotDataModule(LightningDataModule):
         arguments = (dataset, root, class_names, download)
         split, self._entry = load_split(*arguments)
         self.dataset_name = split.name
-        if class_names is not None:
-            if len(class_names) != len(split.class_names):
-                raise UserError(f"{len(class_names)} class_names for the {len(split.class_names)} of {split.name}")
-            check_distinct(class_names, "class_names")
-        else:
-            _point_out_numbers(dataset, split, "give --data.class_names")
-        self.templates = [template] if isinstance(template, str) else template or [self._entry.template]
-        for sentence in self.templates:
-            if sentence.count("{}") != 1:
-                raise UserError(f"the template {sentence!r} must have {{}} once, where the class name goes")
+        if class_names is None:
+            point_out_numbers(dataset, split, "give --data.class_names")
+        sentences = [template] if isinstance(template, str) else template or [self._entry.template]
+        self.templates = list(check_templates(sentences))
         drawn = read_manifest(manifest, split) if manifest else draw(split, shots, split_seed, sampler, allow_fewer)
         self._manifest = manifest_bytes(split, drawn)
         # Classes are left out after drawing from all of them: a run on half of them has the images of the whole run.
@@ -140,19 +134,27 @@ class FewShotDataModule(LightningDataModule):
         self.draw = dataclasses.replace(drawn, train=train, val=val)
         if not train:
             raise UserError(f"{split.name}: there are no training images")
-        self._counts = {"train": len(train), "val": len(val), "test": 0}
 
-        self.test_sets: list[TestSet] = []
-        self._closed: dict[str, tuple[_Arguments, str]] = {}  # by name: what reads it again, and its digest
-        self._test_on(split, arguments, class_names or split.class_names, self.templates)
-        self.class_names = list(self.test_sets[0].class_names)
+        self._held_out = HeldOut(protocol)
+        self._held_out.add(split, self._entry, arguments, class_names or split.class_names, self.templates)
         for target in targets or ():
-            self._add_target(target)
+            self._held_out.add_target(target, root, download)
+        self.test_sets: list[TestSet] = self._held_out.sets
+        self.class_names = list(self.test_sets[0].class_names)
 
         self.images: list[str] = []
         self.predict_paths: list[str] = []
-        self.skipped: dict[str, int] = {}
         self._parts: dict[str, Part] = {}
+
+    def use_image_size(self, size: int) -> None:
+        """Takes the image size from the backbone.
+
+        Raises:
+            UserError: another one was given.
+        """
+        if self.image_size not in (None, size):
+            raise UserError(f"data.image_size is {self.image_size}, the backbone takes {size}: set it on the backbone.")
+        self.image_size = size
 
     def prepare_data(self) -> None:
         """Downloads image files, once per machine, where that was asked for."""
@@ -169,133 +171,143 @@ class FewShotDataModule(LightningDataModule):
         Raises:
             UserError: ``image_size`` is not set, or images are missing or unreadable.
         """
-        if self.image_size is None:
-            raise UserError("image_size is not set: give --data.image_size, or set it before setup")
+        size = self._known_size()
         if stage == "fit" and "train" not in self._parts:
-            self._parts["train"] = self._stored("train", self.draw.train, self.augment)
+            self._open_stored("train", self.draw.train, size, self.augment, self.train_views())
         if stage in {"fit", "validate"} and self.draw.val and "val" not in self._parts:
-            self._parts["val"] = self._stored("val", self.draw.val, None)
-        if stage == "test" and self._test_parts[0] not in self._parts:
-            opened = [part for name in self._closed for part in self._opened(name, self.image_size)]
-            self._parts.update(zip(self._test_parts, opened, strict=True))
+            self._open_stored("val", self.draw.val, size, None, 1)
+        if stage == "test" and self.test_parts[0] not in self._parts:
+            self._parts |= self._held_out.open(size, self.skip_unreadable)
         if stage == "predict":
-            self._setup_predict(self.image_size)
-        self.skipped = {part: images.skipped for part, images in self._parts.items()}
+            rows = [Row(str(file), -1, "") for file in image_files(self.images)]
+            part = LazyImages(FileImages(Path()), rows, size, skip_unreadable=self.skip_unreadable, name=stage)
+            self._parts[stage], self.predict_paths = part, part.paths
 
     def teardown(self, stage: str) -> None:
         """Closes the test parts again after testing."""
         if stage == "test":
-            for part in self._test_parts:
+            for part in self.test_parts:
                 self._parts.pop(part, None)
+
+    def part(self, part: str) -> Part:
+        """Gives an open part.
+
+        Raises:
+            RuntimeError: it is not open.
+        """
+        if part not in self._parts:
+            stage = {"train": "fit", "val": "validate"}.get(part, part.split("/")[0])
+            raise RuntimeError(f"the {part} part opens with setup({stage!r})")
+        return self._parts[part]
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Shuffles the training part; epoch e depends on ``split_seed`` and e only.
 
         A last short batch is dropped, unless it is the only one.
         """
-        part = self._part("train")
-        return self._epochs(part, range(len(part)))
+        part = self.part("train")
+        return self._epochs(part, range(len(part)), *share(part, self.trainer))
 
     def train_halves(self) -> tuple[Iterator[Batch], Iterator[Batch]]:
-        """Endless batches of two disjoint halves of the training part, each with half of every class.
-
-        Raises:
-            UserError: a class has one image, so that there is nothing to split.
-        """
-        part = self._part("train")
-        halves: tuple[list[int], list[int]] = ([], [])
-        for label, name in enumerate(self.class_names):
-            members = (part.labels == label).nonzero().flatten().tolist()
-            if len(members) == 1:
-                raise UserError(
-                    f"The class {name!r} has one training image, and a search needs half of each class to judge by: "
-                    "use --data.shots 2 or more, or an adapter that searches nothing, such as LoRA."
-                )
-            random.Random(f"{self.split_seed}/halves/{label}").shuffle(members)
-            halves[0].extend(members[(len(members)) // 2 :])
-            halves[1].extend(members[: len(members) // 2])
-        return endless(self._epochs(part, halves[0])), endless(self._epochs(part, halves[1]))
-
-    def eval_order_train_dataloader(self, view: int = 0) -> DataLoader[Batch]:
-        """Goes through one view of all training images in index order, for computing features."""
-        part = self._part("train")
-        keys = [(position, view) for position in range(len(part))]
-        return self._loader(part, self.eval_batch_size, sampler=keys)
+        """Endless batches of two disjoint ``halves`` of the training part; all devices get the same ones."""
+        part = self.part("train")
+        first, second = halves(part.labels, self.class_names, self.split_seed)
+        return endless(self._epochs(part, first)), endless(self._epochs(part, second))
 
     def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         """Goes through the validation shots; an empty list when there are none."""
-        return self._loader(self._part("val"), self.eval_batch_size) if self.draw.val else []
+        return self._judged("val", persistent=True) if self.draw.val else []
 
     def test_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
-        """Goes through the whole test part; a list in the order of ``test_sets`` where there are several.
-
-        Raises:
-            RuntimeError: before ``setup("test")``.
-        """
+        """Goes through the whole test part; a list in the order of ``test_sets`` where there are several."""
         # Each is gone through once: the workers of one need not outlive it while the others are read.
-        once = {"persistent_workers": False}
-        loaders = [self._loader(self._part(part), self.eval_batch_size, **once) for part in self._test_parts]
+        loaders: list[DataLoader[Batch]] = [self._judged(part) for part in self.test_parts]
         return loaders if len(loaders) > 1 else loaders[0]
 
     def predict_dataloader(self) -> DataLoader[Batch]:
         """Goes through ``predict_paths``; labels are -1."""
-        return self._loader(self._part("predict"), self.eval_batch_size)
+        return self._judged("predict")
+
+    def eval_order_dataloader(self, part: str, view: int = 0) -> DataLoader[Batch]:
+        """Goes through one view of all images of a part in index order, on each device, for computing features."""
+        opened = self.part(part)
+        return self._loader(opened, self.eval_batch_size, [(position, view) for position in range(len(opened))])
 
     def train_images(self) -> int:
         """Gives the number of training images that could be read; there after ``setup("fit")``."""
-        return len(self._part("train"))
+        return len(self.part("train"))
 
     def train_views(self) -> int:
         """Gives the number of different views of a training image: 1 without augmentation, 0 for endless."""
         return 1 if self.augment is None else self.views or 0
 
-    def replace_train_inputs(self, features: Tensor) -> None:
-        """Lets training batches carry features instead of images.
+    def keep_features(
+        self, part: str, features: Tensor | None = None, frozen: Tensor | None = None, free: bool = False
+    ) -> None:
+        """Lets the batches of a part carry features instead of images, or beside them.
 
         Args:
-            features: (V, N, D) float, V = ``train_views()``, N images in the order of
-                ``eval_order_train_dataloader``.
-
-        Raises:
-            ValueError: the shape is another one, or the views are endless.
+            part: an open one.
+            features: as ``Part.keep`` takes them, in the order of ``eval_order_dataloader``.
+            frozen: likewise.
+            free: drop the decoded images; they are decoded again if they are asked for.
         """
-        self._fitting("train", features, self.train_views()).features = features
+        self.part(part).keep(features, frozen)
+        if free:
+            self.part(part).free_images()
 
-    def replace_val_inputs(self, features: Tensor) -> None:
-        """Lets validation batches carry features instead of images.
+    def forget_features(self) -> None:
+        """Lets the batches of all parts carry images again, and nothing else."""
+        for part in self._parts.values():
+            part.forget()
 
-        Args:
-            features: (N, D) float, N images in the order of ``val_dataloader``.
+    def part_key(self, part: str) -> str:
+        """Digests what decides the pixels of a part, view by view and in order, for keeping features by it.
 
-        Raises:
-            ValueError: the shape is another one.
+        The same key in one process means the same images, unless their files have changed meanwhile.
         """
-        self._fitting("val", features[None], 1).features = features[None]
+        if part in self.test_parts:
+            origin = self._held_out.origin(part)
+        elif part == "predict":
+            origin = [part, self.part(part).paths]
+        else:
+            source = self._held_out.digests[self.dataset_name], self._entry
+            origin = [part, self.dataset_name, source, self.draw.train if part == "train" else self.draw.val]
+        if part == "train" and self.augment is not None:
+            kind = type(self.augment)
+            settings = dataclasses.asdict(cast(Any, self.augment))
+            origin += [kind.__module__, kind.__qualname__, settings, self.train_views(), self.split_seed]
+        decides = [*origin, self._known_size(), self.skip_unreadable, str(Path(self.root).resolve())]
+        return hashlib.sha256(repr(decides).encode()).hexdigest()[:16]
 
-    def keep_frozen_features(self, features: Tensor) -> None:
-        """Lets training batches carry features by the untouched backbone in ``frozen``, beside what they carry.
+    @property
+    def test_parts(self) -> list[str]:
+        """Names of the test parts, in the order of ``test_sets``."""
+        return list(self._held_out.parts)
 
-        Args:
-            features: (V, N, D) float, as for ``replace_train_inputs``.
+    @property
+    def skipped(self) -> dict[str, int]:
+        """Images left out by ``skip_unreadable``, by open part."""
+        return {name: part.skipped for name, part in self._parts.items()}
 
-        Raises:
-            ValueError: the shape is another one, or the views are endless.
-        """
-        self._fitting("train", features, self.train_views()).frozen = features
+    def test_sizes(self) -> dict[str, int]:
+        """Gives the number of images that could be read by name of the test set; there after ``setup("test")``."""
+        return {each.name: len(self.part(part)) for each, part in zip(self.test_sets, self.test_parts, strict=True)}
 
     def split_info(self) -> dict[str, Any]:
         """Says in plain data which images the run is about."""
+        digests = self._held_out.digests
         return {
             "dataset": self.dataset_name,
             "protocol": self.protocol,
-            "targets": {name: sha256 for name, (_, sha256) in self._closed.items() if name != self.dataset_name},
+            "targets": {name: sha256 for name, sha256 in digests.items() if name != self.dataset_name},
             "sampler": self.draw.sampler,
             "shots": self.draw.shots,
             "val_shots": self.draw.val_shots,
             "seed": self.draw.seed,
             "digest": self.draw.digest,
-            "source_sha256": self._closed[self.dataset_name][1],
-            "counts": dict(self._counts),
+            "source_sha256": digests[self.dataset_name],
+            "counts": {"train": len(self.draw.train), "val": len(self.draw.val), "test": self._held_out.count},
         }
 
     def write_manifest(self, path: str | Path) -> None:
@@ -306,112 +318,26 @@ class FewShotDataModule(LightningDataModule):
         """
         write_atomically(Path(path), lambda file: file.write_bytes(self._manifest))
 
-    @property
-    def _test_parts(self) -> list[str]:
-        return ["test"] if self.protocol == "all-to-all" else [f"test/{test_set.name}" for test_set in self.test_sets]
+    def _known_size(self) -> int:
+        if self.image_size is None:
+            raise UserError("image_size is not set: give --data.image_size, or set it before setup")
+        return self.image_size
 
-    def _test_on(
-        self, split: Split, arguments: _Arguments, class_names: Sequence[str], templates: Sequence[str]
-    ) -> None:
-        groups = class_groups(self.protocol, split)
-        for group, labels in groups.items():
-            count = sum(row.label in labels for row in split.test)
-            if not count and self.protocol != "all-to-all":
-                whose = f" of the {group} classes" if len(groups) > 1 else ""
-                raise UserError(f"{split.name}: there are no test images{whose}")
-            self._counts["test"] += count
-            names = tuple(display_name(class_names[label]) for label in labels)
-            self.test_sets.append(TestSet(group, names, tuple(templates)))
-        self._closed[split.name] = arguments, split.sha256
-
-    def _add_target(self, target: str) -> None:
-        arguments = (target, self.root, None, self.download)
-        split, entry = load_split(*arguments)
-        if split.name in self._closed:
-            raise UserError(
-                f"targets: {target!r} is called {split.name!r}, as another data set of this run is: give each one "
-                f"once, without the source {self.dataset_name!r}"
-            )
-        if self.protocol == "domain-generalisation":
-            self._test_on(split, arguments, as_in_source(split, self.class_names), self.templates)
-        else:
-            _point_out_numbers(target, split, "give the target as a CSV or split file with names")
-            self._test_on(split, arguments, split.class_names, [entry.template])
-
-    def _opened(self, name: str, image_size: int) -> list[Part]:
-        arguments, sha256 = self._closed[name]
-        split, entry = load_split(*arguments)
-        if split.sha256 != sha256:
-            raise UserError(f"{split.name} has changed since the training images were drawn")
-        if not split.test:
-            raise UserError(f"{split.name}: there are no test images")
-        source = open_images(entry, self.root, "test", split.test, self.download)
-        groups = [restrict(split.test, labels) for labels in class_groups(self.protocol, split).values()]
-        return [LazyImages(source, rows, image_size, self.skip_unreadable) for rows in groups]
-
-    def _stored(self, part: str, rows: tuple[Row, ...], augment: Augment | None) -> StoredImages:
-        assert self.image_size is not None  # setup has checked it
-        source = open_images(self._entry, self.root, part, rows, self.download)
-        return StoredImages(
-            source, rows, self.image_size, augment=augment, seed=self.split_seed, skip_unreadable=self.skip_unreadable
+    def _open_stored(self, part: str, rows: Sequence[Row], size: int, augment: Augment | None, views: int) -> None:
+        source = partial(open_images, self._entry, self.root, part, rows[:1], self.download)
+        seed, skip = self.split_seed, self.skip_unreadable
+        self._parts[part] = StoredImages(
+            source, rows, size, augment=augment, views=views, seed=seed, skip_unreadable=skip, name=part
         )
 
-    def _setup_predict(self, image_size: int) -> None:
-        if not self.images:
-            raise UserError("no images to predict: give files or folders")
-        files: list[Path] = []
-        for path in map(Path, self.images):
-            if not path.exists():
-                raise UserError(f"no such image or folder: {str(path)!r}")
-            files += images_below(path) if path.is_dir() else [path]
-        if not files:
-            raise UserError(f"no image found in {', '.join(map(repr, self.images))}")
-        rows = [Row(str(file), -1, "") for file in files]
-        part = LazyImages(FileImages(Path()), rows, image_size, self.skip_unreadable)
-        self._parts["predict"] = part
-        self.predict_paths = part.paths
+    def _epochs(self, part: Part, positions: Sequence[int], rank: int = 0, devices: int = 1) -> DataLoader[Batch]:
+        order = EpochSampler(positions, self.split_seed, self.train_views(), self.batch_size, rank, devices)
+        return self._loader(part, self.batch_size, order, persistent=True)
 
-    def _part(self, part: str) -> Part:
-        if part not in self._parts:
-            stage = {"train": "fit", "val": "validate"}.get(part, part.split("/")[0])
-            raise RuntimeError(f"the {part} part opens with setup({stage!r})")
-        return self._parts[part]
+    def _judged(self, part: str, persistent: bool = False) -> DataLoader[Batch]:
+        opened = self.part(part)
+        rank, devices = share(opened, self.trainer)
+        return self._loader(opened, self.eval_batch_size, range(rank, len(opened), devices), persistent)
 
-    def _fitting(self, part: str, features: Tensor, views: int) -> Part:
-        images = self._part(part)
-        if features.ndim != 3 or tuple(features.shape[:2]) != (views, len(images)):
-            expected = f"({views}, {len(images)}, D)"
-            raise ValueError(f"features of shape {tuple(features.shape)} for {part}, which needs {expected}")
-        return images
-
-    def _epochs(self, part: Part, positions: Sequence[int]) -> DataLoader[Batch]:
-        order = EpochSampler(positions, self.split_seed, self.train_views())
-        return self._loader(part, self.batch_size, sampler=order, drop_last=len(positions) >= self.batch_size)
-
-    def _loader(self, part: Part, batch_size: int, **options: Any) -> DataLoader[Batch]:
-        return DataLoader(
-            dataset=part,
-            batch_size=batch_size,  # by keyword: Lightning builds prediction loaders anew from what it sees
-            num_workers=self.num_workers,
-            collate_fn=_as_is,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator().manual_seed(self.split_seed),  # or each epoch draws from the global state
-            **{"persistent_workers": self.num_workers > 0} | options,
-        )
-
-
-def _point_out_numbers(dataset: str, split: Split, advice: str) -> None:
-    if dataset not in CATALOGUE and all(name.isdecimal() for name in split.class_names):
-        called = f"the classes of {split.name} are called {split.class_names[0]!r} and so on"
-        warnings.warn(f"{called}: methods with prompts need words, {advice}", stacklevel=3)
-
-
-def endless(loader: DataLoader[Batch]) -> Iterator[Batch]:
-    """Epoch after epoch, each in an order and with views of its own."""
-    for epoch in itertools.count():
-        cast(EpochSampler, loader.sampler).set_epoch(epoch)
-        yield from loader
-
-
-def _as_is(batch: Any) -> Any:
-    return batch  # parts stack their batches themselves
+    def _loader(self, part: Part, batch_size: int, keys: Keys, persistent: bool = False) -> DataLoader[Batch]:
+        return part_loader(part, batch_size, keys, self.split_seed, self.num_workers, persistent)

@@ -5,7 +5,6 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -118,18 +117,11 @@ def evaluation_transform(image_size: int) -> Callable[[Image.Image], Tensor]:
     Returns:
         A picklable function from a PIL image to a uint8 tensor (3, image_size, image_size).
     """
-    return partial(_evaluation_image, image_size=image_size)
+    from torchvision.transforms import v2
 
-
-def _evaluation_image(image: Image.Image, image_size: int) -> Tensor:
-    # torchvision's Resize and CenterCrop on a PIL image, to the pixel: the longer side is cut to a whole number, and
-    # halves of the margin are rounded to even.
-    width, height = image.size
-    shorter = min(width, height)
-    size = (image_size * width // shorter, image_size * height // shorter)
-    left, top = (round((side - image_size) / 2) for side in size)
-    resized = to_rgb(image).resize(size, Image.Resampling.BICUBIC)
-    return to_tensor(resized.crop((left, top, left + image_size, top + image_size)))
+    resize = v2.Resize(image_size, v2.InterpolationMode.BICUBIC)
+    transform: Callable[[Image.Image], Tensor] = v2.Compose([to_rgb, resize, v2.CenterCrop(image_size), to_tensor])
+    return transform
 
 
 def limit_size(image: Image.Image, shorter_side: int) -> Image.Image:

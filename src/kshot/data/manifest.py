@@ -7,22 +7,13 @@ from typing import Any
 from kshot.data.sampling import PERCENT, SAMPLERS, FewShotDraw, draw_digest
 from kshot.data.splits import Row, Split
 from kshot.errors import UserError
-from kshot.files import write_atomically
 
 SCHEMA = "fewshot-manifest/1"
 GENERATOR = "python-random-mt19937"
-_TYPES: dict[str, type] = {
-    "schema": str,
-    "dataset": str,
-    "protocol": str,
-    "source": dict,
-    "sampler": dict,
-    "image_root": dict,
-    "classnames": list,
-    "counts": dict,
-    "digest": str,
-    "train": list,
-    "val": list,
+_TYPES = {
+    str: ("schema", "dataset", "protocol", "digest"),
+    dict: ("source", "sampler", "image_root", "counts"),
+    list: ("classnames", "train", "val"),
 }
 
 
@@ -45,14 +36,11 @@ def manifest_bytes(split: Split, draw: FewShotDraw) -> bytes:
             "order": list(SAMPLERS.get(draw.sampler, PERCENT).order),
         },
         "image_root": dict(split.image_root),
+        **({"item_kind": "index"} if split.item_kind == "index" else {}),
         "classnames": list(split.class_names),
         "counts": {"train": len(draw.train), "val": len(draw.val), "test": len(split.test)},
         "digest": draw.digest,
     }
-    if split.item_kind == "index":
-        after = list(header).index("image_root") + 1
-        items = list(header.items())
-        header = dict([*items[:after], ("item_kind", "index"), *items[after:]])
     lines = ["{"]
     lines += [f" {json.dumps(key)}: {json.dumps(value)}," for key, value in header.items()]
     for part, rows, end in (("train", draw.train, " ],"), ("val", draw.val, " ]")):
@@ -62,16 +50,6 @@ def manifest_bytes(split: Split, draw: FewShotDraw) -> bytes:
         lines += [text + "," for text in texts[:-1]] + texts[-1:]
         lines.append(end)
     return ("\n".join(lines) + "\n}\n").encode("ascii")
-
-
-def write_manifest(path: str | Path, split: Split, draw: FewShotDraw) -> None:
-    """Writes a manifest.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    content = manifest_bytes(split, draw)
-    write_atomically(Path(path), lambda file: file.write_bytes(content))
 
 
 def read_manifest(path: str | Path, split: Split) -> FewShotDraw:
@@ -116,7 +94,7 @@ def _check_schema(data: Any, path: Path) -> None:
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
         found = data.get("schema") if isinstance(data, dict) else type(data).__name__
         raise UserError(f"{path}: not a manifest of the schema {SCHEMA!r} but {found!r}")
-    for key, kind in _TYPES.items():
+    for key, kind in ((key, kind) for kind, keys in _TYPES.items() for key in keys):
         if not isinstance(data.get(key), kind):
             raise UserError(f"{path}: {key!r} must be there and be a {kind.__name__}")
     sampler = data["sampler"]

@@ -3,22 +3,16 @@
 import random
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
-from kshot.data.images import (
-    Augment,
-    ImageSource,
-    UnreadableImageError,
-    evaluation_transform,
-    limit_size,
-)
+from kshot.data.images import Augment, ImageSource, UnreadableImageError, evaluation_transform, limit_size
 from kshot.data.splits import Row
 from kshot.errors import UserError
 
@@ -29,57 +23,92 @@ class Batch(NamedTuple):
     """What a data loader yields.
 
     Attributes:
-        input: (B, 3, S, S) uint8 images, or (B, D) float features once they replaced the images.
+        image: (B, 3, S, S) uint8; None where features are kept.
         label: (B,) int64, -1 where unknown.
         index: (B,) int64 position in the part.
-        frozen: (B, D) float features by the untouched backbone, for training batches where they are kept.
+        features: (B, D) by this run's image tower, where they are kept.
+        frozen: (B, D) by the untouched backbone, where they are kept.
     """
 
-    input: Tensor
+    image: Tensor | None
     label: Tensor
     index: Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody looks for in a batch
+    features: Tensor | None = None
     frozen: Tensor | None = None
 
 
 class Part(Dataset[Batch], ABC):
-    """Images or features with labels.
+    """Images with labels, and the features that are kept of them.
 
     A key is a position, or a position and a view. A data loader asks for all keys of a batch at once, so that stacking
     is done here, by indexing where possible.
 
     Attributes:
+        name: of the part, for messages.
+        paths: of the images, by position.
         labels: (N,) int64.
         skipped: number of images that were left out because they cannot be read.
-        features: (V, N, D) for V views, once they have replaced the images; loaders that exist already hand them out.
-        frozen: (V, N, D), the same for ``Batch.frozen``.
+        views: number of different views of an image; 0 for endless.
+        features: (V, N, D) for V views, once kept; loaders that exist already hand them out.
+        frozen: the same for ``Batch.frozen``.
     """
 
     features: Tensor | None = None
     frozen: Tensor | None = None
 
-    def __init__(self, labels: Sequence[int] | Tensor, skipped: int = 0) -> None:
-        self.labels = torch.as_tensor(labels, dtype=torch.int64)
-        self.skipped = skipped
+    def __init__(self, name: str, rows: Sequence[Row], readable: Sequence[Row], views: int) -> None:
+        self.name = name
+        self.paths = [row.path for row in readable]
+        self.labels = torch.tensor([row.label for row in readable], dtype=torch.int64)
+        self.skipped = len(rows) - len(readable)
+        self.views = views
 
     @abstractmethod
-    def inputs(self, keys: Sequence[Key]) -> Tensor:
-        """Stacks the inputs of the keys: (B, ...)."""
+    def images(self, keys: Sequence[Key]) -> Tensor:
+        """Stacks the images of the keys: (B, 3, S, S) uint8."""
+
+    def load(self) -> None:
+        """Decodes now what is decoded once; a data loader asks for it before it starts processes."""
+
+    def free_images(self) -> None:
+        """Drops decoded images; they are decoded again when they are asked for."""
+
+    def keep(self, features: Tensor | None = None, frozen: Tensor | None = None) -> None:
+        """Lets batches carry features: of this run in the place of images, of the untouched backbone beside them.
+
+        Args:
+            features: (V, N, D) float on the CPU; None leaves them as they are.
+            frozen: likewise.
+
+        Raises:
+            ValueError: the shape is another one, or the views are endless.
+        """
+        for given in (features, frozen):
+            if given is not None and (given.ndim, *given.shape[:2]) != (3, self.views or -1, len(self)):
+                expected = f"({self.views}, {len(self)}, D)"
+                raise ValueError(f"features of shape {tuple(given.shape)} for {self.name}, which needs {expected}")
+        self.features = self.features if features is None else features
+        self.frozen = self.frozen if frozen is None else frozen
+
+    def forget(self) -> None:
+        """Drops the features."""
+        self.features = self.frozen = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, key: int | Key) -> Batch:
-        batch = self.__getitems__([key])
-        frozen = None if batch.frozen is None else batch.frozen[0]
-        return Batch(batch.input[0], batch.label[0], batch.index[0], frozen)
+        fields: Any = (None if field is None else field[0] for field in self.__getitems__([key]))
+        return Batch(*fields)
 
     def __getitems__(self, keys: Sequence[int | Key]) -> Batch:
         pairs = [(key, 0) if isinstance(key, int) else key for key in keys]
-        index = torch.tensor([position for position, _ in pairs], dtype=torch.int64)
-        view = torch.tensor([view for _, view in pairs], dtype=torch.int64)
-        inputs = self.inputs(pairs) if self.features is None else self.features[view % len(self.features), index]
-        frozen = None if self.frozen is None else self.frozen[view % len(self.frozen), index]
-        return Batch(inputs, self.labels[index], index, frozen)
+        index, view = torch.tensor(pairs, dtype=torch.int64).unbind(1)
+        features, frozen = (
+            None if kept is None else kept[view % self.views, index] for kept in (self.features, self.frozen)
+        )
+        image = self.images(pairs) if features is None else None
+        return Batch(image, self.labels[index], index, features, frozen)
 
 
 class StoredImages(Part):
@@ -90,12 +119,14 @@ class StoredImages(Part):
     costs sharpness only in crops below a quarter of the area, and saves decoding in every epoch.
 
     Args:
-        source: opens the rows.
+        source: opens what opens the rows. It is asked anew each time, as it may hold a whole data set.
         rows: the part.
-        image_size: side of the inputs in pixels.
+        image_size: side of the images in pixels.
         augment: makes the views; None for the evaluation transform.
+        views: number of views that repeat; 0 for endless.
         seed: of the views.
         skip_unreadable: leave out what cannot be read instead of raising.
+        name: in messages.
 
     Raises:
         UnreadableImageError: an image cannot be read.
@@ -104,41 +135,50 @@ class StoredImages(Part):
 
     def __init__(
         self,
-        source: ImageSource,
+        source: Callable[[], ImageSource],
         rows: Sequence[Row],
         image_size: int,
         *,
         augment: Augment | None = None,
+        views: int = 1,
         seed: int = 1,
         skip_unreadable: bool = False,
+        name: str = "train",
     ) -> None:
+        self.source = source
         self.image_size = image_size
         self.augment = augment
         self.seed = seed
-        transform = evaluation_transform(image_size)
-        arrays: list[np.ndarray] = []
-        tensors: list[Tensor] = []
+        self.transform = evaluation_transform(image_size)
+        self.arrays: list[np.ndarray] = []
+        opened = source()
+        kept = _readable(rows, lambda path: self.arrays.append(self._decoded(opened, path)), skip_unreadable)
+        super().__init__(name, rows, kept, views)
 
-        def keep(path: str) -> None:
-            if augment is None:
-                tensors.append(transform(source.open(path)))
-            else:
-                arrays.append(np.array(limit_size(source.open(path), 2 * image_size)))
-
-        kept = _readable(rows, keep, skip_unreadable)
-        self._arrays = arrays
-        self._tensors = torch.stack(tensors) if tensors else torch.empty(0, 3, image_size, image_size).byte()
-        super().__init__([row.label for row in kept], skipped=len(rows) - len(kept))
-
-    def inputs(self, keys: Sequence[Key]) -> Tensor:
+    def images(self, keys: Sequence[Key]) -> Tensor:
         """Gives (B, 3, S, S) uint8; the same key gives the same view in every run and process."""
+        self.load()
         if self.augment is None:
-            return self._tensors[[position for position, _ in keys]]
+            return torch.from_numpy(np.stack([self.arrays[position] for position, _ in keys]))
         views = []
         for position, view in keys:
             stream = random.Random(f"{self.seed}/{position}/{view}")
-            views.append(self.augment(Image.fromarray(self._arrays[position]), self.image_size, stream))
+            views.append(self.augment(Image.fromarray(self.arrays[position]), self.image_size, stream))
         return torch.stack(views)
+
+    def load(self) -> None:
+        if not self.arrays:
+            opened = self.source()
+            self.arrays = [self._decoded(opened, path) for path in self.paths]
+
+    def free_images(self) -> None:
+        self.arrays = []
+
+    def _decoded(self, source: ImageSource, path: str) -> np.ndarray:
+        image = source.open(path)
+        if self.augment is None:
+            return self.transform(image).numpy()
+        return np.array(limit_size(image, 2 * self.image_size))
 
 
 class LazyImages(Part):
@@ -151,46 +191,22 @@ class LazyImages(Part):
     """
 
     def __init__(
-        self, source: ImageSource, rows: Sequence[Row], image_size: int, skip_unreadable: bool = False
+        self,
+        source: ImageSource,
+        rows: Sequence[Row],
+        image_size: int,
+        *,
+        skip_unreadable: bool = False,
+        name: str = "test",
     ) -> None:
-        kept = _readable(rows, source.check, skip=True) if skip_unreadable else list(rows)
         self.source = source
-        self.paths = [row.path for row in kept]
         self.transform = evaluation_transform(image_size)
-        super().__init__([row.label for row in kept], skipped=len(rows) - len(kept))
+        kept = _readable(rows, source.check, skip=True) if skip_unreadable else rows
+        super().__init__(name, rows, kept, views=1)
 
-    def inputs(self, keys: Sequence[Key]) -> Tensor:
+    def images(self, keys: Sequence[Key]) -> Tensor:
         """Decodes (B, 3, S, S) uint8."""
         return torch.stack([self.transform(self.source.open(self.paths[position])) for position, _ in keys])
-
-
-class EpochSampler(Sampler[Key]):
-    """Shuffles without replacement; epoch e depends on the seed and e only, so that a resumed run goes on as before.
-
-    Args:
-        positions: of the images.
-        seed: of the order.
-        views: number of views that repeat; 0: a new view in every epoch.
-    """
-
-    def __init__(self, positions: Sequence[int], seed: int, views: int) -> None:
-        self.positions = positions
-        self.seed = seed
-        self.views = views
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch of the next iteration; Lightning calls this by itself."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.positions)
-
-    def __iter__(self) -> Iterator[Key]:
-        order = list(self.positions)
-        random.Random(f"{self.seed}/{self.epoch}").shuffle(order)
-        view = self.epoch % self.views if self.views else self.epoch
-        return iter([(position, view) for position in order])
 
 
 def _readable(rows: Sequence[Row], read: Callable[[str], object], skip: bool) -> list[Row]:

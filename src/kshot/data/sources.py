@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from kshot.data.images import ArrayImages, FileImages, ImageSource
-from kshot.data.splits import PARTS, Row, Split, make_split, stratify
+from kshot.data.splits import Row, Split, make_split, stratify
 from kshot.errors import UserError
 
 ARRAYS = {"train": "train", "val": "train", "test": "test"}  # which array of a torchvision data set a part indexes
@@ -23,14 +23,7 @@ class Source(ABC):
 
     @abstractmethod
     def images(self, part: str, root: Path, candidates: Sequence[Path], sample: str, download: bool) -> ImageSource:
-        """Opens one part.
-
-        Args:
-            part: train, val or test.
-            root: the data root.
-            candidates: folders to which the paths may refer, the usual one first.
-            sample: a path of the part, by which the right folder is known.
-            download: fetch what is missing.
+        """Opens one part: arrays below the root, or files below that of the candidate folders which has the sample.
 
         Raises:
             UserError: the images are not there.
@@ -87,20 +80,12 @@ class TorchvisionArrays(Source):
     folder: str = "."
 
     def open(self, root: Path, array: str, download: bool) -> Any:
-        """Opens the training or the test array as a sequence of (PIL image, label).
-
-        Raises:
-            UserError: it is not there, or cannot be downloaded.
-        """
+        """Opens the training or the test array as a sequence of (PIL image, label), as ``open_torchvision`` does."""
         arguments = self.train if array == "train" else self.test
         return open_torchvision(self.torchvision, root / self.folder, self.url, download, **arguments)
 
     def split(self, name: str, root: Path, download: bool) -> Split:
-        """Makes the split; its digest is that of the training and then the test labels as little-endian int64.
-
-        Raises:
-            UserError: as ``open``.
-        """
+        """Makes the split; its digest is that of the training and then the test labels as little-endian int64."""
         arrays = {array: self.open(root, array, download) for array in ("train", "test")}
         names = self.class_names or tuple(arrays["train"].classes)
         digest = hashlib.sha256()
@@ -135,25 +120,8 @@ class SklearnDigits(Source):
         return ArrayImages(load_digits().images, _grey_levels_16)
 
 
-def digits_split_rows() -> dict[str, list[Row]]:
-    """Divides the digits 50/20/30 per class; ``data_splits/digits.json`` holds these rows as ``split_bytes``."""
-    from sklearn.datasets import load_digits
-
-    names = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
-    rows = [Row(str(i), int(label), names[label]) for i, label in enumerate(load_digits().target)]
-    parts = stratify(rows, (20, 30))
-    return {part: parts[part] for part in PARTS}
-
-
 def open_torchvision(name: str, root: Path, url: str, download: bool, **arguments: Any) -> Any:
-    """Opens a torchvision data set.
-
-    Args:
-        name: of its class.
-        root: where it keeps its folder.
-        url: for the message.
-        download: fetch it if it is not there.
-        arguments: of the class.
+    """Opens a torchvision data set by the name of its class; the URL is for the message.
 
     Raises:
         UserError: it is not there, or cannot be downloaded.

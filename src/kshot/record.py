@@ -1,4 +1,7 @@
-"""What a run leaves behind: its directory, result.json, per-class accuracies, predictions, and the closing table."""
+"""What a run leaves behind: its directory, result.json, per-class accuracies, predictions, and the closing table.
+
+Every file is the whole one or none: the disk may be full.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +12,19 @@ import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.loggers.csv_logs import CSVLogger
+from lightning.pytorch.loggers.logger import Logger
 from torch import Tensor
 
 from kshot import __version__
+from kshot.data.sampling import FewShotDraw
 from kshot.errors import UserError
+from kshot.files import amount, write_atomically
 
 LIBRARIES = ("torch", "lightning", "open_clip_torch", "timm", "torchvision", "torchmetrics", "jsonargparse")
 
@@ -60,6 +67,18 @@ def new_directory(root: Path, name: str) -> Path:
         return parent / f"{number:03d}"
 
 
+def loggers(directory: Path) -> list[Logger]:
+    """A CSV log always, and TensorBoard's when it is installed."""
+    found: list[Logger] = [CSVLogger(directory, name="", version="")]
+    try:
+        distribution("tensorboard")
+    except PackageNotFoundError:
+        return found
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    return [*found, TensorBoardLogger(directory, name="", version="tensorboard")]
+
+
 def git_commit() -> str | None:
     """The commit of the checkout that kshot runs from, with ``-dirty`` when files differ; None outside a checkout."""
     folder = Path(__file__).parent
@@ -87,29 +106,49 @@ def versions() -> dict[str, str]:
     return found
 
 
-def peak_memory_bytes() -> int:
-    """Most memory held so far: on the accelerator when there is one, else by the process."""
+def peak_memory_bytes() -> int | None:
+    """Most memory held so far: on the accelerator when there is one, else by the process; None where none tells."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return int(torch.cuda.max_memory_allocated())
-    import resource
-
+    try:
+        import resource  # not on Windows
+    except ModuleNotFoundError:
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # kilobytes on Linux, bytes on macOS
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Writes indented JSON."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    write_atomically(path, lambda file: file.write_text(text, encoding="utf-8"))
 
 
-def write_per_class(path: Path, sets: Iterable[tuple[str, Sequence[str], Sequence[float]]]) -> None:
-    """Writes ``test_set,label,class_name,accuracy`` rows from names of test sets, their classes and accuracies."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["test_set", "label", "class_name", "accuracy"])
-        for test_set, class_names, accuracy in sets:
-            for label, name in enumerate(class_names):
-                writer.writerow([test_set, label, name, f"{accuracy[label]:.6f}"])
+def write_csv(path: Path, rows: Iterable[Sequence[Any]]) -> None:
+    """Writes rows of cells, the names of the columns first."""
+
+    def write(beside: Path) -> None:
+        with beside.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows(rows)
+
+    write_atomically(path, write)
+
+
+def write_per_class(path: Path, names: Mapping[str, Sequence[str]], accuracy: Mapping[str, Sequence[float]]) -> None:
+    """Writes ``test_set,label,class_name,accuracy`` rows from classes and accuracies by test set."""
+    rows = [
+        (test_set, label, name, f"{each:.6f}")
+        for test_set, classes in names.items()
+        for label, (name, each) in enumerate(zip(classes, accuracy[test_set], strict=True))
+    ]
+    write_csv(path, [("test_set", "label", "class_name", "accuracy"), *rows])
+
+
+def selection(draw: FewShotDraw) -> str:
+    """What decided hyper-parameters: ``fewshot-val``, ``percent-val``, or ``full-val`` for all validation images."""
+    if draw.val_shots is not None:
+        return "fewshot-val"
+    return "percent-val" if draw.sampler.startswith("percent") else "full-val"
 
 
 def harmonic_mean(base: float, new: float) -> float:
@@ -164,16 +203,58 @@ def write_predictions(
         top_k: labels a row, at most the number of classes.
     """
     k = min(top_k, len(class_names))
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["path", *(f"{word}_{i + 1}" for i in range(k) for word in ("label", "probability"))])
-        for positions, probabilities in batches:
-            values, labels = probabilities.topk(k, dim=-1)
-            for position, ranked, probability in zip(positions.tolist(), labels.tolist(), values.tolist(), strict=True):
-                cells = [
-                    x for label, p in zip(ranked, probability, strict=True) for x in (class_names[label], f"{p:.6f}")
-                ]
-                writer.writerow([paths[position], *cells])
+    rows = [["path", *(f"{word}_{i + 1}" for i in range(k) for word in ("label", "probability"))]]
+    for positions, probabilities in batches:
+        values, labels = probabilities.topk(k, dim=-1)
+        for position, ranked, probability in zip(positions.tolist(), labels.tolist(), values.tolist(), strict=True):
+            cells = [x for label, p in zip(ranked, probability, strict=True) for x in (class_names[label], f"{p:.6f}")]
+            rows.append([paths[position], *cells])
+    write_csv(path, rows)
+
+
+def print_result(result: Mapping[str, Any], directory: Path) -> None:
+    """Prints the closing table of a run."""
+    zero_shot, peak = result["zero_shot_acc"], result["peak_memory_bytes"]
+    print_table(
+        f"{result['method']} on {result['dataset']}",
+        [
+            ("zero-shot accuracy", "needs a text tower" if zero_shot is None else f"{zero_shot:.1%}"),
+            ("adapted accuracy", f"{result['acc']:.1%}"),
+            *set_rows(result),
+            ("trainable parameters", f"{result['trainable_parameters']:,} of {result['total_parameters']:,}"),
+            *method_rows(result["adapter"], result["ranks"]),
+            ("seconds", ", ".join(f"{name} {value:.1f}" for name, value in result["seconds"].items())),
+            *([("peak memory", amount(peak))] if peak is not None else []),
+            ("results", str(directory)),
+        ],
+    )
+
+
+def set_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Accuracy, and zero-shot accuracy, of each test set where there are several, and the protocol's figure."""
+
+    def shown(adapted: float, before: float | None) -> str:
+        return f"{adapted:.1%}" + (f" (zero-shot {before:.1%})" if before is not None else "")
+
+    if len(result["test_sets"]) < 2:
+        return []
+    rows = [(f"  {name}", shown(each["acc"], each.get("zero_shot_acc"))) for name, each in result["test_sets"].items()]
+    before = result["zero_shot_summary"]
+    return rows + [
+        (f"  {name.replace('_', ' ')}", shown(value, before.get(name))) for name, value in result["summary"].items()
+    ]
+
+
+def method_rows(adapter: Mapping[str, Any] | None, ranks: Mapping[str, int] | None) -> list[tuple[str, str]]:
+    """What decides the size of an update, together, and the ranks that a method chose."""
+    if adapter is None:
+        return []
+    named = {name: adapter.get(name) for name in ("alpha", "scale", "lr")}
+    rows = [("update", ", ".join(f"{name} {value:.4g}" for name, value in named.items() if value is not None))]
+    if ranks:
+        chosen = list(ranks.values())
+        rows.append(("ranks", f"{min(chosen)} to {max(chosen)}, mean {sum(chosen) / len(chosen):.1f}"))
+    return [row for row in rows if row[1]]
 
 
 def print_table(title: str, rows: Sequence[tuple[str, str]]) -> None:
@@ -185,8 +266,3 @@ def print_table(title: str, rows: Sequence[tuple[str, str]]) -> None:
     for name, value in rows:
         table.add_row(name, value, style="" if value else "dim")
     Console(soft_wrap=not sys.stdout.isatty()).print(table)
-
-
-def megabytes(size: float) -> str:
-    """A size in MB, three digits."""
-    return f"{size / 1e6:.3g} MB" if size < 1e9 else f"{size / 1e9:.3g} GB"

@@ -1,0 +1,221 @@
+"""What a run does around its steps, for every method alike: preparing, averaging, merging, files to resume from."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback, Checkpoint, TQDMProgressBar
+from torch import Tensor
+
+from kshot.classifiers.base import GaussianAverage, TextClassifier
+from kshot.errors import UserError
+from kshot.prepare import choose, low_precision, prepare
+from kshot.slots import merged, stored_as
+
+Module = Any  # a Module, which imports this file
+
+
+class Preparation(Callback):
+    """Prepares a fit before there is an optimizer, and frees what was kept for it when it ends."""
+
+    def __init__(self) -> None:
+        self.open = ExitStack()
+
+    def setup(self, trainer: Trainer, pl_module: Module, stage: str) -> None:
+        """Tries one step, keeps features, starts what starts from the shots."""
+        data: Any = getattr(trainer, "datamodule", None)
+        if data is not None:
+            pl_module.split = data.split_info()
+        if stage == "fit":
+            prepare(pl_module, data, trainer)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: Module) -> None:
+        """Stores frozen weights in the precision of the run, and holds class features that nothing trains."""
+        dtype = low_precision(trainer)
+        if dtype is not None:
+            self.open.enter_context(stored_as(pl_module.backbone, dtype))
+        for part in pl_module.modules():
+            if isinstance(part, TextClassifier) and not pl_module.backbone.trainable("text"):
+                with trainer.precision_plugin.forward_context(), torch.enable_grad():
+                    text = part.encode()
+                if not text.requires_grad:
+                    part.held = text
+                    self.open.callback(setattr, part, "held", None)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: Module) -> None:
+        """Lets the classifier choose what is left to choose, and frees what was kept."""
+        self.open.close()
+        data: Any = getattr(trainer, "datamodule", None)
+        if data is not None:
+            choose(pl_module, data, trainer)
+            data.forget_features()
+
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:  # noqa: ARG002
+        """Frees what was kept."""
+        self.open.close()
+
+
+class Merged(Callback):
+    """Runs validation and prediction merged; :class:`~kshot.evaluate.Evaluation` does so for each test set.
+
+    User's own callbacks come first, so that weights which one swaps in are the ones that are merged.
+    """
+
+    def __init__(self) -> None:
+        self.open = ExitStack()
+
+    def _enter(self, trainer: Trainer, pl_module: Module) -> None:
+        with trainer.precision_plugin.forward_context():
+            self.open.enter_context(merged(pl_module.classifier))
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: Module) -> None:
+        """Enters."""
+        self._enter(trainer, pl_module)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:  # noqa: ARG002  Lightning's signature
+        """Leaves."""
+        self.open.close()
+
+    def on_predict_epoch_start(self, trainer: Trainer, pl_module: Module) -> None:
+        """Enters."""
+        self._enter(trainer, pl_module)
+
+    def on_predict_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:  # noqa: ARG002
+        """Leaves."""
+        self.open.close()
+
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:  # noqa: ARG002
+        """Leaves."""
+        self.open.close()
+
+
+class FiniteLoss(Callback):
+    """Refuses to go on when a loss was not finite: asked at ends of epochs, so that no step waits for the device.
+
+    It is asked before a file to resume from is written.
+    """
+
+    def __init__(self) -> None:
+        self.bad_step: Tensor | None = None  # the first such step, or -1; on the device
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Module, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Looks at the loss, without waiting for it."""
+        del pl_module, batch, batch_idx
+        bad = torch.where(torch.isfinite(outputs["loss"].detach()), -1, trainer.global_step)
+        self.bad_step = bad if self.bad_step is None else torch.where(self.bad_step < 0, bad, self.bad_step)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Module) -> None:  # noqa: ARG002  Lightning's signature
+        """Raises UserError that names the first step whose loss was not finite, on any device."""
+        step = -1 if self.bad_step is None else int(trainer.strategy.reduce(self.bad_step, reduce_op="max"))
+        if step >= 0:
+            raise UserError(
+                f"The loss is not finite at step {step}: lower model.optimizer.lr, or compute in --trainer.precision "
+                "32-true or bf16-mixed."
+            )
+
+
+class WeightAverage(Callback):
+    """Ends a fit with the mean of the trained tensors over its epochs, where a parameter group asks for one.
+
+    A running mean in float32 with :class:`~kshot.classifiers.base.GaussianAverage`'s weights, kept as logarithms, since
+    a run may end far from their peak. A tensor whose shape changes during the run starts anew. The file to resume from
+    holds the last epoch and the mean; whoever measures it gets the mean.
+
+    Attributes:
+        means: so far, by name, empty before the first epoch.
+        log_weights: log Σ_e w_e so far, by name.
+    """
+
+    def __init__(self) -> None:
+        self.means: dict[str, Tensor] = {}
+        self.log_weights: dict[str, float] = {}
+        self.loaded = False
+
+    @torch.no_grad()
+    def add(self, gaussian: GaussianAverage, epoch: int, tensors: Mapping[str, Tensor]) -> None:
+        """Counts in the tensors at the end of an epoch, counted from 1."""
+        log_weight = -((epoch - gaussian.mean) ** 2) / (2 * gaussian.std**2)
+        for name, tensor in tensors.items():
+            value, before = tensor.detach().float(), self.means.get(name)
+            if before is None or before.shape != value.shape:
+                self.means[name], self.log_weights[name] = value.clone(), log_weight
+                continue
+            total = float(np.logaddexp(self.log_weights[name], log_weight))
+            self.means[name] = torch.lerp(before.to(value.device), value, math.exp(log_weight - total))
+            self.log_weights[name] = total
+
+    @torch.no_grad()
+    def take(self, pl_module: Module) -> None:
+        """Puts the mean in the place of the trained tensors."""
+        trained = pl_module.trained()
+        for name, mean in self.means.items():
+            trained[name].copy_(mean)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Module) -> None:
+        """Counts the epoch in."""
+        wanted = [group["average"] for group in pl_module.param_groups() if group.get("average") is not None]
+        if wanted:
+            self.add(wanted[0], trainer.current_epoch + 1, pl_module.trained())
+
+    def on_train_end(self, trainer: Trainer, pl_module: Module) -> None:  # noqa: ARG002
+        """Takes the mean, once: what is done to the tensors afterwards stays."""
+        self.take(pl_module)
+
+    def _take_loaded(self, trainer: Trainer, pl_module: Module) -> None:
+        if self.loaded and trainer.state.fn != "fit":
+            self.take(pl_module)
+            self.loaded = False
+
+    on_test_start = on_validation_start = on_predict_start = _take_loaded
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain data."""
+        return {"means": dict(self.means), "log_weights": dict(self.log_weights)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on from a state, or takes its mean where nothing goes on."""
+        self.means, self.log_weights = dict(state_dict["means"]), dict(state_dict["log_weights"])
+        self.loaded = True
+
+
+class ResumeFile(Checkpoint):
+    """Keeps one file to resume from, ``checkpoints/last.ckpt``, written at ends of epochs.
+
+    Args:
+        seconds: least time between two files; the last epoch is always written.
+
+    Attributes:
+        folder: where to write; set once the run directory exists, until then nothing is written.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.folder: Path | None = None
+        self.seconds = seconds
+        self.written = time.monotonic()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:  # noqa: ARG002  Lightning's signature
+        """Writes the file when it is due, for which all devices listen to the first one's clock."""
+        last = (
+            0 < (trainer.max_epochs or 0) <= trainer.current_epoch + 1 or 0 < trainer.max_steps <= trainer.global_step
+        )
+        due = last or time.monotonic() - self.written >= self.seconds
+        folder, due = trainer.strategy.broadcast((self.folder, due))
+        if folder is not None and due:
+            trainer.save_checkpoint(folder / "last.ckpt")
+            self.written = time.monotonic()
+
+
+class Progress(TQDMProgressBar):
+    """One bar a stage, without Lightning's version of the log."""
+
+    def get_metrics(self, trainer: Trainer, pl_module: Any) -> dict[str, Any]:
+        """Metrics beside the bar."""
+        return {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}

@@ -1,0 +1,188 @@
+"""How settings are read: the words of a command line and YAML files, as plain dictionaries. Loads no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+
+from kshot.errors import UserError, first_line, nearest_first
+from kshot.files import packaged_folder
+
+MOST_BYTES = 1_000_000  # of a config file
+MOST_VALUES = 50_000  # of a config once its aliases are written out
+FLAGS = ("help", "print_config")  # options without a value
+Tree = dict[str, Any]
+
+
+@dataclass
+class CommandLine:
+    """A command line, taken apart.
+
+    Attributes:
+        command: the first word.
+        layers: settings in the order given, each with the name of its config, or None for a single option.
+        words: options and their values as given.
+        flags: which of FLAGS were given.
+        help_for: option of a class, and the class, of ``--model.adapter.help LoRA``.
+    """
+
+    command: str
+    layers: list[tuple[str | None, Tree]] = field(default_factory=list)
+    words: list[tuple[str, str]] = field(default_factory=list)
+    flags: set[str] = field(default_factory=set)
+    help_for: tuple[str, str] | None = None
+
+    @property
+    def configs(self) -> list[str]:
+        """The names of configs as given."""
+        return [value for key, value in self.words if key == "config"]
+
+    def without(self, *keys: str) -> list[str]:
+        """The words after the command but for some options."""
+        return [word for key, value in self.words if key not in keys for word in (f"--{key}", value)]
+
+
+def read_command_line(words: Sequence[str], commands: Sequence[str]) -> CommandLine:
+    """Takes a command line apart, and reads its configs.
+
+    Args:
+        words: as after ``python main.py``.
+        commands: those there are.
+
+    Raises:
+        UserError: no such command or config, a word that is no option, an option without its value.
+    """
+    if not words or words[0] not in commands:
+        given = words[0] if words else ""
+        raise UserError(f"There is no command {given!r}. {nearest_first(given, commands)}")
+    line, rest = CommandLine(words[0]), iter(words[1:])
+    for word in rest:
+        name, equals, value = _long(word).partition("=")
+        if not name.startswith("--") or not all(name[2:].split(".")):
+            raise UserError(f"{word!r} is no option: options start with --, as in --data.shots 4.")
+        key = name[2:]
+        if key in FLAGS and not equals:
+            line.flags.add(key)
+            continue
+        if not equals:
+            value = next(rest, "--")
+            if value.startswith("--"):
+                raise UserError(f"{name} needs a value after it.")
+        line.words.append((key, value))
+        if key == "config":
+            line.layers.append((value, read_config(find_config(value))))
+        elif key.endswith(".help"):
+            line.help_for = key.removesuffix(".help"), value
+        else:
+            line.layers.append((None, nested(key.split("."), value)))
+    return line
+
+
+def _long(word: str) -> str:
+    """The long form of -c and -h."""
+    short, _, value = word.partition("=")
+    if short not in ("-c", "-h"):
+        return word
+    return ("--config" if short == "-c" else "--help") + (f"={value}" if value else "")
+
+
+def nested(keys: Sequence[str], value: Any) -> Tree:
+    """``{a: {b: value}}`` of the keys a and b."""
+    for key in reversed(keys):
+        value = {key: value}
+    return dict(value)
+
+
+def find_config(name: str) -> Path:
+    """A config by its path, or else ``configs/NAME`` or ``configs/NAME.yaml``.
+
+    Raises:
+        UserError: there is none.
+    """
+    folder = packaged_folder("configs")
+    for candidate in (Path(name), folder / name, folder / f"{name}.yaml"):
+        if candidate.is_file():
+            return candidate
+    known = [p.relative_to(folder).as_posix() for p in folder.rglob("*.yaml")]
+    raise UserError(f"There is no config {name!r}, neither here nor in configs/. {nearest_first(name, known)}")
+
+
+def read_config(file: Path) -> Tree:
+    """The settings in a YAML file.
+
+    Raises:
+        UserError: it cannot be read, is no YAML of plain values, holds nothing, too much, or a key twice.
+    """
+    try:
+        content = file.read_bytes()
+        if len(content) > MOST_BYTES:
+            raise UserError(f"The config {file} has {len(content):,} bytes, and may have {MOST_BYTES:,}.")
+        tree = load_yaml(content.decode("utf-8-sig"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"The config {file} cannot be read as UTF-8: {first_line(error)}.") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"The config {file} is no valid YAML: {' '.join(str(error).split())[:300]}.") from error
+    if not isinstance(tree, dict):
+        what = "holds no settings" if tree is None else "is no mapping of settings"
+        raise UserError(f"The config {file} {what}: it must start with keys such as model: or data:.")
+    return tree
+
+
+def load_yaml(text: str) -> Any:
+    """Plain values from YAML.
+
+    Raises:
+        yaml.YAMLError: it is no YAML, or has tags, merge keys, a key twice, or aliases that stand for too much.
+    """
+    try:
+        value = yaml.load(text, Loader=Loader)
+    except RecursionError as error:
+        raise yaml.YAMLError("it is nested too deeply") from error
+    if sum(1 for _ in zip(walk(value), range(MOST_VALUES), strict=False)) == MOST_VALUES:
+        raise yaml.YAMLError(f"it holds more than {MOST_VALUES:,} values")
+    return value
+
+
+def walk(value: Any) -> Iterator[Any]:
+    """A value and everything inside it; without an end where an alias holds itself."""
+    waiting = [value]
+    while waiting:
+        value = waiting.pop()
+        yield value
+        if isinstance(value, dict):
+            waiting += value.values()
+        elif isinstance(value, (list, tuple)):
+            waiting += value
+
+
+def load_word(text: str) -> Any:
+    """What a word stands for as YAML: itself where it is no YAML or only names, as in ``{}`` and ``{a, b}``."""
+    try:
+        value = load_yaml(text)
+    except yaml.YAMLError:
+        return text
+    return text if isinstance(value, dict) and all(v is None for v in value.values()) else value
+
+
+class Loader(yaml.SafeLoader):  # type: ignore[misc]
+    """YAML of plain values; dates stay words, and ``2e-3`` is read later as its option's type."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012  PyYAML's own attribute
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Tree:
+        """A mapping whose keys are words, each once; a merge key, whose aliases multiply while it is read, is none."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.tag != "tag:yaml.org,2002:str" or key.value in seen:
+                reason = f"the key {key.value!r} " + ("stands twice" if key.value in seen else "is no word")
+                raise yaml.constructor.ConstructorError(None, None, reason, key.start_mark)
+            seen.add(key.value)
+        tree: Tree = super().construct_mapping(node, deep)
+        return tree

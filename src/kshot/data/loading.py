@@ -1,0 +1,131 @@
+"""Data loaders over a part, and who sees which of its images: the order of training, halves, and devices' shares."""
+
+import itertools
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+from kshot.data.parts import Batch, Key, Part
+from kshot.errors import UserError
+
+Keys = Sequence[int | Key] | Sequence[int] | Sequence[Key] | Sampler[Key]
+
+
+class EpochSampler(Sampler[Key]):
+    """Shuffles without replacement; epoch e depends on the seed and e only, so that a resumed run goes on as before.
+
+    At every step the devices together take the batch that one device with their joint batch size would take. A last
+    short one of these is dropped, unless it is the only one, which the devices then share as evenly as it goes.
+
+    Args:
+        positions: of the images.
+        seed: of the order.
+        views: number of views that repeat; 0: a new view in every epoch.
+        batch_size: images of one device at a step.
+        rank: of this device.
+        devices: how many there are.
+    """
+
+    def __init__(
+        self, positions: Sequence[int], seed: int, views: int, batch_size: int = 1, rank: int = 0, devices: int = 1
+    ) -> None:
+        self.positions = positions
+        self.seed = seed
+        self.views = views
+        self.epoch = 0
+        count, joint = len(positions), batch_size * devices
+        self.mine = range(rank, count if count < joint else count - count % joint, devices)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch of the next iteration; Lightning calls this by itself."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.mine)
+
+    def __iter__(self) -> Iterator[Key]:
+        order = list(self.positions)
+        random.Random(f"{self.seed}/{self.epoch}").shuffle(order)
+        view = self.epoch % self.views if self.views else self.epoch
+        return iter([(order[i], view) for i in self.mine])
+
+
+class PartLoader(DataLoader[Batch]):
+    """A data loader that starts no processes for features, and lets processes share what is decoded once."""
+
+    def __iter__(self) -> Any:
+        part = cast(Part, self.dataset)
+        if part.features is None:
+            part.load()
+        else:
+            self.num_workers = 0
+        return super().__iter__()
+
+
+def part_loader(
+    part: Part, batch_size: int, keys: Keys, seed: int, workers: int = 0, persistent: bool = False
+) -> PartLoader:
+    """Makes a loader of the keys of a part, in their order; persistent workers live from epoch to epoch."""
+    workers = workers if part.features is None else 0
+    return PartLoader(
+        dataset=part,
+        batch_size=batch_size,  # by keyword: Lightning builds prediction loaders anew from what it sees
+        sampler=keys,
+        num_workers=workers,
+        collate_fn=_as_is,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator().manual_seed(seed),  # or each epoch draws from the global state
+        persistent_workers=persistent and workers > 0,
+    )
+
+
+def share(part: Part, trainer: Trainer | None) -> tuple[int, int]:
+    """Gives the rank of this device and the number of devices that share a part.
+
+    Raises:
+        UserError: there are more devices than images.
+    """
+    rank, devices = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
+    if len(part) < devices:
+        kind = {"train": "training", "val": "validation"}.get(part.name, part.name)
+        raise UserError(
+            f"{len(part)} {kind} images cannot be shared by {devices} devices: give more images, or set "
+            f"--trainer.devices to {max(1, len(part))} or less"
+        )
+    return rank, devices
+
+
+def halves(labels: Tensor, class_names: Sequence[str], seed: int) -> tuple[list[int], list[int]]:
+    """Divides the positions of labels, (N,), so that each half has half of every class; the first has the odd ones.
+
+    Raises:
+        UserError: a class has one image, so that there is nothing to divide.
+    """
+    parts: tuple[list[int], list[int]] = ([], [])
+    for label, name in enumerate(class_names):
+        members = (labels == label).nonzero().flatten().tolist()
+        if len(members) == 1:
+            raise UserError(
+                f"The class {name!r} has one training image, and a search needs half of each class to judge by: "
+                "use --data.shots 2 or more, or an adapter that searches nothing, such as LoRA."
+            )
+        random.Random(f"{seed}/halves/{label}").shuffle(members)
+        parts[0].extend(members[len(members) // 2 :])
+        parts[1].extend(members[: len(members) // 2])
+    return parts
+
+
+def endless(loader: DataLoader[Batch]) -> Iterator[Batch]:
+    """Epoch after epoch, each in an order and with views of its own."""
+    for epoch in itertools.count():
+        cast(EpochSampler, loader.sampler).set_epoch(epoch)
+        yield from loader
+
+
+def _as_is(batch: Any) -> Any:
+    return batch  # parts stack their batches themselves

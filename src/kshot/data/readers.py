@@ -1,0 +1,215 @@
+"""Readers: a split from a file in CoOp's format, from a folder of images or from a CSV file."""
+
+import csv
+import gzip
+import hashlib
+import io
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from kshot.data.splits import PARTS, Row, Split, check_path, listed, make_split, split_bytes, stratify
+from kshot.errors import UserError
+
+IMAGE_SUFFIXES = frozenset([".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"])
+PERCENTS = (20, 30)  # of validation and test, where the images are in no parts yet
+_PART_SPELLINGS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+
+
+def read_split_zhou(path: str | Path, name: str | None = None, image_root: str = ".") -> Split:
+    """Reads a split in CoOp's format: ``{"train": [[path, label, class name], ...], "val": ..., "test": ...}``.
+
+    Args:
+        path: ``.json`` or ``.json.gz``; rows of an array data set have an integer instead of the path.
+        name: id of the data set; default: the file's name without suffixes.
+        image_root: folder below the data set's folder to which the paths refer.
+
+    Raises:
+        UserError: the file does not exist or is no such file, or its content breaks a rule of ``make_split``.
+    """
+    path = Path(path)
+    content = _read(path)
+    if path.suffix == ".gz":
+        try:
+            content = gzip.decompress(content)
+        except (OSError, EOFError, ValueError) as error:
+            raise UserError(f"{path}: not a gzip file ({error})") from None
+    file = path.name.removesuffix(".gz")
+    try:
+        data = json.loads(content)
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error})") from None
+    if not isinstance(data, dict) or not all(isinstance(data.get(part), list) for part in PARTS):
+        raise UserError(f"{path}: a split file is one object with the lists 'train', 'val' and 'test'")
+    parts = {part: [_row(values, f"{path}, {part} row {i}") for i, values in enumerate(data[part])] for part in PARTS}
+    kinds = {type(values[0]) for part in PARTS for values in data[part]}
+    if len(kinds) > 1:
+        raise UserError(f"{path}: some rows name files and some have an index")
+    return make_split(
+        name or file.removesuffix(".json"),
+        parts,
+        file=file,
+        sha256=hashlib.sha256(content).hexdigest(),
+        image_root=dict.fromkeys(PARTS, image_root),
+        item_kind="index" if kinds == {int} else "path",
+    )
+
+
+def split_from_folder(root: str | Path) -> Split:
+    """Makes a split of a folder of images: ``root/class/*.jpg`` or ``root/{train,val,test}/class/*.jpg``.
+
+    The first form is divided 50/20/30 by ``stratify`` over the sorted paths. The second is taken as it is; without a
+    ``val`` folder there are no validation images. Labels follow the sorted folder names. The digest is that of the
+    folder's ``split_bytes``.
+
+    Raises:
+        UserError: no such folder, no class folder, a class folder without images, no test part, a test or validation
+            class that training lacks, or a rule of ``make_split`` is broken.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise UserError(f"{root}: {'not a folder' if root.exists() else 'no such folder'}")
+    # A class may be called "train" as well: only a folder of folders is a part.
+    part_folders = {
+        _PART_SPELLINGS[folder.name]: folder
+        for folder in _folders(root)
+        if folder.name in _PART_SPELLINGS and _folders(folder)
+    }
+    if not part_folders:
+        rows = _folder_rows(root, root, {folder.name: label for label, folder in enumerate(_folders(root))})
+        parts = stratify(rows, PERCENTS)
+    else:
+        for part in ("train", "test"):
+            if part not in part_folders:
+                have = listed(sorted(folder.name for folder in part_folders.values()))
+                raise UserError(f"{root}: has {have} but no {part!r} folder; without parts give root/class/images")
+        labels = {folder.name: label for label, folder in enumerate(_folders(part_folders["train"]))}
+        parts = {part: [] for part in PARTS}
+        for part, folder in part_folders.items():
+            parts[part] = _folder_rows(folder, root, labels)
+    digest = hashlib.sha256(split_bytes(parts)).hexdigest()
+    name = root.resolve().name
+    return make_split(name, parts, file=name, sha256=digest)
+
+
+def split_from_csv(path: str | Path, classes: Sequence[str] | None = None) -> Split:
+    """Reads a CSV file with the columns ``path``, ``label`` and, optionally, ``split`` and ``class_name``.
+
+    Labels are integers 0 to C-1, or class names, which are then numbered in sorted order. Without a ``split`` column
+    (``train``, ``val`` or ``test``) the images are divided 50/20/30 by ``stratify``.
+
+    Args:
+        path: the file; its paths are relative to its folder or to the data root.
+        classes: names in label order; default: the ``class_name`` column, or the labels themselves.
+
+    Raises:
+        UserError: no such file, a column is missing, a value is wrong (with its line number), the number of
+            ``classes`` is not that of the labels, or a rule of ``make_split`` is broken.
+    """
+    path = Path(path)
+    content = _read(path)
+    try:
+        reader = csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""))
+        header = [column.strip().lower() for column in reader.fieldnames or []]
+        reader.fieldnames = header
+        lines = [(reader.line_num, {k: (v or "").strip() for k, v in line.items() if k in header}) for line in reader]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: not a CSV file ({error})") from None
+    for column in ("path", "label"):
+        if column not in header:
+            raise UserError(f"{path}: no column {column!r}; the header must have path,label[,split][,class_name]")
+    texts = {line["label"] for _, line in lines}
+    numbered = bool(texts) and all(re.fullmatch(r"[0-9]+", text) for text in texts)
+    labels = {text: int(text) if numbered else label for label, text in enumerate(sorted(texts))}
+    if classes is not None and len(set(labels.values())) != len(classes):
+        raise UserError(f"{path}: {len(classes)} class names for {len(set(labels.values()))} labels")
+    parts: dict[str, list[Row]] = {part: [] for part in PARTS}
+    for number, line in lines:
+        where = f"{path}, line {number}"
+        check_path(line["path"], where)
+        part = _PART_SPELLINGS.get(line.get("split", "train").lower())
+        if not line["label"] or part is None:
+            wrong = "label" if part else "split"
+            raise UserError(f"{where}: {wrong} {line[wrong]!r} is none; split is train, val or test")
+        label = labels[line["label"]]
+        if classes is not None and label >= len(classes):
+            raise UserError(f"{where}: label {label}, but there are {len(classes)} class names")
+        itself = str(label) if numbered else line["label"]
+        class_name = classes[label] if classes is not None else line.get("class_name") or itself
+        parts[part].append(Row(line["path"], label, class_name))
+    if "split" not in header:
+        rows = sorted(parts["train"], key=lambda row: (row.label, row.path))
+        parts = stratify(rows, PERCENTS)
+    # The name carries the folder, as many CSV files are called items.csv or labels.csv.
+    name = f"{path.resolve().parent.name}-{path.stem}"
+    return make_split(name, parts, file=path.name, sha256=hashlib.sha256(content).hexdigest())
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: {(error.strerror or str(error)).lower()}") from None
+
+
+def _row(values: Any, where: str) -> Row:
+    if not (
+        isinstance(values, list)
+        and len(values) == 3
+        and type(values[0]) in {str, int}
+        and type(values[1]) is int
+        and isinstance(values[2], str)
+    ):
+        raise UserError(f"{where}: {values!r} is not [path, label, class name]")
+    if isinstance(values[0], str):
+        check_path(values[0], where)
+    elif values[0] < 0:
+        raise UserError(f"{where}: the index {values[0]} is negative")
+    return Row(str(values[0]), values[1], values[2])
+
+
+def _folders(root: Path) -> list[Path]:
+    hidden = (".", "__MACOSX")  # left behind by notebooks and archives
+    return sorted((p for p in root.iterdir() if p.is_dir() and not p.name.startswith(hidden)), key=lambda p: p.name)
+
+
+def images_below(folder: Path) -> list[Path]:
+    """Finds the image files below a folder, sub-folders included, sorted by their POSIX paths."""
+    found = (p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+    visible = (p for p in found if not p.name.startswith("."))
+    return sorted(visible, key=lambda p: p.relative_to(folder).as_posix())
+
+
+def image_files(paths: Sequence[str]) -> list[Path]:
+    """Lists files, and the image files below folders, in the order given.
+
+    Raises:
+        UserError: one of them does not exist, or there is no image.
+    """
+    if not paths:
+        raise UserError("no images to predict: give files or folders")
+    files: list[Path] = []
+    for path in map(Path, paths):
+        if not path.exists():
+            raise UserError(f"no such image or folder: {str(path)!r}")
+        files += images_below(path) if path.is_dir() else [path]
+    if not files:
+        raise UserError(f"no image found in {', '.join(map(repr, paths))}")
+    return files
+
+
+def _folder_rows(folder: Path, root: Path, labels: Mapping[str, int]) -> list[Row]:
+    classes = _folders(folder)
+    if not classes:
+        raise UserError(f"{folder}: no class folders in it; images go into one folder per class")
+    if unknown := [c.name for c in classes if c.name not in labels]:
+        raise UserError(f"{folder}: no training images of the class {listed(unknown)}")
+    found = {c: images_below(c) for c in classes}
+    if empty := [c.name for c, images in found.items() if not images]:
+        raise UserError(f"{folder}: no images in the class folder {listed(empty)}")
+    rows = [Row(p.relative_to(root).as_posix(), labels[c.name], c.name) for c, images in found.items() for p in images]
+    for row in rows:
+        check_path(row.path, str(folder))
+    return rows

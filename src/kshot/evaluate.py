@@ -1,0 +1,165 @@
+"""Measuring on test sets: metrics, the zero-shot row, one pass over each set."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
+from torchmetrics import MetricCollection, SumMetric
+from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError, MulticlassF1Score
+
+from kshot.backbones.language import VisionLanguageBackbone
+from kshot.classifiers.base import Task, cosine_logits
+from kshot.classifiers.zero_shot import Sentences
+from kshot.data.parts import Batch
+from kshot.data.protocols import TestSet
+from kshot.slots import merged
+
+Module = Any  # a Module, which imports this file
+
+
+class Meter(nn.Module):
+    """Accuracy, micro and class-mean, macro F1, calibration, and the accuracy of zero-shot on the same images.
+
+    Args:
+        classes: of the test set.
+        zero_shot: whether there are zero-shot logits.
+    """
+
+    def __init__(self, classes: int, zero_shot: bool = False) -> None:
+        super().__init__()
+        classes = max(2, classes)  # what torchmetrics asks for; a single class is always right
+        self.metrics = MetricCollection(
+            {
+                "acc": MulticlassAccuracy(classes, average="micro"),
+                "acc_class_mean": MulticlassAccuracy(classes, average="macro"),
+                "f1_macro": MulticlassF1Score(classes, average="macro"),
+                "ece": MulticlassCalibrationError(classes, n_bins=15),
+            },
+            compute_groups=False,  # each is updated by itself
+        )
+        self.class_accuracy = MulticlassAccuracy(classes, average="none")
+        self.zero_shot = MulticlassAccuracy(classes, average="micro") if zero_shot else None
+        self.counted = SumMetric()
+
+    def update(self, logits: Tensor, label: Tensor, zero_shot: Tensor | None) -> None:
+        """Counts a batch: logits, (B, C), labels, (B,), and zero-shot logits, (B, C), where there is a text tower."""
+        for name, metric in self.metrics.items():
+            # torchmetrics puts a confidence of exactly 1 into a bin of its own (its issue 3510): stay just below.
+            metric.update(logits.softmax(-1).clamp(max=1 - 1e-6) if name == "ece" else logits, label)
+        self.class_accuracy.update(logits, label)
+        self.counted.update(len(label))
+        if self.zero_shot is not None and zero_shot is not None:
+            self.zero_shot.update(zero_shot, label)
+
+    def results(self) -> tuple[dict[str, float], list[float], int]:
+        """The figures by name, the accuracy of each class, and the number of images; of all devices together."""
+        found = {name: float(value) for name, value in self.metrics.compute().items()}
+        if self.zero_shot is not None:
+            found["zero_shot_acc"] = float(self.zero_shot.compute())
+        return found, self.class_accuracy.compute().tolist(), int(self.counted.compute())
+
+
+class Evaluation(Callback):
+    """Goes through the test sets of a run one after the other.
+
+    For each, the classifier serves its classes and runs merged; beside it stands the zero-shot row, by the untouched
+    backbone and the data set's own sentences.
+
+    Attributes:
+        sets: figures by test set, the one with the classes trained on first.
+        per_class: accuracy of each class by test set.
+        counts: images counted by test set.
+    """
+
+    def __init__(self) -> None:
+        self.sets: dict[str, dict[str, float]] = {}
+        self.per_class: dict[str, list[float]] = {}
+        self.counts: dict[str, int] = {}
+        self.open = ExitStack()
+        self.current: TestSet | None = None
+
+    def on_test_start(self, trainer: Trainer, pl_module: Module) -> None:
+        """Lists the test sets."""
+        data: Any = getattr(trainer, "datamodule", None)
+        task = pl_module.classifier.task
+        self.test_sets = [TestSet("test", *vars(task).values())] if data is None else list(data.test_sets)
+        self.sizes: dict[str, int] = {} if data is None else data.test_sizes()
+        self.trained_on = task
+
+    def on_test_batch_start(
+        self, trainer: Trainer, pl_module: Module, batch: Batch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Opens the test set of the batch, when it is another one."""
+        del batch, batch_idx
+        if self.current is not self.test_sets[dataloader_idx]:
+            self._close(trainer)
+            self._open(trainer, pl_module, self.test_sets[dataloader_idx])
+
+    def _open(self, trainer: Trainer, pl_module: Module, test_set: TestSet) -> None:
+        self.current, backbone, text = test_set, pl_module.backbone, None
+        serve(pl_module, test_set)
+        with torch.inference_mode(False), torch.no_grad(), trainer.precision_plugin.forward_context():
+            if isinstance(backbone, VisionLanguageBackbone):
+                with backbone.unadapted():
+                    text = Sentences(backbone, test_set.class_names, test_set.templates).encode(backbone)
+            self.open.enter_context(merged(pl_module.classifier))
+        self.zero_shot_text = text
+        self.meter = Meter(len(test_set.class_names), text is not None).to(pl_module.device)
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: Module,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Counts what is right with the adapted and with the untouched backbone."""
+        del batch_idx, dataloader_idx
+        features, logits, zero_shot = outputs["features"], outputs["logits"], None
+        if self.zero_shot_text is not None:
+            if not pl_module.has_frozen_images:
+                with trainer.precision_plugin.forward_context():
+                    features = pl_module.frozen_features_of(batch)
+            zero_shot = cosine_logits(features, self.zero_shot_text, pl_module.backbone.logit_scale)
+        self.meter.update(logits, batch.label, zero_shot)
+
+    def _close(self, trainer: Trainer) -> None:
+        if self.current is None:
+            return
+        self.open.close()
+        name = self.current.name
+        self.sets[name], self.per_class[name], self.counts[name] = self.meter.results()
+        limit = trainer.limit_test_batches  # a number of batches, or a share of them
+        whole = isinstance(limit, float) and limit == 1.0
+        wanted = self.sizes.get(name, self.counts[name])
+        assert not whole or self.counts[name] == wanted, f"{self.counts[name]} of {wanted} images of {name} counted"
+        self.current = None
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: Module) -> None:
+        """Logs the results: of the classes trained on as ``test/acc``, of other test sets as ``test/NAME/acc``."""
+        self._close(trainer)
+        for number, (name, figures) in enumerate(self.sets.items()):
+            prefix = "test" if number == 0 else f"test/{name}"
+            pl_module.log_dict({f"{prefix}/{figure}": value for figure, value in figures.items()}, rank_zero_only=True)
+        serve(pl_module, TestSet("", self.trained_on.class_names, self.trained_on.templates))
+
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:  # noqa: ARG002
+        """Leaves the test set."""
+        self.open.close()
+
+
+def serve(module: Module, test_set: TestSet) -> None:
+    """Lets the classifier tell the classes of a test set apart.
+
+    Raises:
+        UserError: it is bound to other classes.
+    """
+    if Task(test_set.class_names, test_set.templates) != module.classifier.task:
+        module.classifier.set_class_names(test_set.class_names, test_set.templates)

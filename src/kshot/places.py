@@ -1,0 +1,239 @@
+"""What may stand in each place of a config: the classes of the kind that a type annotation names, and nothing else.
+
+Nothing is called here, and nothing is imported but the modules in which named classes lie.
+"""
+
+from __future__ import annotations
+
+import collections.abc
+import importlib
+import importlib.util
+import inspect
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, is_dataclass, replace
+from enum import Enum
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from kshot.errors import UserError, first_line, nearest_first
+
+REQUIRED: Any = object()  # the default of an argument without one
+SEQUENCES = (list, tuple, set, collections.abc.Iterable, collections.abc.Sequence)
+Named = type | types.FunctionType  # what a class_path stands for: a class, or a function of kshot that builds one
+
+
+@dataclass(frozen=True)
+class Place:
+    """What may stand in one place of a config.
+
+    Attributes:
+        hint: its type annotation, or Any.
+        default: of the argument; REQUIRED where there is none.
+        bases: the kinds of classes that it takes.
+        group: the one class whose settings it is, such as Trainer; None elsewhere.
+        given: arguments of the class that the run gives, not the config.
+        items: what a list holds here, or a mapping.
+        text: whether a plain word is a value.
+        calls: whether any callable is a value.
+    """
+
+    hint: Any = Any
+    default: Any = None
+    bases: tuple[type, ...] = ()
+    group: type | None = None
+    given: frozenset[str] = frozenset()
+    items: Place | None = None
+    text: bool = False
+    calls: bool = False
+
+
+Places = Mapping[str, Place]
+
+
+# ------------------------------------------------------------------------------------------------ annotations
+
+
+def place_of(hint: Any) -> Place:
+    """What a type annotation takes."""
+    place = Place(hint)
+    for part in alternatives(hint):
+        kind, inside = typing.get_origin(part) or part, [a for a in typing.get_args(part) if a is not ...]
+        if kind is str or kind is typing.Literal:
+            place = replace(place, text=True)
+        elif kind in SEQUENCES and inside:
+            place = replace(place, items=place_of(typing.Union[tuple(inside)]))  # noqa: UP007  of a list of types
+        elif kind in (dict, collections.abc.Mapping) and inside:
+            place = replace(place, items=place_of(inside[1]))
+        elif typing.Protocol in getattr(kind, "__bases__", ()):  # a factory: the run gives what its call takes
+            hints = typing.get_type_hints(kind.__call__)
+            place = replace(place, bases=(*place.bases, hints.pop("return")), given=frozenset(hints))
+        elif kind is collections.abc.Callable and inside and is_kind(inside[-1]):
+            place = replace(place, bases=(*place.bases, inside[-1]))
+        elif kind in (type, collections.abc.Callable, types.ModuleType):
+            place = replace(place, calls=True)
+        elif is_kind(kind):
+            place = replace(place, bases=(*place.bases, kind))
+    return place
+
+
+def alternatives(hint: Any) -> Iterator[Any]:
+    """The members of a union, and of unions in it."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        for part in typing.get_args(hint):
+            yield from alternatives(part)
+    else:
+        yield typing.get_args(hint)[0] if typing.get_origin(hint) is typing.Annotated else hint
+
+
+def is_kind(hint: Any) -> bool:
+    """True for a class that has subclasses to choose from: none of Python's own, no tensor, no plain record."""
+    if not isinstance(hint, type) or is_dataclass(hint) or issubclass(hint, (Enum, Tensor)):
+        return False
+    return hint.__module__ != "torch" and hint.__module__.partition(".")[0] not in sys.stdlib_module_names
+
+
+@cache
+def arguments_of(target: Named) -> tuple[Places, bool]:
+    """The arguments of a class or function, and whether it takes others that are not named."""
+    found: dict[str, Place] = {}
+    functions = [target] if isinstance(target, types.FunctionType) else [
+        vars(c)["__init__"] for c in target.__mro__ if "__init__" in vars(c) and c is not object
+    ]  # fmt: skip
+    more = False
+    for function in functions:
+        parameters = list(inspect.signature(function).parameters.values())
+        for p in parameters[isinstance(target, type) :]:
+            if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
+                default = REQUIRED if p.default is p.empty else p.default
+                found.setdefault(p.name, replace(place_of_argument(function, p), default=default))
+        more = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        if not more:  # otherwise the rest are those of the next class
+            break
+    return found, more
+
+
+def place_of_argument(function: Callable[..., Any], parameter: inspect.Parameter) -> Place:
+    """What an argument takes; where its annotation names what is not there at run time, it may be anything called."""
+    if parameter.annotation is parameter.empty:
+        return Place()
+    holder = types.SimpleNamespace(__annotations__={"it": parameter.annotation})
+    checked = vars(typing) | vars(collections.abc)  # often imported for type checkers alone
+    try:
+        return place_of(typing.get_type_hints(holder, checked | vars(sys.modules[function.__module__]))["it"])
+    except (NameError, AttributeError, TypeError):
+        return Place(text=True, calls=True)
+
+
+def options_of(target: Named, given: frozenset[str]) -> tuple[Places, bool]:
+    """The arguments that a config may set, and whether there may be others."""
+    places, more = arguments_of(target)
+    return {name: place for name, place in places.items() if name not in given}, more
+
+
+# ------------------------------------------------------------------------------------------------ classes by name
+
+
+def named(name: str, bases: tuple[type, ...], where: str) -> Named:
+    """What a name in a config stands for: a subclass of one of the bases, or a function of kshot that builds one.
+
+    Args:
+        name: full path, or the name alone of a class that is loaded.
+        bases: of the place.
+        where: the place, for messages.
+
+    Raises:
+        UserError: nothing of that name, or of another kind.
+    """
+    kinds = " or ".join(base.__name__ for base in bases)
+    takes = f"{where} takes {'an' if kinds[0] in 'AEIOU' else 'a'} {kinds}"
+    if "." not in name:
+        known = subclasses(bases)
+        if name not in known:
+            raise UserError(f"{where}: there is no {kinds} {name!r}. {nearest_first(name, known)}")
+        return known[name]
+    found = imported(name, takes)
+    if isinstance(found, type) and issubclass(found, bases) and not inspect.isabstract(found):
+        return found
+    if isinstance(found, types.FunctionType) and found.__module__.partition(".")[0] == "kshot":
+        built = typing.get_type_hints(found).get("return")
+        if isinstance(built, type) and issubclass(built, bases):
+            return found
+    raise UserError(f"{takes}, and {name} is none.")
+
+
+def subclasses(bases: Sequence[type]) -> dict[str, type]:
+    """Classes of these kinds that are loaded and can be built, by name; kshot's own come before another's namesake."""
+    found: dict[str, type] = {}
+    waiting = list(bases)
+    while waiting:
+        each = waiting.pop(0)
+        children: list[type] = each.__subclasses__()
+        waiting += children
+        name, library = each.__name__, each.__module__.partition(".")[0]
+        hidden = inspect.isabstract(each) or (each in bases and children) or name.startswith("_")
+        if not hidden and (name not in found or (library == "kshot" and "<locals>" not in each.__qualname__)):
+            found[name] = each
+    return found
+
+
+def public_path(target: Named) -> str:
+    """The shortest path that gives a class: ``torch.optim.AdamW``."""
+    parts = target.__module__.split(".")
+    paths = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+    module = next((m for m in paths if getattr(sys.modules.get(m), target.__name__, None) is target), target.__module__)
+    return f"{module}.{target.__qualname__}"
+
+
+def is_path(text: str) -> bool:
+    """True for what may be the path of a class, ``a.b``."""
+    parts = text.split(".")
+    return len(parts) > 1 and all(part.isidentifier() for part in parts)
+
+
+def imported(path: str, takes: str) -> Any:
+    """What a dotted path names, importing its module; the standard library's holds no class for a config.
+
+    The working directory is looked into last, and only for a name that no installed package has.
+
+    Args:
+        path: of a module and a name in it.
+        takes: the first half of a refusal: the place and what it takes.
+
+    Raises:
+        UserError: there is nothing of that name, or its module does not load.
+    """
+    parts = path.split(".")
+    if not is_path(path) or "__main__" in parts[1:]:
+        raise UserError(f"{takes}, and {path!r} is no name of a class.")
+    if parts[0] in sys.stdlib_module_names and parts[0] != "__main__":
+        raise UserError(f"{takes}, and {path} belongs to Python itself.")
+    here = str(Path.cwd())
+    if parts[0] not in sys.modules and here not in sys.path and importlib.util.find_spec(parts[0]) is None:
+        sys.path.append(here)  # a user's own classes lie where the user stands
+        importlib.invalidate_caches()
+    for end in range(len(parts) - 1, 0, -1):
+        name = ".".join(parts[:end])
+        try:
+            module = sys.modules.get(name) or importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name is not None and f"{name}.".startswith(f"{error.name}."):
+                continue  # no such module: perhaps a class inside one
+            raise UserError(f"{takes}, and {name} needs {error.name}, which is not installed.") from error
+        except Exception as error:  # a module may raise anything
+            raise UserError(
+                f"{takes}, and {name} does not load ({type(error).__name__}: {first_line(error)})."
+            ) from error
+        found: Any = module
+        for part in parts[end:]:  # a class in a class, but nothing of a module that this one imports
+            found = getattr(found, part, None) if found is module or isinstance(found, type) else None
+        if found is not None:
+            return found
+        near = [key for key, value in vars(module).items() if isinstance(value, type)]
+        raise UserError(f"{takes}, and {name} has no {'.'.join(parts[end:])!r}. {nearest_first(parts[-1], near)}")
+    raise UserError(f"{takes}, and there is no module {parts[0]!r}.")

@@ -1,0 +1,153 @@
+"""One run without the command line: build, fit, evaluate, detach. Many may follow each other on one backbone."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.callbacks import Checkpoint
+
+from kshot.backbones import Backbone
+from kshot.checkpoint import AtomicCheckpoints, check_resumable, round_trip
+from kshot.data.datamodule import FewShotDataModule
+from kshot.errors import UserError
+from kshot.evaluate import Evaluation
+from kshot.features import FeatureStore
+from kshot.module import FewShotModule
+
+QUIET: dict[str, Any] = {
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+DEFAULTS: dict[str, Any] = {
+    "devices": 1,
+    "num_sanity_val_steps": 0,
+    "use_distributed_sampler": False,  # the data module divides its parts itself, without doubling an image
+    "log_every_n_steps": 1,
+}
+
+
+@dataclass(frozen=True)
+class Tested:
+    """What a run was measured to be.
+
+    Attributes:
+        sets: figures by test set, the one with the classes trained on first.
+        per_class: accuracy of each class by test set.
+        counts: images counted by test set.
+    """
+
+    sets: dict[str, dict[str, float]]
+    per_class: dict[str, list[float]]
+    counts: dict[str, int]
+
+
+def build(backbone: Backbone, data: FewShotDataModule, seed: int = 1, **settings: Any) -> FewShotModule:
+    """Builds a module for a data set on an untouched backbone.
+
+    Args:
+        backbone: nothing may be attached to it.
+        data: gives class names and templates, and takes the backbone's image size.
+        seed: of initial values and of chance in training.
+        settings: of :class:`~kshot.module.FewShotModule`.
+
+    Raises:
+        UserError: something is attached already, or a setting is refused.
+    """
+    if backbone.layers() or backbone.initial_values is not None:
+        raise UserError(f"Something is attached to {backbone.name} already: detach() it first.")
+    data.use_image_size(backbone.image_size)
+    seed_everything(seed, verbose=False)
+    try:
+        return FewShotModule(backbone, class_names=data.class_names, templates=data.templates, **settings)
+    except Exception:
+        backbone.detach()
+        raise
+
+
+def make_trainer(callbacks: Sequence[Callback] = (), **settings: Any) -> Trainer:
+    """A quiet trainer for one run; settings are Lightning's."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    keeps_files = any(isinstance(callback, Checkpoint) for callback in callbacks)
+    settings = QUIET | DEFAULTS | {"enable_checkpointing": keeps_files} | settings
+    return Trainer(**settings, callbacks=list(callbacks), plugins=[AtomicCheckpoints()])
+
+
+def fit(
+    module: FewShotModule,
+    data: FewShotDataModule,
+    trainer: Trainer,
+    *,
+    store: FeatureStore | None = None,
+    ckpt_path: str | Path | None = None,
+    on_prepared: Callable[[], None] | None = None,
+    finishing: bool = True,
+) -> None:
+    """Trains a module.
+
+    Args:
+        module: from :func:`build`.
+        data: that it was built for.
+        trainer: a fresh one.
+        store: features that runs on this backbone share.
+        ckpt_path: a file to resume from.
+        on_prepared: called when the run is prepared and nothing was refused, before the first step.
+        finishing: :func:`finish` afterwards.
+
+    Raises:
+        UserError: what does not fit, before the first step; or a loss that is not finite.
+    """
+    if ckpt_path is not None:
+        check_resumable(AtomicCheckpoints().load_checkpoint(ckpt_path), ckpt_path)
+    with attached(trainer, store, None if on_prepared is None else Prepared(on_prepared)):
+        trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
+    if finishing:
+        finish(module)
+
+
+def finish(module: FewShotModule) -> bool:
+    """Gives a fitted module the tensors that its small file holds; whether that changed any."""
+    return round_trip(module)
+
+
+def evaluate(
+    module: FewShotModule,
+    data: FewShotDataModule,
+    trainer: Trainer,
+    *,
+    store: FeatureStore | None = None,
+    ckpt_path: str | Path | None = None,
+) -> Tested:
+    """Measures a module on the test sets of its data; merged, each image counted once."""
+    with attached(trainer, store):
+        trainer.test(module, datamodule=data, ckpt_path=ckpt_path, verbose=False)
+    found = next(callback for callback in trainer.callbacks if isinstance(callback, Evaluation))  # type: ignore[attr-defined]
+    return Tested(found.sets, found.per_class, found.counts)
+
+
+class Prepared(Callback):
+    """Tells when a run is prepared and nothing was refused."""
+
+    def __init__(self, tell: Callable[[], None]) -> None:
+        self.tell = tell
+
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:  # noqa: ARG002  Lightning's signature
+        """Tells."""
+        self.tell()
+
+
+@contextmanager
+def attached(trainer: Trainer, *callbacks: Callback | None) -> Iterator[None]:
+    """Gives a trainer callbacks for a while."""
+    given = [callback for callback in callbacks if callback is not None]
+    trainer.callbacks = [*given, *trainer.callbacks]  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        trainer.callbacks = [c for c in trainer.callbacks if c not in given]  # type: ignore[attr-defined]

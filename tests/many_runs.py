@@ -1,0 +1,121 @@
+"""Runs every method in a process of its own and, in one process, all after each other on one backbone; prints JSON.
+
+``python tests/many_runs.py``: {method: {"fresh": figures, "shared": figures}}, figures being digests and accuracies.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+import sys
+import warnings
+from functools import partial
+from typing import Any
+
+import torch
+
+import kshot.adapters
+import kshot.classifiers
+from kshot.adapters import Adapter, FullTuning
+from kshot.backbones import OpenClip
+from kshot.classifiers import Classifier, CoOp, DePT, LinearProbe, PromptSRC, TextPrompt
+from kshot.data import CropFlip, FewShotDataModule
+from kshot.features import FeatureStore
+from kshot.run import build, evaluate, fit, make_trainer
+
+ADAPTER_SETTINGS: dict[str, dict[str, Any]] = {
+    "AdaLoRA": {"initial_rank": 3, "target_rank": 2, "initial_steps": 1, "final_steps": 1, "every": 1},
+    "NOLA": {"bases": 32, "save_bits": 8},
+    "PRANC": {"coefficients": 60},
+    "VeRA": {"rank": 40},
+    "AutoLoRA": {"max_rank": 3},
+}
+HEAD_SETTINGS: dict[str, dict[str, Any]] = {
+    "CLIPAdapter": {"ratio": [0.2, 0.6]},
+    "LPPlusPlus": {"iterations": 20},
+    "PromptSRC": {"average_mean": 1.0, "average_std": 1.0, "templates": ["a photo of a {}.", "{}"]},
+}
+
+
+def exported(package: Any, kind: type) -> list[type]:
+    found = [getattr(package, name) for name in package.__all__]
+    return [c for c in found if inspect.isclass(c) and issubclass(c, kind) and not inspect.isabstract(c)]
+
+
+def cases() -> dict[str, dict[str, Any]]:
+    """Settings of every method by name, adapters in both towers, and some that combine."""
+    found: dict[str, dict[str, Any]] = {}
+    for kind in exported(kshot.adapters, Adapter):
+        targets = ["*.ln_?.*"] if kind is FullTuning else ["image.5.*", "text.0.[qv]"]
+        found[kind.__name__] = {"adapter": kind(**ADAPTER_SETTINGS.get(kind.__name__, {})), "targets": targets}
+    for head in exported(kshot.classifiers, Classifier):
+        found[head.__name__] = {"classifier": partial(head, **HEAD_SETTINGS.get(head.__name__, {}))}
+    lora = kshot.adapters.LoRA(rank=2, dropout=0.3)
+    found["LinearProbe + LoRA"] = {"classifier": LinearProbe, "adapter": lora, "targets": ["image.*"], "head_lr": 0.01}
+    found["CoOp + LoRA"] = {"classifier": partial(CoOp, context_length=4), "adapter": lora, "targets": ["*.[qv]"]}
+    found["DePT (PromptSRC)"] = {"classifier": partial(DePT, base=partial(PromptSRC, depth=2, templates=["{}"]))}
+    found["BitFit"] = {"classifier": TextPrompt, "adapter": FullTuning(only="bias"), "targets": ["image.*"]}
+    return found
+
+
+def data_for() -> FewShotDataModule:
+    return FewShotDataModule("digits", shots=2, batch_size=8, eval_batch_size=64, augment=CropFlip(flip=0.0), views=2)
+
+
+def figures(backbone: OpenClip, data: FewShotDataModule, settings: dict[str, Any], store: Any = None) -> dict[str, Any]:
+    """One run of two epochs, tested on 64 images."""
+    optimizer = partial(torch.optim.AdamW, lr=2e-3)
+    module = build(backbone, data, optimizer=optimizer, **settings)
+    fit(module, data, make_trainer(max_epochs=2, limit_val_batches=0), store=store)
+    digest, state = hashlib.sha256(), module.tuned_state()
+    for name, tensor in sorted(state.items()):
+        digest.update(name.encode() + tensor.detach().cpu().double().numpy().tobytes())
+    tested = evaluate(module, data, make_trainer(limit_test_batches=1), store=store)
+    module.detach()
+    return {"tuned": digest.hexdigest(), "tensors": len(state), "sets": tested.sets}
+
+
+def in_child(work: Any) -> Any:
+    """What a forked process finds."""
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        os.close(read)
+        with os.fdopen(write, "w") as out:
+            json.dump(work(), out)
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as inp:
+        text = inp.read()
+    os.waitpid(child, 0)
+    return json.loads(text) if text else None
+
+
+def all_in_one() -> dict[str, Any]:
+    backbone, data = OpenClip("kshot:glyph_clip"), data_for()
+    store = FeatureStore(backbone)
+    before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
+    found: dict[str, Any] = {}
+    for name, settings in cases().items():
+        found[name] = figures(backbone, data, settings, store)
+        after = backbone.state_dict()
+        found[name]["untouched"] = before.keys() == after.keys() and all(torch.equal(after[n], before[n]) for n in before)
+        found[name]["untouched"] &= not any(p.requires_grad for p in backbone.parameters())
+    return found
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    shared = in_child(all_in_one)
+    fresh = {
+        name: in_child(lambda settings=settings: figures(OpenClip("kshot:glyph_clip"), data_for(), settings))
+        for name, settings in cases().items()
+    }
+    json.dump({name: {"fresh": fresh[name], "shared": (shared or {}).get(name)} for name in fresh}, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""Fits five methods on as many processes as torchrun starts, and writes what rank 0 found.
+
+``torchrun --nproc_per_node 2 tests/several_devices.py OUT.pt``, or with plain ``python`` for one process with the doubled
+batch: {method: {"tuned": tensors, "figures": ..., "counts": ..., "ranks": ..., "steps": ...}}.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from functools import partial
+from typing import Any
+
+import torch
+
+from kshot.adapters import AdaLoRA, LoRA, RandLoRA
+from kshot.backbones import OpenClip
+from kshot.classifiers import CoOp, PromptSRC
+from kshot.data import CropFlip, FewShotDataModule
+from kshot.run import build, evaluate, fit, make_trainer
+
+BATCH = 12  # of all processes together; 20 shots leave a short last batch, which is dropped
+SLOTS = ["image.4.*", "text.1.[qv]"]
+CASES: dict[str, dict[str, Any]] = {
+    "LoRA": {"adapter": LoRA(rank=2), "targets": SLOTS, "lr": 2.0},
+    "AdaLoRA": {
+        "adapter": AdaLoRA(initial_rank=3, target_rank=1, initial_steps=1, final_steps=2, every=1),
+        "targets": SLOTS,
+        "lr": 50.0,
+    },
+    "RandLoRA": {"adapter": RandLoRA(rank=16), "targets": SLOTS, "lr": 0.05},
+    "CoOp": {"classifier": partial(CoOp, context_length=4), "lr": 0.3},
+    "PromptSRC": {
+        "classifier": partial(PromptSRC, depth=2, templates=["{}"], average_mean=2.0, average_std=1.0),
+        "lr": 0.02,
+    },
+}
+
+
+def run(settings: dict[str, Any], processes: int) -> dict[str, Any]:
+    settings = dict(settings)
+    # SGD, because the first steps of Adam divide a gradient near zero by itself, which no rounding survives
+    optimizer = partial(torch.optim.SGD, lr=settings.pop("lr"), momentum=0.9)
+    data = FewShotDataModule(
+        "digits", shots=2, batch_size=BATCH // processes, eval_batch_size=100, augment=CropFlip(flip=0.0), views=3
+    )
+    module = build(OpenClip("kshot:glyph_clip"), data, optimizer=optimizer, **settings)
+    before = {name: tensor.detach().clone() for name, tensor in module.tuned_state().items()}
+    options = {"accelerator": "cpu", "devices": processes, "strategy": "ddp"} if processes > 1 else {}
+    trainer = make_trainer(max_epochs=4, limit_val_batches=0, **options)
+    fit(module, data, trainer)
+    steps = trainer.global_step
+    tested = evaluate(module, data, trainer)
+    state = {name: tensor.detach().clone() for name, tensor in module.tuned_state().items()}
+    ranks = {name: rank for shared in module.shared for name, rank in shared.ranks(module.layers).items()}
+    moved = max(float((state[name].double() - tensor.double()).abs().max()) for name, tensor in before.items() if tensor.is_floating_point())
+    return {"moved": moved, "tuned": state, "figures": tested.sets["test"], "counts": tested.counts, "ranks": ranks, "steps": steps}
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    found = {name: run(settings, processes) for name, settings in CASES.items()}
+    if os.environ.get("RANK", "0") == "0":
+        torch.save(found, sys.argv[1])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""Every script in ``benchmarks`` runs for one tiny round and writes its rows; ``side_by_side.py`` is what they share."""
+
+import csv
+import math
+import runpy
+import shutil
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+CLIP = ["--model", "ViT-S-32-alt"]  # open_clip's smallest, with random weights
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """Runs a script in this process; the rows of the CSV files that it wrote, by name."""
+    monkeypatch.chdir(FOLDER.parent)
+    monkeypatch.syspath_prepend(FOLDER)
+    monkeypatch.setattr("logging.disable", lambda level: None)  # which would outlast the script
+
+    def start(script: str, *arguments: str) -> dict[str, list[dict[str, str]]]:
+        runpy.run_path(str(FOLDER / f"{script}.py"))["main"](list(arguments))
+        return {file.stem: list(csv.DictReader(file.open(newline=""))) for file in tmp_path.glob("*.csv")}
+
+    return start
+
+
+def test_every_script_has_a_test():
+    scripts = {file.stem for file in FOLDER.glob("*.py")} - {"side_by_side"}
+    tested = {name.removeprefix("test_").split("__")[0] for name in globals() if name.startswith("test_")}
+    assert scripts <= tested
+
+
+def positive(row: dict[str, str], *names: str) -> bool:
+    return all(math.isfinite(float(row[name])) and float(row[name]) > 0 for name in names)
+
+
+TINY = ["--quick", "--seconds", "0", "--least", "1", "--in-process"]
+
+
+def test_adapters__against_peft(run, tmp_path):
+    methods = ["AdaLoRA-12", "VeRA-256", "RandLoRA-6", "HydraLoRA 8x3", "SVFT plain", "NOLA K=1024", "full tuning"]
+    parts = ["--part", "peft", "open_clip", "--images", "1"]
+    rows = run("adapters", *TINY, *parts, "--methods", "LoRA-32", "--dtype", "bfloat16", "--out", str(tmp_path))
+    assert [row["part"] for row in rows["adapters"]] == ["peft", "open_clip"]
+    assert all(positive(row, "ours/peft", "ours_MB", "peft_MB", "kshot_frozen_ms") for row in rows["adapters"])
+    parts = ["--part", "open_clip", "--images", "1"]
+    rows = run("adapters", *TINY, *parts, "--methods", *methods, "--dtype", "float32", "--out", str(tmp_path))
+    assert {row["method"] for row in rows["adapters"]} == {"LoRA-32", *methods}
+    assert all(positive(row, "ours_ms") for row in rows["adapters"])
+
+
+def test_adapters__quick_and_plain_forms(run, tmp_path):
+    rows = run("adapters", *TINY, "--part", "forms", "--out", str(tmp_path))["adapters_fast_paths"]
+    assert len(rows) == 4
+    assert all(positive(row, "plain/quick") for row in rows)
+    assert all(float(row["difference"]) < 1e-5 for row in rows if row["method"].startswith(("HydraLoRA", "SVFT")))
+
+
+def test_adapters__compiled(run, tmp_path):
+    rows = run(
+        "adapters", *TINY, "--part", "compile", "--methods", "LoRA-32", "--backend", "eager", "--out", str(tmp_path)
+    )["adapters_fast_paths"]
+    assert [(row["state"], row["compile"], row["export"]) for row in rows] == [
+        ("adapted, training", "ok", "ok"),
+        ("merged, evaluation", "ok", "ok"),
+    ]
+
+
+@pytest.mark.parametrize("case", ["glyph_clip image", "glyph_clip text"])
+def test_attention__towers(run, tmp_path, case):
+    out = tmp_path / "attention.csv"
+    rows = run("attention", "--only", case, "--batch", "1", "--seconds", "0", "--out", str(out))["attention"]
+    assert [(row["dtype"], row["step"]) for row in rows] == [(d, s) for d in ("fp32", "bf16") for s in ("train", "eval")]
+    assert all(positive(row, "unfused/fused", "lora/fused") for row in rows)
+    assert all(float(row["feature_diff"]) < (1e-5 if row["dtype"] == "fp32" else 0.05) for row in rows)
+
+
+def test_attention__lengths(run, tmp_path):
+    given = ["--lengths", "5", "--tokens", "10", "--heads", "1", "--seconds", "0"]
+    rows = run("attention", "--only", "lengths", *given, "--out", str(tmp_path / "attention.csv"))["attention_lengths"]
+    assert [row["chosen"] for row in rows] == ["sdpa", "sdpa", "explicit", "explicit"]
+
+
+def test_text_tower(run, tmp_path):
+    given = ["--classes", "2", "--context", "2", "--dtype", "bf16", "--seconds", "0"]
+    rows = run("text_tower", *CLIP, *given, "--out", str(tmp_path / "text_tower.csv"))["text_tower"]
+    assert [row["case"] for row in rows] == ["CoOp step", "zero-shot"]
+    assert all(positive(row, "full/kshot", "kshot_MB") for row in rows)
+
+
+def test_feature_cache(run, tmp_path):
+    given = ["--shots", "1", "--size", "32", "--digits-epochs", "2", "--rounds", "1"]
+    rows = run("feature_cache", *CLIP, *given, "--out", str(tmp_path / "feature_cache.csv"))["feature_cache"]
+    assert len(rows) == 2
+    assert all(positive(row, "encoded_s", "cached_s", "ratio") for row in rows)
+    assert all(float(row["loss_diff"]) < 1e-5 for row in rows)
+
+
+def test_prompts(run, tmp_path):
+    given = ["--quick", "--seconds", "0", "--in-process"]
+    rows = run("prompts", *CLIP, *given, "--out", str(tmp_path / "prompts.csv"))["prompts"]
+    assert list(dict.fromkeys(row["part"] for row in rows)) == ["coop", "cocoop", "promptsrc", "memory", "many"]
+    assert all(positive(row, "slow/quick") for row in rows if row["slow_s"])
+    assert all(int(row["chunks"]) > 1 for row in rows if row["part"] == "many")
+
+
+RUN = ["--", "--trainer.max_epochs", "1", "--data.eval_batch_size", "64"]
+
+
+def test_few_shot(run, tmp_path, capsys):
+    given = ["--methods", "class_mean", "--shots", "1", "--seeds", "1", "--out", str(tmp_path / "few_shot.csv")]
+    rows = run("few_shot", "--one-method", *given, *RUN)["few_shot"]
+    assert len(rows) == 1
+    assert positive(rows[0], "acc", "peak_memory_mb")
+    assert run("few_shot", *given)["few_shot"] == rows  # the row is there: no process is started
+    assert "| class_mean |" in capsys.readouterr().out
+
+
+def test_base_to_new(run, tmp_path):
+    page = tmp_path / "page.md"
+    shutil.copy(FOLDER.parent / "docs" / "methods.md", page)
+    given = ["--methods", "coop", "--seeds", "1", "--page", str(page), "--out", str(tmp_path / "base_to_new.csv")]
+    rows = run("base_to_new", "--one-method", *given, *RUN, "--data.shots", "1")["base_to_new"]
+    assert len(rows) == 1
+    assert positive(rows[0], "base", "new", "zero_shot_new")
+    run("base_to_new", *given)
+    table = page.read_text().split("<!-- base to new -->\n")[1].split("\n<!-- end of base to new -->")[0]
+    assert table.splitlines()[2].startswith("| coop | ")
+
+
+def test_methods(run, tmp_path):
+    page, out = tmp_path / "page.md", ["--out", str(tmp_path / "methods.csv")]
+    shutil.copy(FOLDER.parent / "docs" / "methods.md", page)
+    row = ["--methods", "class_mean", "--seeds", "1", *out]
+    run("few_shot", "--one-method", "--label", "methods_digits", "--shots", "16", *row)
+    run("methods", "--cases", "digits", *row, "--page", str(page))
+    assert "**digits**" in page.read_text().split("<!-- table -->")[1].split("<!-- end of table -->")[0]

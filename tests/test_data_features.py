@@ -1,0 +1,300 @@
+"""Features that batches carry instead of images or beside them, and the key that they are kept by."""
+
+import pickle
+
+import pytest
+import torch
+from data_fixtures import collected, digits, fitted, image_folder, parted_folder, same, save_image
+
+from kshot.data import CropFlip, FewShotDataModule
+from kshot.data.images import FileImages
+from kshot.errors import UserError
+
+
+class TestFeatures:
+    @pytest.mark.parametrize(("settings", "views"), [({}, 1), ({"augment": CropFlip(), "views": 3}, 3)])
+    def test_features_take_the_place_of_images(self, settings, views):
+        module = fitted(**settings)
+        assert module.train_views() == views
+        images = [collected(module.eval_order_dataloader("train", view)) for view in range(views)]
+        for batch in images:
+            assert batch.index.tolist() == list(range(40))
+        expected = [collected(module.train_dataloader(), epoch) for epoch in range(4)]
+        module.keep_features("train", torch.stack([batch.image.flatten(1).float() for batch in images]))
+        for epoch, batch in enumerate(expected):
+            kept = collected(module.train_dataloader(), epoch)
+            assert kept.image is None
+            assert torch.equal(kept.features, batch.image.flatten(1).float())
+            assert torch.equal(kept.label, batch.label)
+            assert torch.equal(kept.index, batch.index)
+        for view, batch in enumerate(images):
+            kept = collected(module.eval_order_dataloader("train", view))
+            assert torch.equal(kept.features, batch.image.flatten(1).float())
+        module.forget_features()
+        assert all(same(collected(module.train_dataloader(), epoch), batch) for epoch, batch in enumerate(expected))
+
+    def test_validation_features(self):
+        module = fitted()
+        features = torch.randn(1, 40, 5)
+        module.keep_features("val", features)
+        batch = collected(module.val_dataloader())
+        assert batch.image is None
+        assert torch.equal(batch.features, features[0])
+        assert batch.label.tolist() == [row.label for row in module.draw.val]
+
+    def test_features_stay_when_lightning_sets_up_again(self):
+        module = fitted()
+        module.keep_features("train", torch.randn(1, 40, 5))
+        module.setup("fit")
+        assert next(iter(module.train_dataloader())).features.shape == (8, 5)
+
+    def test_endless_views_cannot_be_replaced(self):
+        module = fitted(augment=CropFlip())
+        assert module.train_views() == 0
+        with pytest.raises(ValueError, match="needs \\(0, 40, D\\)"):
+            module.keep_features("train", torch.randn(1, 40, 5))
+        with pytest.raises(ValueError, match="needs \\(0, 40, D\\)"):
+            module.keep_features("train", torch.randn(0, 40, 5))
+
+    @pytest.mark.parametrize("shape", [(40, 5), (2, 40, 5), (1, 39, 5)])
+    def test_wrong_shapes(self, shape):
+        with pytest.raises(ValueError, match="needs \\(1, 40, D\\)"):
+            fitted().keep_features("train", torch.zeros(shape))
+        with pytest.raises(ValueError, match="for val, which needs \\(1, 40, D\\)"):
+            fitted().keep_features("val", torch.zeros(shape))
+
+
+class TestTestParts:
+    """Test images are decoded when they are asked for, and with features kept they are not."""
+
+    @pytest.fixture
+    def pets(self, tmp_path):
+        parted_folder(tmp_path / "pets", {"a": 3, "b": 2, "c": 4})
+        pets = FewShotDataModule(str(tmp_path / "pets"), shots=2, image_size=8, protocol="base-to-new")
+        pets.setup("test")
+        return pets
+
+    def test_names(self, pets):
+        assert pets.test_parts == ["test/base", "test/new"]
+        assert digits().test_parts == ["test"]
+
+    def test_no_image_is_decoded(self, pets, monkeypatch):
+        images = [collected(pets.eval_order_dataloader(part)) for part in pets.test_parts]
+        for part, batch in zip(pets.test_parts, images, strict=True):
+            pets.keep_features(part, batch.image.flatten(1).float()[None])
+        monkeypatch.setattr(FileImages, "open", None)
+        for loader, batch in zip(pets.test_dataloader(), images, strict=True):
+            kept = collected(loader)
+            assert kept.image is None
+            assert torch.equal(kept.features, batch.image.flatten(1).float())
+            assert torch.equal(kept.label, batch.label)
+            assert torch.equal(kept.index, batch.index)
+        monkeypatch.undo()
+        pets.forget_features()
+        assert all(same(collected(a), b) for a, b in zip(pets.test_dataloader(), images, strict=True))
+
+    def test_frozen_features_beside_images(self, pets):
+        frozen = torch.randn(1, 5, 6)
+        pets.keep_features("test/base", frozen=frozen)
+        base, new = map(collected, pets.test_dataloader())
+        assert base.image.shape == (5, 3, 8, 8)
+        assert base.features is None
+        assert torch.equal(base.frozen, frozen[0])
+        assert new.frozen is None
+        pets.forget_features()
+        assert collected(pets.test_dataloader()[0]).frozen is None
+
+    def test_they_close_with_the_part(self, pets):
+        pets.keep_features("test/base", torch.randn(1, 5, 6))
+        pets.teardown("test")
+        with pytest.raises(RuntimeError, match="test/base part opens with"):
+            pets.keep_features("test/base", torch.randn(1, 5, 6))
+        pets.setup("test")
+        assert pets.part("test/base").features is None
+
+    @pytest.mark.parametrize("shape", [(1, 4, 6), (2, 5, 6), (5, 6)])
+    def test_wrong_shapes(self, pets, shape):
+        for name in ("features", "frozen"):
+            with pytest.raises(ValueError, match=r"for test/base, which needs \(1, 5, D\)"):
+                pets.keep_features("test/base", **{name: torch.zeros(shape)})
+
+    def test_sizes(self, pets, tmp_path):
+        assert pets.test_sizes() == {"base": 5, "new": 4}
+        assert pets.split_info()["counts"]["test"] == 9
+        (tmp_path / "pets" / "test" / "c" / "00.png").write_text("broken")
+        settings = {"shots": 2, "image_size": 8, "protocol": "base-to-new", "skip_unreadable": True}
+        broken = FewShotDataModule(str(tmp_path / "pets"), **settings)
+        with pytest.raises(RuntimeError, match="opens with"):
+            broken.test_sizes()
+        with pytest.warns(UserWarning, match="1 of 4 images are left out"):
+            broken.setup("test")
+        assert broken.test_sizes() == {"base": 5, "new": 3}
+
+
+class TestFreedImages:
+    @pytest.mark.parametrize("settings", [{}, {"augment": CropFlip(), "views": 2}])
+    def test_they_are_decoded_again_when_asked_for(self, settings):
+        module = fitted(**settings)
+        expected = [collected(module.train_dataloader(), epoch) for epoch in range(3)]
+        part = module.part("train")
+        assert len(part.arrays) == 40
+        features = torch.randn(module.train_views(), 40, 5)
+        module.keep_features("train", features, free=True)
+        assert part.arrays == []
+        kept = collected(module.train_dataloader(), 1)
+        assert torch.equal(kept.features, features[1 % len(features), kept.index])
+        assert part.arrays == []
+        module.forget_features()
+        assert part.arrays == []
+        assert all(same(collected(module.train_dataloader(), e), batch) for e, batch in enumerate(expected))
+        assert len(part.arrays) == 40
+
+    def test_those_left_out_stay_left_out(self, tmp_path):
+        image_folder(tmp_path, {"cat": 10, "dog": 10})
+        module = FewShotDataModule(str(tmp_path), shots=5, image_size=8, skip_unreadable=True)
+        (tmp_path / module.draw.train[3].path).write_text("broken")
+        with pytest.warns(UserWarning, match="1 of 10 images are left out"):
+            module.setup("fit")
+        expected = collected(module.eval_order_dataloader("train"))
+        module.part("train").free_images()
+        assert same(collected(module.eval_order_dataloader("train")), expected)
+
+    def test_nothing_holds_the_array_that_they_came_from(self):
+        """Whole data sets are in memory for decoding only."""
+        assert len(pickle.dumps(fitted(shots=1).part("val"))) < 100_000  # all of the digits have 900 kB
+
+    def test_test_images_have_nothing_to_free(self):
+        module = digits()
+        module.setup("test")
+        module.keep_features("test", frozen=torch.randn(1, 539, 2), free=True)
+        assert collected(module.test_dataloader()).image.shape == (539, 3, 16, 16)
+
+
+class TestImageSize:
+    def test_it_comes_from_the_backbone(self):
+        module = digits(image_size=None)
+        module.use_image_size(12)
+        module.use_image_size(12)
+        module.setup("fit")
+        assert next(iter(module.train_dataloader())).image.shape[-2:] == (12, 12)
+
+    def test_another_one_was_given(self):
+        module = digits(image_size=16)
+        module.use_image_size(16)
+        with pytest.raises(UserError) as error:
+            module.use_image_size(12)
+        assert str(error.value) == "data.image_size is 16, the backbone takes 12: set it on the backbone."
+        assert module.image_size == 16
+
+
+class TestPartKey:
+    @pytest.fixture
+    def root(self, tmp_path):
+        parted_folder(tmp_path / "pets", {"a": 3, "b": 2, "c": 4})
+        parted_folder(tmp_path / "cars", {"d": 3, "e": 2})
+        return tmp_path
+
+    def module(self, root, dataset="pets", **settings):
+        known = {"shots": 2, "image_size": 8, "augment": CropFlip(), "views": 2}
+        return FewShotDataModule(dataset, **known | {"root": str(root)} | settings)
+
+    @pytest.mark.parametrize("part", ["train", "val", "test"])
+    def test_equal_ones_agree_before_and_after_opening(self, root, part):
+        first, second = self.module(root), self.module(root)
+        key = first.part_key(part)
+        assert int(key, 16) >= 0
+        assert len(key) == 16
+        assert second.part_key(part) == key
+        second.setup("fit")
+        second.setup("test")
+        assert second.part_key(part) == key
+        other = {
+            "batch_size": 3,
+            "eval_batch_size": 5,
+            "num_workers": 2,
+            "template": "my {}",
+            "class_names": list("xyz"),
+        }
+        assert self.module(root, **other).part_key(part) == key
+
+    def test_parts_differ(self, root):
+        module = self.module(root, "cars", protocol="base-to-new", shots=None)
+        assert len({module.part_key(part) for part in ("train", "val", *module.test_parts)}) == 4
+
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {"dataset": "cars"},
+            {"shots": 1},
+            {"sampler": "nested"},
+            {"protocol": "base-to-new"},
+            {"split_seed": 2},
+            {"image_size": 9},
+            {"augment": None},
+            {"augment": CropFlip(flip=0)},
+            {"augment": CropFlip(scale=(0.5, 1))},
+            {"views": 3},
+            {"views": None},
+            {"skip_unreadable": True},
+        ],
+        ids=str,
+    )
+    def test_each_setting_counts_for_training_images(self, root, settings):
+        assert self.module(root, **settings).part_key("train") != self.module(root).part_key("train")
+
+    @pytest.mark.parametrize("part", ["val", "test"])
+    @pytest.mark.parametrize("settings", [{"dataset": "cars"}, {"image_size": 9}, {"skip_unreadable": True}], ids=str)
+    def test_each_setting_counts_for_other_images(self, root, part, settings):
+        assert self.module(root, **settings).part_key(part) != self.module(root).part_key(part)
+
+    def test_test_images_do_not_depend_on_the_draw(self, root):
+        settings = {"shots": 1, "split_seed": 4, "augment": None}
+        assert self.module(root, **settings).part_key("test") == self.module(root).part_key("test")
+
+    def test_seed_and_order_of_the_views_alone(self, root):
+        """The same images in the same order, with and without random views."""
+        whole = {"shots": None}
+        first, second = (self.module(root, **whole, split_seed=seed) for seed in (1, 2))
+        assert first.draw.train == second.draw.train
+        assert first.part_key("train") != second.part_key("train")
+        first, second = (self.module(root, **whole, augment=None, split_seed=seed) for seed in (1, 2))
+        assert first.part_key("train") == second.part_key("train")
+
+    @pytest.mark.parametrize("part", ["train", "val", "test"])
+    def test_folders_of_the_same_name_elsewhere(self, root, part):
+        """Names, rows and digests are equal; the pixels need not be."""
+        parted_folder(root / "elsewhere" / "pets", {"a": 3, "b": 2, "c": 4})
+        here, there = self.module(root), self.module(root, str(root / "elsewhere" / "pets"))
+        assert here.draw == there.draw
+        assert here.part_key(part) != there.part_key(part)
+
+    @pytest.mark.parametrize("part", ["train", "val", "test"])
+    def test_roots(self, root, part, monkeypatch):
+        assert digits(root=str(root)).part_key(part) != digits().part_key(part)
+        monkeypatch.chdir(root.parent)
+        assert digits(root=root.name).part_key(part) == digits(root=str(root)).part_key(part)
+
+    def test_a_source_that_changed(self, root):
+        before = self.module(root).part_key("test")
+        save_image(root / "pets" / "test" / "a" / "new.png")
+        assert self.module(root).part_key("test") != before
+
+    def test_targets(self, root):
+        module = self.module(root, protocol="cross-dataset", targets=["cars", "digits"])
+        keys = [module.part_key(part) for part in module.test_parts]
+        assert len(set(keys)) == 3
+        fewer = self.module(root, protocol="cross-dataset", targets=["digits"])
+        assert [fewer.part_key(part) for part in fewer.test_parts] == [keys[0], keys[2]]
+
+    def test_images_to_predict(self, root):
+        keys = set()
+        for images in ("pets/test/a", "pets/test/b"):
+            module = self.module(root)
+            module.images = [str(root / images)]
+            module.setup("predict")
+            keys.add(module.part_key("predict"))
+        assert len(keys) == 2
+
+    def test_without_an_image_size(self, root):
+        with pytest.raises(UserError, match="image_size is not set"):
+            self.module(root, image_size=None).part_key("train")

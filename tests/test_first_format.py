@@ -1,0 +1,58 @@
+"""Files of the first format, written before the house was rebuilt, give what they gave; the fixtures are never renewed."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+from test_cli import refused
+
+from kshot.cli import main
+
+FIXTURES = Path(__file__).parent / "fixtures" / "format_1"
+EXPECTED = json.loads((FIXTURES / "expected.json").read_text())
+NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+REMADE = {"pranc": "distribution"}  # its basis became balanced, and is another one
+WITH_LAST = ("coop", "promptsrc")
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory) -> Path:
+    folder, images = tmp_path_factory.mktemp("scans"), load_digits().images
+    for i in range(8):
+        Image.fromarray(np.round(images[100 + 37 * i] * (255 / 16)).astype("uint8")).save(folder / f"{i}.png")
+    return folder
+
+
+def arguments(command: str, name: str, tmp_path: Path, suffix: str = "safetensors") -> list[str]:
+    config, file = FIXTURES / f"{name}.yaml", FIXTURES / f"{name}.{suffix}"
+    quiet = ["--run.root", str(tmp_path / "runs"), "--trainer.enable_progress_bar", "false"]
+    return [command, "--config", str(config), "--ckpt_path", str(file), *quiet]
+
+
+@pytest.mark.parametrize("name", [name for name in EXPECTED if name not in REMADE])
+def test_predictions_are_what_they_were(name, scans, tmp_path):
+    out = tmp_path / "out.csv"
+    main([*arguments("predict", name, tmp_path), "--images", str(scans), "--top_k", "10", "--out", str(out)])
+    for row, expected in zip(csv.DictReader(out.open()), EXPECTED[name]["probabilities"], strict=True):
+        found = {row[f"label_{i}"]: float(row[f"probability_{i}"]) for i in range(1, 11)}
+        assert [found[c] for c in NAMES] == pytest.approx(expected, abs=2e-5)
+
+
+@pytest.mark.parametrize("name", WITH_LAST)
+def test_the_file_to_resume_from_is_measured_and_not_resumed(name, scans, tmp_path, capsys):
+    out = tmp_path / "out.csv"
+    predict = arguments("predict", name, tmp_path, "ckpt")
+    main([*predict, "--images", str(scans), "--top_k", "10", "--out", str(out)])
+    for row, expected in zip(csv.DictReader(out.open()), EXPECTED[name]["probabilities"], strict=True):
+        found = {row[f"label_{i}"]: float(row[f"probability_{i}"]) for i in range(1, 11)}
+        assert [found[c] for c in NAMES] == pytest.approx(expected, abs=2e-5)
+    assert "has format 1, and this version resumes from format 2" in refused(capsys, arguments("fit", name, tmp_path, "ckpt"))
+
+
+@pytest.mark.parametrize(("name", "why"), REMADE.items())
+def test_what_changed_its_meaning_is_refused_in_one_line(name, why, tmp_path, capsys):
+    assert why in refused(capsys, arguments("test", name, tmp_path))

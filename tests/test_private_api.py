@@ -1,0 +1,154 @@
+"""All that kshot relies on in other libraries without their having promised it, in one list, with a test each."""
+
+import ast
+import inspect
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import lightning.pytorch as pl
+import open_clip
+import pytest
+import timm
+import torch
+from jsonargparse import ArgumentParser
+from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+import kshot
+from kshot.optim import ScheduleFactory, built_by
+
+ROOT = Path(kshot.__file__).parent
+
+PRIVATE = {  # names with an underscore in src
+    "lightning.pytorch.core.mixins.hparams_mixin._given_hyperparameters": "whether a config builds the module",
+    "_embeds": "open_clip's image tower up to its blocks, between which prompts are put",
+    "_pos_embed": "timm's image tower up to its blocks",
+    "_utils": "torch: what a pickled tensor is rebuilt by, for released files that torch.load does not read",
+    "_rebuild_tensor": "the same",
+}
+UNDOCUMENTED = {  # names without one
+    "jsonargparse: a factory is partial(builder, class, **settings)": "kshot.optim.built_by finds the class in it",
+    "Lightning: an interrupted fit ends in SystemExit, raised while KeyboardInterrupt is handled": "kshot.cli: 130",
+    "torchmetrics: an optional package of no valid version counts as absent": "kshot.lean: a start in half the time",
+    "open_clip: visual.ln_pre, _pool, proj; text.attn_mask": "kshot.backbones.open_clip",
+    "timm: norm_pre, patch_drop, q_bias": "kshot.backbones.timm and unfuse",
+}
+WRITTEN = {  # attributes of foreign modules that src sets
+    "hub.py: constants.HF_HUB_OFFLINE": "for as long as weights are loaded: a hub out of reach costs no minute",
+}
+
+
+def names_with_underscores() -> set[str]:
+    """Private names of other libraries in src: imported, or read from an object and defined nowhere in src."""
+    trees = [ast.parse(file.read_text(encoding="utf-8")) for file in ROOT.rglob("*.py")]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    own = {n.name for n in nodes if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+    own |= {n.attr for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)}
+    own |= {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    own |= {"_asdict", "_replace"}  # documented methods of named tuples
+    found = {n.attr for n in nodes if isinstance(n, ast.Attribute)} - own
+    found = {name for name in found if name.startswith("_") and not name.startswith("__")}
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom) and node.module and not node.module.startswith(("kshot", "__future__")):
+            paths = [f"{node.module}.{alias.name}" for alias in node.names]
+            found |= {path for path in paths if any(part.startswith("_") for part in path.split("."))}
+    return found
+
+
+def test_no_private_name_but_those_of_the_list():
+    assert names_with_underscores() == set(PRIVATE)
+
+
+def test_nothing_of_another_library_is_replaced():
+    """No module of ours assigns to an attribute of a foreign module or class."""
+    for file in ROOT.rglob("*.py"):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        foreign = {
+            alias.asname or alias.name.split(".")[0]
+            for node in ast.walk(tree)
+            if isinstance(node, (ast.Import, ast.ImportFrom))
+            for alias in node.names
+            if not (getattr(node, "module", None) or alias.name).startswith("kshot")
+        }
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                holder = node
+                while isinstance(holder, ast.Attribute):
+                    holder = holder.value
+                if isinstance(holder, ast.Name) and holder.id in foreign:
+                    assert f"{file.name}: {ast.unparse(node)}" in WRITTEN, f"line {node.lineno}"
+
+
+def test_given_hyperparameters_are_none_in_a_script():
+    assert _given_hyperparameters.get() is None
+
+
+def test_the_class_lies_in_the_factory_of_a_config(monkeypatch):
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--schedule", type=ScheduleFactory)
+    spec = {"class_path": "torch.optim.lr_scheduler.CosineAnnealingLR", "init_args": {"T_max": 5}}
+    factory = parser.instantiate_classes(parser.parse_object({"schedule": spec})).schedule
+    assert isinstance(factory, partial)
+    assert built_by(factory) is CosineAnnealingLR
+    assert built_by(partial(partial(CosineAnnealingLR, T_max=1), eta_min=0.1)) is CosineAnnealingLR
+
+
+def test_an_interrupted_fit_exits_while_it_handles_the_interrupt(monkeypatch):
+    class Interrupted(pl.LightningModule):
+        def configure_optimizers(self):
+            raise KeyboardInterrupt
+
+        def training_step(self, batch, batch_idx): ...
+
+        def train_dataloader(self):
+            return [torch.zeros(1)]
+
+    monkeypatch.setattr("signal.signal", lambda *_: None)  # Lightning ignores further ones
+    trainer = pl.Trainer(logger=False, enable_checkpointing=False, enable_progress_bar=False, max_epochs=1)
+    with pytest.raises((SystemExit, KeyboardInterrupt)) as end:
+        trainer.fit(Interrupted())
+    assert isinstance(end.value, KeyboardInterrupt) or isinstance(end.value.__context__, KeyboardInterrupt)
+
+
+def test_lightning_loads_without_what_it_would_load_in_vain():
+    code = (
+        "import sys\nfrom kshot.lean import load_lightning\nload_lightning()\nimport kshot.commands\n"
+        "assert not {'transformers', 'matplotlib', 'scipy', 'torchvision'} & set(sys.modules)\n"
+        "import torchvision, scipy.signal\n"
+        "from importlib.metadata import version\nassert version('torchvision') != 'none'\n"
+        "import torch\nfrom torchmetrics.classification import MulticlassCalibrationError\n"
+        "MulticlassCalibrationError(2)(torch.tensor([[0.1, 0.9]]), torch.tensor([1]))\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_open_clip_towers_have_the_parts_between_which_prompts_go():
+    vision = {"layers": 1, "width": 64, "head_width": 64, "image_size": 32, "patch_size": 16}
+    text = {"layers": 1, "width": 64, "heads": 1, "vocab_size": 50}
+    clip = open_clip.CLIP(64, vision, text)
+    visual, image = clip.visual.eval(), torch.rand(2, 3, 32, 32)
+    x = visual._embeds(image)
+    for block in visual.transformer.resblocks:
+        x = block(x)
+    pooled, _ = visual._pool(x)
+    torch.testing.assert_close(pooled @ visual.proj, visual(image))
+    assert "self.ln_pre" in inspect.getsource(type(visual)._embeds)
+    assert clip.attn_mask.shape[0] == clip.attn_mask.shape[1]
+
+
+def test_timm_towers_have_the_parts_between_which_prompts_go():
+    vit = timm.create_model("test_vit", num_classes=0).eval()
+    image = torch.rand(2, 3, *vit.patch_embed.img_size)
+    x = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(image))))
+    for block in vit.blocks:
+        x = block(x)
+    torch.testing.assert_close(vit.norm(x), vit.forward_features(image))
+
+
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
+def test_torch_rebuilds_tensors_by_the_name_that_files_hold():
+    tensor = torch.arange(6.0).view(2, 3)
+    assert torch.equal(torch._utils._rebuild_tensor(tensor.storage(), 0, (2, 3), (3, 1)), tensor)

@@ -1,0 +1,119 @@
+"""Build, fit, evaluate, detach without the command line; many runs on one backbone, each as in a process of its own."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import many_runs
+import pytest
+import torch
+
+from kshot.adapters import AutoLoRA, FullTuning, LoRA
+from kshot.backbones import OpenClip
+from kshot.classifiers import CoOp, LinearProbe, NearestClassMean, TextPrompt
+from kshot.data import FewShotDataModule
+from kshot.errors import UserError
+from kshot.features import FeatureStore
+from kshot.run import build, evaluate, fit, make_trainer
+
+
+@pytest.fixture(scope="module")
+def runs() -> dict:
+    """Every method, alone and after all others, by a process that keeps to one thread."""
+    script = Path(many_runs.__file__)
+    done = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.xdist_group("many_runs")
+@pytest.mark.parametrize("method", many_runs.cases())
+def test_a_run_after_others_equals_one_in_a_fresh_process(method, runs):
+    fresh, shared = runs[method]["fresh"], runs[method]["shared"]
+    assert shared.pop("untouched"), "detach gave another backbone back"
+    assert fresh["tensors"] > 0 or method == "TextPrompt"
+    assert shared == fresh
+
+
+@pytest.fixture(scope="module")
+def backbone() -> OpenClip:
+    return OpenClip("kshot:glyph_clip")
+
+
+@pytest.fixture(scope="module")
+def data() -> FewShotDataModule:
+    return FewShotDataModule("digits", shots=2)
+
+
+def test_images_are_decoded_and_encoded_once_for_many_runs(backbone, data, monkeypatch):
+    encoded, encode = [], OpenClip.encode_normalised
+    monkeypatch.setattr(OpenClip, "encode_normalised", lambda self, x: encoded.append(len(x)) or encode(self, x))
+    store = FeatureStore(backbone)
+    for head in (LinearProbe, partial(CoOp, context_length=2), NearestClassMean):
+        module = build(backbone, data, classifier=head)
+        fit(module, data, make_trainer(max_epochs=1, limit_val_batches=0), store=store)
+        evaluate(module, data, make_trainer(), store=store)
+        module.detach()
+    noise = 2 * 2  # the trial step of the two that take steps
+    assert sum(encoded) == 20 + 20 + 539 + noise  # shots, validation shots for class means, test scans
+
+
+def test_a_store_belongs_to_one_backbone(backbone, data):
+    module = build(backbone, data, classifier=NearestClassMean)
+    with pytest.raises(AssertionError, match="one backbone"):
+        fit(module, data, make_trainer(max_epochs=1), store=FeatureStore(copy.deepcopy(backbone)))
+    module.detach()
+
+
+def test_what_is_attached_must_be_detached_first(backbone, data):
+    module = build(backbone, data, adapter=LoRA(rank=1), targets=["image.0.q"])
+    with pytest.raises(UserError, match="detach"):
+        build(backbone, data)
+    assert module.detach() is backbone
+    build(backbone, data, adapter=FullTuning(only="bias"), targets=["image.*"])
+    with pytest.raises(UserError, match="detach"):
+        build(backbone, data)
+    backbone.detach()
+
+
+def test_a_build_that_is_refused_leaves_nothing_behind(backbone, data):
+    before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
+    for settings in (
+        {"adapter": LoRA(rank=1), "targets": ["image.0.q", "no.such.slot"]},
+        {"adapter": LoRA(rank=1), "classifier": NearestClassMean},
+        {"adapter": LoRA(rank=10_000), "targets": ["image.0.q"]},
+    ):
+        with pytest.raises(UserError):
+            build(backbone, data, **settings)
+        assert not backbone.layers()
+        assert all(torch.equal(tensor, before[name]) for name, tensor in backbone.state_dict().items())
+    build(backbone, data, classifier=TextPrompt)
+
+
+def test_a_search_needs_halves(backbone, data):
+    module = build(backbone, data, adapter=AutoLoRA(max_rank=2), targets=["image.0.q"])
+    loader = data.train_dataloader if data.setup("fit") is None else None
+    with pytest.raises(UserError, match="two halves"):
+        make_trainer(max_epochs=1).fit(module, loader())
+    module.detach()
+
+
+def test_the_same_after_a_refused_run(backbone, data):
+    """A run that ends in an error leaves features, held values and open contexts to nobody."""
+    module = build(backbone, data, adapter=LoRA(rank=1), targets=["image.0.q"])
+
+    def stop():
+        raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        fit(module, data, make_trainer(max_epochs=1, limit_val_batches=0), on_prepared=stop)
+    assert module.classifier.held is None
+    fit(module, data, make_trainer(max_epochs=1, limit_val_batches=0))
+    assert module.classifier.held is None
+    module.detach()
