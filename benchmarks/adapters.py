@@ -48,10 +48,12 @@ import torch
 import torch.nn.functional as F
 from side_by_side import (
     RESULTS,
+    clip_of,
     difference,
     interleave,
     machine,
     milliseconds,
+    our_clip,
     peak_megabytes,
     print_table,
     ratio,
@@ -76,7 +78,7 @@ from kshot.adapters import (
     SlotAdapter,
     VeRA,
 )
-from kshot.backbones import OpenClip, Timm
+from kshot.backbones import Timm
 from kshot.backbones.base import Backbone
 from kshot.slots import AdapterLayer, Projection, merge, stored_as
 
@@ -147,32 +149,30 @@ def of_timm(name: str, size: int = 224) -> Tower:
     )
 
 
-def of_open_clip(name: str) -> Tower:
-    import open_clip
-
+def of_open_clip(name: str, size: int = 224) -> Tower:
     def library() -> nn.Module:
-        clip = open_clip.create_model(name)
+        clip = clip_of(name)
         clip.visual.holder = [clip]  # so that its text tower takes the memory that it takes in ours
         return clip.visual
 
     return Tower(
         library,
-        lambda: OpenClip(name, "random"),
+        lambda: our_clip(name),
         "conv1",
         r"vit\.transformer\.resblocks\.\d+\.(attn|mlp\.(c_fc|c_proj))",
+        size,
     )
 
 
 TOWERS: dict[str, Callable[[], Tower]] = {
     "timm ViT-B/32": lambda: of_timm("vit_base_patch32_224"),
-    "timm ViT-Ti/16": lambda: of_timm("vit_tiny_patch16_224"),
     "timm test_vit": lambda: of_timm("test_vit", 160),
     "open_clip ViT-B/32": lambda: of_open_clip("ViT-B-32"),
-    "open_clip ViT-S/32-alt": lambda: of_open_clip("ViT-S-32-alt"),
+    "open_clip glyph_clip": lambda: of_open_clip("kshot:glyph_clip", 32),
 }
 TOWER_OF = {  # by part: to be measured, to be tried quickly
-    "peft": ("timm ViT-B/32", "timm ViT-Ti/16"),
-    "open_clip": ("open_clip ViT-B/32", "open_clip ViT-S/32-alt"),
+    "peft": ("timm ViT-B/32", "timm test_vit"),
+    "open_clip": ("open_clip ViT-B/32", "open_clip glyph_clip"),
 }
 
 # ------------------------------------------------------------------------------------------------ steps

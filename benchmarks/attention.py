@@ -30,13 +30,23 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from side_by_side import RESULTS, difference, interleave, machine, milliseconds, print_table, ratio, write_csv
+from side_by_side import (
+    RESULTS,
+    clip_of,
+    difference,
+    interleave,
+    machine,
+    milliseconds,
+    our_clip,
+    print_table,
+    ratio,
+    write_csv,
+)
 from torch import Tensor, nn
 
 from kshot.adapters import LoRA
-from kshot.backbones import Backbone, OpenClip, Timm
+from kshot.backbones import Backbone, Timm
 from kshot.backbones.attention import LONGEST_UNFUSED, attend
-from kshot.backbones.open_clip import resolve
 from kshot.slots import merged, stored_as
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -48,19 +58,18 @@ Tower = Callable[[Tensor], Tensor]
 Case = tuple[Tensor, Tower, Tower, Tower, list[Tensor], list[Backbone]]
 
 
-def towers_of_clip(model: str, pretrained: str | None, batch: int, text: bool) -> Case:
+def towers_of_clip(model: str, batch: int, text: bool) -> Case:
     """An image tower on images, or the transformer of a text tower on embedded prompts of full length."""
-    import open_clip
 
     def transformer(clip: nn.Module) -> Tower:
         return lambda x: clip.transformer(x, attn_mask=clip.attn_mask)
 
     torch.manual_seed(0)
-    original = open_clip.create_model(resolve(model)).eval().requires_grad_(False).to(DEVICE)
+    original = clip_of(model).to(DEVICE)
     built = []
     for adapted in (False, True):
         torch.manual_seed(0)
-        backbone = OpenClip(model, pretrained)
+        backbone = our_clip(model)
         if adapted:
             LoRA(rank=8).attach(backbone, ["text.*.[qv]" if text else "image.*.[qv]"])
         built.append(backbone.to(DEVICE))
@@ -93,15 +102,11 @@ def towers_of_timm(model: str, size: int, batch: int) -> Case:
 
 def cases(batch: int) -> dict[str, Callable[[], Case]]:
     return {
-        f"ViT-B-32 image 224, batch {batch}": lambda: towers_of_clip("ViT-B-32", "random", batch, text=False),
-        f"ViT-B-32 text 77, batch {batch}": lambda: towers_of_clip("ViT-B-32", "random", batch, text=True),
+        f"ViT-B-32 image 224, batch {batch}": lambda: towers_of_clip("ViT-B-32", batch, text=False),
+        f"ViT-B-32 text 77, batch {batch}": lambda: towers_of_clip("ViT-B-32", batch, text=True),
         f"{DINO} 112, batch {batch}": lambda: towers_of_timm(DINO, 112, batch),
-        f"glyph_clip image 32, batch {2 * batch}": lambda: towers_of_clip(
-            "kshot:glyph_clip", None, 2 * batch, text=False
-        ),
-        f"glyph_clip text 40, batch {2 * batch}": lambda: towers_of_clip(
-            "kshot:glyph_clip", None, 2 * batch, text=True
-        ),
+        f"glyph_clip image 32, batch {2 * batch}": lambda: towers_of_clip("kshot:glyph_clip", 2 * batch, text=False),
+        f"glyph_clip text 40, batch {2 * batch}": lambda: towers_of_clip("kshot:glyph_clip", 2 * batch, text=True),
     }
 
 

@@ -22,10 +22,10 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback
 from PIL import Image
-from side_by_side import RESULTS, machine, now, print_table, write_csv
+from side_by_side import RESULTS, machine, now, our_clip, print_table, write_csv
 from torch.optim import SGD
 
-from kshot.backbones import Backbone, OpenClip
+from kshot.backbones import Backbone
 from kshot.classifiers import CoOp
 from kshot.commands import settle_chatter
 from kshot.data.datamodule import FewShotDataModule
@@ -139,13 +139,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.only != "digits":
         with tempfile.TemporaryDirectory() as folder:
             generate(Path(folder), options.shots, options.size)
-            rows.append(
-                compare(f"{options.model}, folder", OpenClip(options.model, "random"), folder, options, options.epochs)
-            )
+            backbone = our_clip(options.model)
+            rows.append(compare(f"{options.model}, folder", backbone, folder, options, options.epochs))
     if options.only != "folder":
-        rows.append(
-            compare("glyph_clip, digits", OpenClip("kshot:glyph_clip"), "digits", options, options.digits_epochs)
-        )
+        backbone = our_clip("kshot:glyph_clip")
+        rows.append(compare("glyph_clip, digits", backbone, "digits", options, options.digits_epochs))
     print_table("a CoOp epoch with images encoded in every step and with cached features", rows)
     if options.only != "digits":
         value = rows[0]["ratio"]

@@ -46,10 +46,12 @@ import torch.nn.functional as F
 from feature_cache import NAMES, Clock, filling, generate
 from side_by_side import (
     RESULTS,
+    clip_of,
     difference,
     interleave,
     machine,
     now,
+    our_clip,
     peak_megabytes,
     print_table,
     ratio,
@@ -115,10 +117,8 @@ class Setting:
         straightforward: bool = True,
         features: bool = True,
     ) -> None:
-        import open_clip
-
         torch.manual_seed(0)
-        self.backbone = OpenClip(model, "random", text_memory_gb=gigabytes)
+        self.backbone = our_clip(model, gigabytes)
         task = Task(names_of(classes))
         shared = (
             partial(CoCoOp)
@@ -135,7 +135,7 @@ class Setting:
         self.optimizer = self.sgd(self.head)
         if straightforward:
             torch.manual_seed(0)  # gives open_clip's model the same weights
-            self.clip = open_clip.create_model(model).eval().requires_grad_(False)
+            self.clip = clip_of(model)
             self.context = nn.Parameter(self.head.context.detach().clone())
             self.meta_net = copy.deepcopy(getattr(self.head, "meta_net", None))
             words = " ".join(["X"] * len(self.context))
@@ -393,7 +393,7 @@ def many_step(options: argparse.Namespace) -> Row:
 
 def promptsrc(options: argparse.Namespace) -> list[Row]:
     shots, epochs = 1, 2 if options.quick else 3
-    backbone = OpenClip(options.model, "random")
+    backbone = our_clip(options.model)
     clocks: dict[bool, list[Clock]] = {False: [], True: []}
     calls: dict[bool, list[int]] = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -16,6 +16,9 @@ from pathlib import Path
 
 import torch
 
+from kshot.backbones import OpenClip
+from kshot.backbones.open_clip import resolve
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -29,6 +32,18 @@ def machine() -> str:
         found = next((line.split(":")[-1].strip() for line in lines if line.startswith("model name")), "")
         name = f"{found or platform.machine()} ({os.cpu_count()} cores)"
     return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def clip_of(model: str) -> torch.nn.Module:
+    """A model of open_clip as open_clip builds it, frozen, with random weights unless it carries its own."""
+    import open_clip
+
+    return open_clip.create_model(resolve(model)).eval().requires_grad_(False)
+
+
+def our_clip(model: str, text_memory_gb: float | None = None) -> OpenClip:
+    """The same as kshot builds it; from one seed, both get the same random weights."""
+    return OpenClip(model, None if ":" in model else "random", text_memory_gb=text_memory_gb)
 
 
 def now() -> float:

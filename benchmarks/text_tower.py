@@ -25,10 +25,12 @@ from pathlib import Path
 import torch
 from side_by_side import (
     RESULTS,
+    clip_of,
     difference,
     interleave,
     machine,
     milliseconds,
+    our_clip,
     peak_megabytes,
     print_table,
     ratio,
@@ -36,7 +38,6 @@ from side_by_side import (
 )
 from torch import Tensor
 
-from kshot.backbones import OpenClip
 from kshot.classifiers import CoOp, Task
 from kshot.files import packaged_folder
 from kshot.slots import stored_as
@@ -64,13 +65,11 @@ class Towers:
     """
 
     def __init__(self, model: str, classes: int, context: int, dtype: str) -> None:
-        import open_clip
-
         self.autocast = (lambda: torch.autocast(DEVICE, torch.bfloat16)) if dtype == "bf16" else contextlib.nullcontext
         torch.manual_seed(0)
-        self.clip = open_clip.create_model(model).eval().requires_grad_(False).to(DEVICE)
+        self.clip = clip_of(model).to(DEVICE)
         torch.manual_seed(0)
-        self.backbone = OpenClip(model, "random").to(DEVICE)
+        self.backbone = our_clip(model).to(DEVICE)
         names = class_names(classes)
         self.coop = CoOp(self.backbone, Task(names), context_length=context).to(DEVICE)
         self.tokens = self.backbone.tokenize([f"a photo of a {name}." for name in names]).to(DEVICE)

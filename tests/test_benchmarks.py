@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
-CLIP = ["--model", "ViT-S-32-alt"]  # open_clip's smallest, with random weights
+CLIP = ["--model", "kshot:glyph_clip"]
 
 
 @pytest.fixture

@@ -40,7 +40,6 @@ from kshot.classifiers.base import (
     exact,
     exact_linear,
     own_parameters,
-    take_shapes,
     title_of,
 )
 from kshot.errors import UserError
@@ -326,7 +325,9 @@ class TestEvery:
             expected = logits_of(first)
             logits_of(second)  # so that what is kept must be given up
             saved = own_state(first)
-            take_shapes(second, saved)
+            for name, tensor in own_state(second).items():
+                if tensor.ndim and not len(tensor):  # a cache takes as many rows as the file has
+                    getattr(second, name).data = torch.zeros_like(saved[name])
             missing, unexpected = second.load_state_dict(saved, strict=False)
             assert torch.equal(logits_of(second), expected)
         assert unexpected == []
@@ -546,20 +547,6 @@ class TestFunctions:
         assert title_of(CoOp(backbone, TASK)) == "CoOp"
         assert title_of(PromptSRC(backbone, TASK)) == "PromptSRC"
         assert title_of(DePT(backbone, TASK, base=partial(VPT, head=CoOp))) == "DePT (VPT (CoOp))"
-
-    def test_shapes_are_taken_only_where_there_are_no_rows(self):
-        module = torch.nn.Module()
-        module.register_buffer("sized", torch.zeros(0, dtype=torch.long))
-        module.register_buffer("fixed", torch.ones(2))
-        module.keys = torch.nn.Parameter(torch.zeros(0, 3))
-        keys = module.keys
-        saved = {"sized": torch.arange(4), "fixed": torch.zeros(5), "keys": torch.ones(4, 3)}
-        with torch.inference_mode():
-            take_shapes(module, saved)
-        assert module.keys is keys
-        assert [tuple(t.shape) for t in (module.sized, module.fixed, module.keys)] == [(4,), (2,), (4, 3)]
-        assert module.sized.dtype == torch.long
-        assert not module.keys.data.is_inference()
 
     def test_groups_of_composed_methods(self):
         average = GaussianAverage(3, 2)

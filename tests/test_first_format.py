@@ -15,7 +15,7 @@ from kshot.cli import main
 FIXTURES = Path(__file__).parent / "fixtures" / "format_1"
 EXPECTED = json.loads((FIXTURES / "expected.json").read_text())
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-REMADE = {"pranc": "distribution"}  # its basis became balanced, and is another one
+REMADE = {"pranc": "frozen basis"}  # its basis became balanced, and is another one
 WITH_LAST = ("coop", "promptsrc")
 
 

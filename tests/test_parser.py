@@ -19,7 +19,8 @@ from kshot.classifiers import Classifier, ClassifierFactory, CoOp
 from kshot.cli import main
 from kshot.config import find_config, load_word, load_yaml, read_command_line, read_config
 from kshot.errors import UserError
-from kshot.layering import check_plain, lay
+from kshot.layering import check_plain, check_stored, lay
+from kshot.module import FewShotModule
 from kshot.optim import DasslCosine, WarmupCosine, make_schedule
 from kshot.places import Place, arguments_of, imported, named, place_of
 from kshot.settings import settings
@@ -195,6 +196,18 @@ def test_nothing_deeper_runs_code(tree, capsys, here):
 def test_no_option_runs_code(option, capsys, here):
     refused(capsys, [*FIT, option])
     assert not (here / MARK).exists()
+
+
+@pytest.mark.parametrize("name", ["optimizer", "schedule", "classifier", "adapter", "targets", "head_lr"])
+def test_settings_in_a_checkpoint_run_no_code(name):
+    check_stored({"class_names": ["a"], "_class_path": "kshot.module.FewShotModule"}, FewShotModule)
+    for value in RUN_CODE.values():
+        with pytest.raises(UserError, match=name):
+            check_stored({name: value}, FewShotModule)
+    with pytest.raises(UserError, match="to be built by"):
+        check_stored({"_instantiator": "os.system"}, FewShotModule)
+    with pytest.raises(UserError, match="takes a FewShotModule"):
+        check_stored({"_class_path": "os.system", "command": TOUCH}, FewShotModule)
 
 
 def test_python_objects_are_no_yaml(capsys, here):

@@ -26,6 +26,7 @@ from kshot.places import (
     subclasses,
 )
 
+BUILDER = "lightning.pytorch.cli.instantiate_module"  # what LightningCLI writes into checkpoints
 SPEC = {"class_path", "init_args", "dict_kwargs"}  # keys of a class and its settings
 
 
@@ -100,7 +101,7 @@ def lay(place: Place, old: Any, new: Any, where: str) -> Any:
         result = [lay(several, None, each, where) for each in read]
     elif several and several.bases and (isinstance(read, dict) or word):
         result = [lay(several, None, read, where)]
-    elif several and isinstance(read, dict):
+    elif several and isinstance(read, dict) and "class_path" not in read:
         result = {key: lay(several, None, each, f"{where}.{key}") for key, each in read.items()}
     else:
         check_plain(place, read, where, word)
@@ -167,6 +168,24 @@ def what_fits(places: Places, arguments: Tree, where: str) -> Tree:
             except UserError:
                 continue
     return kept
+
+
+def check_stored(settings: Tree, kind: type) -> None:
+    """Refuses settings in a checkpoint that name what no place takes, before Lightning builds a module of them.
+
+    Args:
+        settings: a checkpoint's ``hyper_parameters``.
+        kind: of the module.
+
+    Raises:
+        UserError: names the setting.
+    """
+    builder = settings.get("_instantiator", BUILDER)
+    if builder != BUILDER:
+        raise UserError(f"The checkpoint's settings are to be built by {builder!r:.200}, and not by {BUILDER}.")
+    own = {name: value for name, value in settings.items() if not name.startswith("_")}
+    spec = {"class_path": settings.get("_class_path", public_path(kind)), "init_args": own}
+    lay(Place(bases=(kind,)), None, spec, "hyper_parameters")
 
 
 # ------------------------------------------------------------------------------------------------ what is wrong

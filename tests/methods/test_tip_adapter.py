@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kshot.adapters import LoRA
 from kshot.classifiers import Shots, Task, TextPrompt, TipAdapter, TipAdapterF, tip_adapter
-from kshot.classifiers.base import closed_form, take_shapes
+from kshot.classifiers.base import closed_form
 from kshot.errors import UserError
 from kshot.slots import merged
 
@@ -218,7 +218,8 @@ class TestTipAdapterF:
         first.fit(shots(), None)
         saved = {n: t for n, t in first.state_dict().items() if not n.startswith("backbone.")}
         assert second(torch.randn(5, 24)).shape == (5, 4)  # an empty cache: zero-shot
-        take_shapes(second, saved)
+        for name in ("keys", "values"):  # as a checkpoint does, see kshot.checkpoint
+            getattr(second, name).data = torch.zeros_like(saved[name])
         assert second.load_state_dict(saved, strict=False).unexpected_keys == []
         queries = torch.randn(5, 24)
         assert torch.equal(second(queries), first(queries))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any, NamedTuple, Protocol
@@ -259,11 +259,3 @@ def exact_linear(layer: nn.Module, x: Tensor) -> Tensor:
     """``x Wᵀ + b`` of a linear layer, in the dtype of :func:`exact` whatever autocast says."""
     with torch.autocast(x.device.type, enabled=False):
         return F.linear(*exact(x, layer.get_parameter("weight"), layer.get_parameter("bias")))
-
-
-@torch.inference_mode(False)
-def take_shapes(module: nn.Module, saved: Mapping[str, Tensor]) -> None:
-    """Gives tensors without rows, whose number follows from the training images, the shapes of saved ones."""
-    for name, tensor in module.state_dict(keep_vars=True).items():
-        if tensor.ndim and not len(tensor) and name in saved:
-            tensor.data = torch.zeros_like(saved[name], dtype=tensor.dtype, device=tensor.device)
