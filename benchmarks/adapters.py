@@ -42,7 +42,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -399,7 +399,21 @@ def run_towers(parts: Sequence[str], options: argparse.Namespace) -> None:
 
 # ------------------------------------------------------------------------------------------------ quick and plain forms
 
-SHAPES = {"qkv": (2304, 768), "o": (768, 768), "fc1": (3072, 768), "fc2": (768, 3072)}  # of a block of ViT-B
+
+class Size(NamedTuple):
+    """What the forms run on: tokens, and the layers of some transformer blocks of a width."""
+
+    tokens: int
+    blocks: int
+    width: int
+
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """(out, in) of the four matrices of a block."""
+        w = self.width
+        return {"qkv": (3 * w, w), "o": (w, w), "fc1": (4 * w, w), "fc2": (w, 4 * w)}
+
+
+VIT_B = Size(tokens=1600, blocks=12, width=768)
 
 
 @dataclass
@@ -423,12 +437,12 @@ class Form:
     frozen: Callable[[], object] | None = None
 
 
-def layers_of(adapter: SlotAdapter, blocks: int = 1) -> tuple[list[AdapterLayer], Any]:
-    """Layers on the four matrices of some blocks, which have the same random weights, and what they share."""
+def layers_of(adapter: SlotAdapter, size: Size) -> tuple[list[AdapterLayer], Any]:
+    """Layers on the four matrices of each block, which have the same random weights, and what they share."""
     torch.manual_seed(0)
-    weights = {part: torch.randn(shape, device=DEVICE) / shape[1] ** 0.5 for part, shape in SHAPES.items()}
+    weights = {part: torch.randn(shape, device=DEVICE) / shape[1] ** 0.5 for part, shape in size.shapes().items()}
     slots = {}
-    for block in range(blocks):
+    for block in range(size.blocks):
         for part, weight in weights.items():
             bias = torch.zeros(len(weight), device=DEVICE)
             slot = Projection(weight, bias, {part: len(weight)}, f"image.{block}").slot(part)
@@ -479,10 +493,10 @@ def both_ways(run: Callable[[AdapterLayer, Tensor], Tensor], layers: Sequence[Ad
     return call
 
 
-def form_of_hydralora(tokens: int, blocks: int) -> Form:  # noqa: ARG001  one block tells
+def form_of_hydralora(size: Size) -> Form:
     adapter = HydraLoRA(rank=8, heads=3)
-    layers, _ = layers_of(adapter)
-    y = {len(layer.slot.weight): torch.zeros(tokens, len(layer.slot.weight), device=DEVICE) for layer in layers}
+    layers, _ = layers_of(adapter, size._replace(blocks=1))
+    y = {len(layer.slot.weight): torch.zeros(size.tokens, len(layer.slot.weight), device=DEVICE) for layer in layers}
 
     def plain(layer: Any, x: Tensor) -> Tensor:
         omega, out = F.linear(x, layer.G).softmax(-1), y[layer.slot.out_features]
@@ -491,27 +505,27 @@ def form_of_hydralora(tokens: int, blocks: int) -> Form:  # noqa: ARG001  one bl
         return out
 
     return Form(
-        both_ways(lambda layer, x: layer(x, y[layer.slot.out_features]), layers, tokens),
-        both_ways(plain, layers, tokens),
+        both_ways(lambda layer, x: layer(x, y[layer.slot.out_features]), layers, size.tokens),
+        both_ways(plain, layers, size.tokens),
         3,
         "the change of a block's four layers; plain: a loop over heads, each with a product with A of its own",
     )
 
 
-def form_of_svft(tokens: int, blocks: int) -> Form:  # noqa: ARG001  one block tells
-    layers, _ = layers_of(SVFT())
+def form_of_svft(size: Size) -> Form:
+    layers, _ = layers_of(SVFT(), size._replace(blocks=1))
 
     def plain(layer: Any, x: Tensor) -> Tensor:
         weight = layer.u @ ((layer.s + layer.values)[:, None] * layer.vt)
         return F.linear(x, weight, layer.slot.bias)
 
     def frozen_product() -> None:
-        for layer, (x, g) in zip(layers, inputs(layers, tokens), strict=True):
+        for layer, (x, g) in zip(layers, inputs(layers, size.tokens), strict=True):
             torch.autograd.grad(F.linear(x, layer.slot.weight, layer.slot.bias), x, g)
 
     return Form(
-        both_ways(lambda layer, x: layer.slot.projection(x), layers, tokens),
-        both_ways(plain, layers, tokens),
+        both_ways(lambda layer, x: layer.slot.projection(x), layers, size.tokens),
+        both_ways(plain, layers, size.tokens),
         2,
         "all of a block's four layers; plain: the weight is put together from its three factors in every call",
         frozen=frozen_product,
@@ -537,8 +551,8 @@ def uniform(seed: int, count: int, size: int) -> Tensor:
     return torch.empty(count, size, device=DEVICE).uniform_(-1, 1, generator=generator)
 
 
-def form_of_nola(tokens: int, blocks: int) -> Form:  # noqa: ARG001  tokens meet the factors alone
-    layers, shared = layers_of(NOLA(rank=1, bases=1024), blocks)
+def form_of_nola(size: Size) -> Form:
+    layers, shared = layers_of(NOLA(rank=1, bases=1024), size)
     sides = [(p, n) for v in layers for p, n in ((v.alpha, v.slot.in_features), (v.beta, v.slot.out_features))]
     towards = [(torch.randn(v.slot.out_features, 1), torch.randn(1, v.slot.in_features)) for v in layers]
 
@@ -547,7 +561,7 @@ def form_of_nola(tokens: int, blocks: int) -> Form:  # noqa: ARG001  tokens meet
         return list(torch.autograd.grad(made, [p for p, _ in sides], [g.to(DEVICE) for pair in towards for g in pair]))
 
     def plain() -> list[Tensor]:
-        made = [Regenerated.apply(p, seed, size) for seed, (p, size) in enumerate(sides)]
+        made = [Regenerated.apply(p, seed, entries) for seed, (p, entries) in enumerate(sides)]
         flat = [g.flatten().to(DEVICE) for up, down in towards for g in (down, up)]
         return list(torch.autograd.grad(made, [p for p, _ in sides], flat))
 
@@ -559,22 +573,22 @@ def form_of_nola(tokens: int, blocks: int) -> Form:  # noqa: ARG001  tokens meet
     )
 
 
-def form_of_pranc(tokens: int, blocks: int) -> Form:  # noqa: ARG001  the weight's alone
+def form_of_pranc(size: Size) -> Form:
     count, drawn = 1000, 10
-    layers, _ = layers_of(PRANC(coefficients=count))
+    layers, _ = layers_of(PRANC(coefficients=count), size._replace(blocks=1))
     layer: Any = max(layers, key=lambda v: v.slot.weight.numel())
     gradient = torch.randn_like(layer.slot.weight)
-    size, alpha = gradient.numel(), torch.randn(count, device=DEVICE)
+    entries, alpha = gradient.numel(), torch.randn(count, device=DEVICE)
 
     @torch.no_grad()
     def quick() -> list[Tensor]:
         return [layer.build(torch.float32), *layer.pullback(gradient)]
 
     def plain() -> list[Tensor]:
-        delta = gradient.new_zeros(size)
+        delta = gradient.new_zeros(entries)
         for k in range(drawn):
-            delta.addcmul_(uniform(k, 1, size)[0], alpha[k])
-        return [delta, torch.stack([uniform(k, 1, size)[0] @ gradient.flatten() for k in range(drawn)])]
+            delta.addcmul_(uniform(k, 1, entries)[0], alpha[k])
+        return [delta, torch.stack([uniform(k, 1, entries)[0] @ gradient.flatten() for k in range(drawn)])]
 
     return Form(
         quick,
@@ -586,7 +600,7 @@ def form_of_pranc(tokens: int, blocks: int) -> Form:  # noqa: ARG001  the weight
     )
 
 
-FORMS: dict[str, Callable[[int, int], Form]] = {
+FORMS: dict[str, Callable[[Size], Form]] = {
     "NOLA, shared basis": form_of_nola,
     "HydraLoRA, grouped": form_of_hydralora,
     "SVFT, singular basis": form_of_svft,
@@ -599,7 +613,7 @@ def run_forms(options: argparse.Namespace) -> None:
     """Part ``forms``."""
     rows = []
     for name, make in FORMS.items():
-        form = make(64 if options.quick else 1600, 1 if options.quick else 12)
+        form = make(Size(64, 1, 64) if options.quick else VIT_B)
         pairs = zip(form.quick(), form.plain(), strict=True)
         apart = max(difference(a, b)[1] for a, b in pairs) if name in SAME_NUMBERS else math.nan
         calls: dict[str, Callable[[], object]] = {"quick": form.quick, "plain": form.plain}

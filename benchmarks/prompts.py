@@ -380,7 +380,7 @@ def parts_agree(model: str) -> Row:
 
 def many_step(options: argparse.Namespace) -> Row:
     """A step over very many prompts."""
-    classes, images, gigabytes = (10, 4, 0.02) if options.quick else (1000, 32, 3.0)
+    classes, images, gigabytes = (10, 8, 0.02) if options.quick else (1000, 32, 3.0)
     found = measured(options, "many", classes=classes, images=images, gigabytes=gigabytes)
     assert math.isfinite(found["loss"])
     base = filled(part="many", case="CoCoOp step in parts", classes=classes, images=images, dtype="float32", rounds=1)

@@ -3,11 +3,13 @@
 import pytest
 import torch
 import towers
-from cases import loss_of, merged, perturb, trained
+from cases import loss_of, merged, perturb, plain, trained
+from test_layouts import check_library, check_untouched, library_of
 from towers import LAYOUTS
 
 from kshot.adapters import FullTuning, LoRA
 from kshot.errors import UserError
+from kshot.slots import merge
 
 
 class TestFullTuning:
@@ -89,6 +91,46 @@ class TestFullTuning:
         with backbone.unadapted():
             assert torch.equal(merged(backbone, "image"), before)
         assert torch.equal(merged(backbone, "image"), after)
+
+    @pytest.mark.parametrize("path", ["factorised", "materialised"])
+    def test_a_weight_and_its_adapter_train_together(self, path):
+        """Each gets the gradient that one dense weight gives."""
+        backbone, key = towers.backbone().double(), "image.transformer.resblocks.0.mlp.c_fc.weight"
+        LoRA(rank=2, path=path).attach(backbone, ["image.0.fc1"])
+        FullTuning().attach(backbone, [key])
+        backbone.double()
+        perturb(backbone)
+        loss_of(backbone.train(), "image").backward()
+        found = [p.grad.clone() for p in backbone.trainable("image")]
+        merge(backbone, keep=False)
+        weight = dict(backbone.named_tower_parameters())[key].requires_grad_()
+        loss_of(backbone, "image").backward()
+        assert len(found) == 3
+        assert towers.relative(found[0], weight.grad) <= 1e-6  # the loss is float32
+
+    def test_several_attachments_keep_the_first_values(self):
+        fresh, backbone = towers.backbone(), towers.backbone()
+        for only in ("norm", "bias"):
+            FullTuning(only=only).attach(backbone, ["image.*"])
+            perturb(backbone)
+        assert any(n.endswith("ln_1.weight") for n in trained(backbone))
+        assert any(n.endswith("c_fc.bias") for n in trained(backbone))
+        with torch.inference_mode(), backbone.unadapted():
+            assert torch.equal(plain(backbone, "image"), plain(fresh, "image"))
+        backbone.detach()
+        check_untouched(backbone, fresh)
+
+    @pytest.mark.parametrize("name", ["clip", "clip_custom_all", "vit", "eva02", "vit_dinov3_bias"])
+    def test_merging_for_good_leaves_the_librarys_own_model(self, name):
+        backbone = towers.backbone(name)
+        FullTuning().attach(backbone, ["image.*"])
+        perturb(backbone)
+        expected, library = plain(backbone, "image"), towers.original(name)
+        merge(backbone, keep=False)
+        assert trained(backbone) == {}
+        check_library(backbone, name, library)
+        assert towers.relative(plain(backbone, "image"), expected) <= 1e-6
+        library.load_state_dict(library_of(backbone).state_dict(), strict=True)
 
     def test_a_pattern_without_match(self):
         with pytest.raises(UserError, match=r"'image\.0\.q' matches none") as error:

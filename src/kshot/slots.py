@@ -359,7 +359,8 @@ def merged(model: nn.Module) -> Iterator[None]:
     other holders hold, such as the class features of a text classifier. Weights are not to be written inside. Frozen
     ones stay as they are, to the bit.
     """
-    holders = [m for m in reversed(list(model.modules())) if isinstance(m, Holder)]  # parts before what is made of them
+    holders = [module for module in model.modules() if isinstance(module, Holder)]
+    holders.sort(key=lambda holder: sum(1 for _ in holder.modules()))  # parts before what is made of them
     before = [holder.held for holder in holders]
     try:
         with torch.inference_mode(False), torch.no_grad():

@@ -138,10 +138,13 @@ class Backbone(nn.Module, ABC):
     def unfreeze(self, names: Sequence[str]) -> None:
         """Lets some of the towers' own parameters train, and keeps the values that they start from."""
         named = dict(self.named_tower_parameters())
-        self.initial_values = nn.Module()
+        if self.initial_values is None:
+            self.initial_values = nn.Module()
+        kept = dict(self.initial_values.named_buffers())
         for name in names:
             named[name].requires_grad_(True)
-            self.initial_values.register_buffer(key_of(name), named[name].detach().clone(), persistent=False)
+            if key_of(name) not in kept:
+                self.initial_values.register_buffer(key_of(name), named[name].detach().clone(), persistent=False)
 
     @contextmanager
     def unadapted(self) -> Iterator[None]:
