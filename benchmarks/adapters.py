@@ -80,7 +80,8 @@ from kshot.adapters import (
 )
 from kshot.backbones import Timm
 from kshot.backbones.base import Backbone
-from kshot.slots import AdapterLayer, Projection, merge, stored_as
+from kshot.holding import stored_as
+from kshot.slots import AdapterLayer, Projection, merge
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"

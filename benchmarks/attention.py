@@ -47,7 +47,7 @@ from torch import Tensor, nn
 from kshot.adapters import LoRA
 from kshot.backbones import Backbone, Timm
 from kshot.backbones.attention import LONGEST_UNFUSED, attend
-from kshot.slots import merged, stored_as
+from kshot.holding import merged, stored_as
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -66,8 +66,8 @@ from kshot.classifiers import CoCoOp, CoOp, PromptSRC, Task
 from kshot.commands import settle_chatter
 from kshot.data.datamodule import FewShotDataModule
 from kshot.data.images import CropFlip
+from kshot.holding import stored_as
 from kshot.run import build, fit, make_trainer
-from kshot.slots import stored_as
 
 PARTS = ("coop", "cocoop", "promptsrc", "memory", "many")
 AGREE = 1e-5

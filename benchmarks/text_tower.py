@@ -40,7 +40,7 @@ from torch import Tensor
 
 from kshot.classifiers import CoOp, Task
 from kshot.files import packaged_folder
-from kshot.slots import stored_as
+from kshot.holding import stored_as
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

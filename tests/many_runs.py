@@ -101,8 +101,8 @@ def all_in_one() -> dict[str, Any]:
     for name, settings in cases().items():
         found[name] = figures(backbone, data, settings, store)
         after = backbone.state_dict()
-        found[name]["untouched"] = before.keys() == after.keys() and all(torch.equal(after[n], before[n]) for n in before)
-        found[name]["untouched"] &= not any(p.requires_grad for p in backbone.parameters())
+        same = before.keys() == after.keys() and all(torch.equal(after[n], before[n]) for n in before)
+        found[name]["untouched"] = same and not any(p.requires_grad for p in backbone.parameters())
     return found
 
 

@@ -1,7 +1,7 @@
 """Fits five methods on as many processes as torchrun starts, and writes what rank 0 found.
 
-``torchrun --nproc_per_node 2 tests/several_devices.py OUT.pt``, or with plain ``python`` for one process with the doubled
-batch: {method: {"tuned": tensors, "figures": ..., "counts": ..., "ranks": ..., "steps": ...}}.
+``torchrun --nproc_per_node 2 tests/several_devices.py OUT.pt``, or with plain ``python`` for one process with the
+doubled batch: {method: {"tuned": tensors, "figures": ..., "counts": ..., "ranks": ..., "steps": ...}}.
 """
 
 from __future__ import annotations
@@ -54,8 +54,15 @@ def run(settings: dict[str, Any], processes: int) -> dict[str, Any]:
     tested = evaluate(module, data, trainer)
     state = {name: tensor.detach().clone() for name, tensor in module.tuned_state().items()}
     ranks = {name: rank for shared in module.shared for name, rank in shared.ranks(module.layers).items()}
-    moved = max(float((state[name].double() - tensor.double()).abs().max()) for name, tensor in before.items() if tensor.is_floating_point())
-    return {"moved": moved, "tuned": state, "figures": tested.sets["test"], "counts": tested.counts, "ranks": ranks, "steps": steps}
+    floating = {name: tensor for name, tensor in before.items() if tensor.is_floating_point()}
+    return {
+        "moved": max(float((state[name] - tensor).abs().max()) for name, tensor in floating.items()),
+        "tuned": state,
+        "figures": tested.sets["test"],
+        "counts": tested.counts,
+        "ranks": ranks,
+        "steps": steps,
+    }
 
 
 def main() -> None:

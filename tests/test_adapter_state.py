@@ -12,6 +12,7 @@ from cases import (
     SLOT_CASES,
     adapted,
     attach,
+    check_untouched,
     each_first_case,
     loss_of,
     merged,
@@ -19,9 +20,8 @@ from cases import (
     plain,
     trained,
 )
-from test_layouts import check_untouched
 
-from kshot import slots
+from kshot import holding, slots
 from kshot.backbones import Backbone
 
 LABELS = [*FIRST_CASES, "svft_svd", "nola_layer", "pranc_hashes", "fulltuning"]
@@ -87,7 +87,7 @@ def test_the_next_pass_is_right_after_every_way_to_write(label):
     for how in ("data", "data in place", "vector", "load", "load, assigned", "optimizer", "copied", "pickled"):
         backbone = adapted(label, targets=("image.*",))
         assert all(torch.equal(a, b) for a, b in zip(everything(backbone), first, strict=True)), "two are alike"
-        with slots.merged(backbone):
+        with holding.merged(backbone):
             again = write(backbone, values, how) if how in ("copied", "pickled") else backbone
         if again is backbone:
             write(backbone, values, how)
@@ -189,7 +189,7 @@ class TestPrecision:
             assert given.dtype == exact.dtype == dtype
             assert towers.relative(given, exact) <= (1e-12 if dtype == torch.float64 else 0.08)
         if all(layer.mergeable for layer in backbone.layers().values()):
-            with slots.merged(backbone):
+            with holding.merged(backbone):
                 assert {p.held.dtype for p in slots.projections_of(backbone)} == {dtype}
             slots.merge(backbone, keep=False)
             assert {p.dtype for p in backbone.parameters()} == {dtype}

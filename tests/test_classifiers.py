@@ -43,7 +43,7 @@ from kshot.classifiers.base import (
     title_of,
 )
 from kshot.errors import UserError
-from kshot.slots import merged
+from kshot.holding import merged
 
 NAMES = ("cat", "dog", "yellow bird", "x", "very small old car", "tree", "sea horse", "house", "pen", "cup")
 TASK = Task(NAMES[:4])

@@ -55,7 +55,8 @@ def test_the_tour_names_what_exists():
     assert len(names) > 20
     for name in names:
         assert pkgutil.resolve_name(name) is not None
-    assert {f for f in re.findall(r"\b(\w+\.py)\b", text)} <= {p.name for p in [*(ROOT / "src").rglob("*.py"), ROOT / "main.py"]}
+    files = {p.name for p in [*(ROOT / "src").rglob("*.py"), ROOT / "main.py"]}
+    assert set(re.findall(r"\b(\w+\.py)\b", text)) <= files
     for method in re.findall(r"`([a-z]+_[a-z_]+)`", text):
         assert any(f"def {method}(" in p.read_text() for p in (ROOT / "src").rglob("*.py")), method
     assert len(text.split("Without the command line")[0].splitlines()) <= 50, "one screen"

@@ -100,7 +100,8 @@ def test_test_sets_run_merged_and_leave_nothing_held(backbone, data, monkeypatch
     step = type(module).test_step
 
     def watched(self, *given):
-        seen.append((self.classifier.held is not None, all(p.held is not None for p in projections_of(self) if p.adapters)))
+        adapted = [p for p in projections_of(self) if p.adapters]
+        seen.append((self.classifier.held is not None, all(p.held is not None for p in adapted)))
         return step(self, *given)
 
     monkeypatch.setattr(type(module), "test_step", watched)

@@ -1,4 +1,4 @@
-"""Files of the first format, written before the house was rebuilt, give what they gave; the fixtures are never renewed."""
+"""Files of the first format give what they gave when they were written; the fixtures are never renewed."""
 
 import csv
 import json
@@ -50,7 +50,8 @@ def test_the_file_to_resume_from_is_measured_and_not_resumed(name, scans, tmp_pa
     for row, expected in zip(csv.DictReader(out.open()), EXPECTED[name]["probabilities"], strict=True):
         found = {row[f"label_{i}"]: float(row[f"probability_{i}"]) for i in range(1, 11)}
         assert [found[c] for c in NAMES] == pytest.approx(expected, abs=2e-5)
-    assert "has format 1, and this version resumes from format 2" in refused(capsys, arguments("fit", name, tmp_path, "ckpt"))
+    line = refused(capsys, arguments("fit", name, tmp_path, "ckpt"))
+    assert "has format 1, and this version resumes from format 2" in line
 
 
 @pytest.mark.parametrize(("name", "why"), REMADE.items())

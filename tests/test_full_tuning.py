@@ -3,8 +3,7 @@
 import pytest
 import torch
 import towers
-from cases import loss_of, merged, perturb, plain, trained
-from test_layouts import check_library, check_untouched, library_of
+from cases import check_library, check_untouched, library_of, loss_of, merged, perturb, plain, trained
 from towers import LAYOUTS
 
 from kshot.adapters import FullTuning, LoRA

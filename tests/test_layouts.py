@@ -3,7 +3,21 @@
 import pytest
 import torch
 import towers
-from cases import FIRST_CASES, SLOT_CASES, adapted, attach, layers_of, loss_of, merged, perturb, plain, trained
+from cases import (
+    FIRST_CASES,
+    SLOT_CASES,
+    adapted,
+    attach,
+    check_library,
+    check_untouched,
+    layers_of,
+    library_of,
+    loss_of,
+    merged,
+    perturb,
+    plain,
+    trained,
+)
 from towers import LAYOUTS
 
 from kshot.backbones import Backbone
@@ -168,39 +182,6 @@ class TestEveryLayout:
         if len(backbone.projections(tower)):
             attach(label, backbone)  # and takes the next method
             assert layers_of(backbone)
-
-
-def library_of(backbone: Backbone) -> torch.nn.Module:
-    """The library's model inside a backbone."""
-    return backbone.clip if hasattr(backbone, "clip") else backbone.vit
-
-
-def check_library(backbone: Backbone, name: str, original: torch.nn.Module) -> None:
-    """The modules, parameters and buffers are those of the library."""
-    mine = library_of(backbone)
-    for what in ("named_modules", "named_parameters", "named_buffers"):
-        found, wanted = (dict(getattr(model, what)()) for model in (mine, original))
-        assert found.keys() == wanted.keys(), what
-        if what == "named_modules":
-            assert [n for n, m in found.items() if not issubclass(type(wanted[n]), type(m))] == []
-        else:
-            assert {n: t.dtype for n, t in found.items()} == {n: t.dtype for n, t in wanted.items()}
-
-
-def check_untouched(backbone: Backbone, fresh: Backbone) -> None:
-    """Nothing tells one backbone from another that nothing was ever attached to."""
-    for what in ("named_modules", "named_parameters", "named_buffers", "state_dict"):
-        found, wanted = (dict(getattr(model, what)()) for model in (backbone, fresh))
-        assert list(found) == list(wanted), what
-    assert all(
-        torch.equal(a, b) for a, b in zip(backbone.state_dict().values(), fresh.state_dict().values(), strict=True)
-    )
-    assert all(torch.equal(a, b) for a, b in zip(backbone.buffers(), fresh.buffers(), strict=True))
-    assert not any(p.requires_grad or p.grad is not None for p in backbone.parameters())
-    assert all(a.training == b.training for a, b in zip(backbone.modules(), fresh.modules(), strict=True))
-    for a, b in zip(backbone.modules(), fresh.modules(), strict=True):
-        left = {n for n, v in vars(a).items() if v is not None} - {n for n, v in vars(b).items() if v is not None}
-        assert left <= {"chunks"}, "but for how many parts the last prompts were encoded in"
 
 
 def without_adapters(backbone: Backbone) -> torch.nn.Module:

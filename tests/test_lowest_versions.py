@@ -1,4 +1,4 @@
-"""The lowest versions that pyproject.toml allows run the README's first command; installed anew, so marked ``lowest``."""
+"""The lowest versions that pyproject.toml allows run the README's first command (``-m lowest``: gigabytes)."""
 
 import re
 import subprocess

@@ -54,16 +54,15 @@ class TestGroups:
     @pytest.mark.parametrize("head", HEADS)
     def test_a_head_rate_concerns_the_classifier_but_for_prompts_in_the_image_tower(self, head):
         sgd = partial(torch.optim.SGD, lr=2e-3)
-        rates = rates_of(
-            module_of(HEADS[head], adapter=LoRA(rank=1), targets=["*.q"], optimizer=sgd, head_lr=1e-2)
-        )
+        rates = rates_of(module_of(HEADS[head], adapter=LoRA(rank=1), targets=["*.q"], optimizer=sgd, head_lr=1e-2))
         for name, rate in rates.items():
             expected = 2e-3 if ".adapters." in name or name.endswith("image_prompts") else 1e-2
             expected *= 6.5 if name.removeprefix("classifier.") in CAT and head.startswith("DePT") else 1
             assert rate == pytest.approx(expected), name
 
     def test_a_step_moves_tensors_by_their_rates(self):
-        module = module_of(partial(DePT, base=HEADS["CoOp"], rate_factor=4.0), optimizer=partial(torch.optim.SGD, lr=0.1))
+        dept = partial(DePT, base=HEADS["CoOp"], rate_factor=4.0)
+        module = module_of(dept, optimizer=partial(torch.optim.SGD, lr=0.1))
         features = torch.randn(5, module.backbone.feature_dim)
         sum(module.classifier.losses(features, torch.tensor([0, 1, 2, 3, 0])).values()).backward()
         before = {name: p.detach().clone() for name, p in module.trained().items()}
@@ -123,7 +122,8 @@ class TestOrder:
                 for name, value in vars(part).items():
                     if name in ("_modules", "_parameters", "_buffers") or name.startswith("__"):
                         continue
-                    held = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
+                    held = list(value.values()) if isinstance(value, dict) else value
+                    held = held if isinstance(held, list | tuple) else [held]
                     assert not any(isinstance(v, torch.nn.Module) for v in held), f"{type(part).__name__}.{name}"
 
 
@@ -132,17 +132,18 @@ def logits(module) -> torch.Tensor:
         return module(towers.images(module.backbone))
 
 
-class TestExplicitState:
-    CASES = {
-        "LoRA": {"adapter": LoRA(rank=2), "targets": ["*.[qv]"]},
-        "full": {"adapter": FullTuning(), "targets": ["*"]},
-        "CoOp": {"head": HEADS["CoOp"]},
-        "PromptSRC": {"head": HEADS["PromptSRC"]},
-    }
+CASES = {
+    "LoRA": {"adapter": LoRA(rank=2), "targets": ["*.[qv]"]},
+    "full": {"adapter": FullTuning(), "targets": ["*"]},
+    "CoOp": {"head": HEADS["CoOp"]},
+    "PromptSRC": {"head": HEADS["PromptSRC"]},
+}
 
+
+class TestExplicitState:
     @pytest.mark.parametrize("case", CASES)
     def test_the_next_forward_pass_sees_every_write(self, case):
-        module = module_of(**self.CASES[case]).eval()
+        module = module_of(**CASES[case]).eval()
         plain = logits(module)
         vector = parameters_to_vector(module.trained().values()).detach()
         moved = vector + 0.1 * torch.randn(vector.shape, generator=torch.Generator().manual_seed(1))
@@ -175,9 +176,9 @@ class TestExplicitState:
     def test_detach_gives_the_backbone_back(self):
         backbone = towers.backbone()
         before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
-        for settings in self.CASES.values():
-            settings = dict(settings)
-            module = FewShotModule(backbone, settings.pop("head", TextPrompt), NAMES, **settings)
+        for case in CASES.values():
+            settings = {"classifier": TextPrompt} | {"classifier" if k == "head" else k: v for k, v in case.items()}
+            module = FewShotModule(backbone, class_names=NAMES, **settings)
             for parameter in module.trained().values():
                 parameter.data.add_(0.1)
             assert module.detach() is backbone

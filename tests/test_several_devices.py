@@ -34,7 +34,8 @@ def torchrun(*command: object) -> list[str]:
 
 
 def ran(command: list[str], **options) -> subprocess.CompletedProcess:
-    done = subprocess.run(command, capture_output=True, text=True, env=ALONE | {"OMP_NUM_THREADS": "1"}, timeout=240, **options)
+    env = ALONE | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=240, **options)
     assert done.returncode == 0, done.stderr[-3000:]
     return done
 
@@ -87,7 +88,9 @@ class Two:
     world_size = 2
 
 
-@pytest.mark.parametrize("settings", [{"adapter": AutoLoRA(max_rank=2), "targets": ["image.0.q"]}, {"classifier": NearestClassMean}])
+@pytest.mark.parametrize(
+    "settings", [{"adapter": AutoLoRA(max_rank=2), "targets": ["image.0.q"]}, {"classifier": NearestClassMean}]
+)
 def test_what_several_devices_cannot_share_is_refused(settings):
     module = build(OpenClip("kshot:glyph_clip"), FewShotDataModule("digits", shots=2), **settings)
     with pytest.raises(UserError, match=r"--trainer\.devices 1") as error:

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from kshot.errors import UserError
+from kshot.holding import merged, stored_as
 from kshot.layers import FullRankLayer, LowRankLayer
 from kshot.products import Factors
-from kshot.slots import AdapterLayer, Projection, adapters_off, merge, merged, stored_as, unmerge
+from kshot.slots import AdapterLayer, Projection, adapters_off, merge, unmerge
 
 PARTS = {"q": 4, "k": 4, "v": 6}
 

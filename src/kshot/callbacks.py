@@ -17,8 +17,8 @@ from torch import Tensor
 
 from kshot.classifiers.base import GaussianAverage, TextClassifier
 from kshot.errors import UserError
+from kshot.holding import merged, stored_as
 from kshot.prepare import choose, low_precision, prepare
-from kshot.slots import merged, stored_as
 
 Module = Any  # a Module, which imports this file
 

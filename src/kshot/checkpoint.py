@@ -144,7 +144,9 @@ def check_resumable(checkpoint: Mapping[str, Any], path: Any) -> None:
         raise UserError(f"{path} holds weights only; to resume, give checkpoints/last.ckpt of a run.")
     written = checkpoint.get(HEADER, {}).get("format", 1)
     if written != FORMAT:
-        raise UserError(f"{path} has format {written}, and this version resumes from format {FORMAT}: it can be tested.")
+        raise UserError(
+            f"{path} has format {written}, and this version resumes from format {FORMAT}: it can be tested."
+        )
 
 
 def from_first_format(checkpoint: dict[str, Any], classifier: Classifier) -> None:

@@ -17,7 +17,7 @@ from kshot.classifiers.base import Task, cosine_logits
 from kshot.classifiers.zero_shot import Sentences
 from kshot.data.parts import Batch
 from kshot.data.protocols import TestSet
-from kshot.slots import merged
+from kshot.holding import merged
 
 Module = Any  # a Module, which imports this file
 

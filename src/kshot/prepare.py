@@ -15,8 +15,8 @@ from kshot.classifiers.base import closed_form
 from kshot.data.parts import Batch
 from kshot.errors import UserError
 from kshot.features import encoded, keep_features, place, untouched_shots
+from kshot.holding import merged
 from kshot.optim import make_schedule
-from kshot.slots import merged
 
 Module = Any  # a FewShotModule, which imports this file
 Data = Any  # a FewShotDataModule, or None

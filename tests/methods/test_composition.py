@@ -10,7 +10,7 @@ from plain_prompts import TASK, disturb, encode, teacher_of, trained
 
 from kshot.adapters import FullTuning
 from kshot.classifiers import VPT, Classifier, CoCoOp, CoOp, DePT, KgCoOp, MaPLe, PromptSRC
-from kshot.slots import merged
+from kshot.holding import merged
 
 SENTENCES = ("a photo of a {}.", "{} in the rain")
 PROMPTS = {

@@ -19,7 +19,7 @@ from kshot.adapters.nola import pack, unpack
 from kshot.adapters.random_basis import basis
 from kshot.checkpoint import read_tensors, write_tensors
 from kshot.errors import UserError
-from kshot.slots import merged
+from kshot.holding import merged
 
 SMALL = {"bases": 16, "rank": 3}
 OWNERS = ["shared", "layer"]

@@ -12,7 +12,7 @@ from reference_tower import trained_numbers
 from kshot.adapters import PRANC, pranc
 from kshot.adapters.pranc import Combination, DenseLayer
 from kshot.adapters.random_basis import basis, words
-from kshot.slots import merged
+from kshot.holding import merged
 
 DENSE = ["uniform", "normal", "sign"]
 VARIANTS = {

@@ -15,7 +15,8 @@ from reference_tower import BLOCK, trained_numbers
 from kshot.adapters import RandLoRA, random_basis
 from kshot.adapters.randlora import Rows, ScaledBasis, scaled
 from kshot.errors import UserError
-from kshot.slots import Projection, stored_as
+from kshot.holding import stored_as
+from kshot.slots import Projection
 
 
 def peft_pair(adapter):

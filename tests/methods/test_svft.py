@@ -13,7 +13,8 @@ from kshot.adapters import SVFT, svft
 from kshot.adapters.svd import SVD, same, svd_of
 from kshot.adapters.svft import Band, Positions, SingularProduct
 from kshot.errors import UserError
-from kshot.slots import Projection, merged, stored_as
+from kshot.holding import merged, stored_as
+from kshot.slots import Projection
 
 SQUARE = "image.0.o"
 PATTERNS = {

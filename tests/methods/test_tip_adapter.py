@@ -12,7 +12,7 @@ from kshot.adapters import LoRA
 from kshot.classifiers import Shots, Task, TextPrompt, TipAdapter, TipAdapterF, tip_adapter
 from kshot.classifiers.base import closed_form
 from kshot.errors import UserError
-from kshot.slots import merged
+from kshot.holding import merged
 
 NAMES = ("cat", "dog", "yellow bird", "very small old car")
 TASK = Task(NAMES)

@@ -15,8 +15,9 @@ from torch.autograd.function import once_differentiable
 
 from kshot.adapters.base import Shared, SlotAdapter, require_rank
 from kshot.adapters.random_basis import basis, describe, require_memory, values
+from kshot.holding import Castable
 from kshot.layers import FullRankLayer, weight_pass
-from kshot.slots import Castable, Slot
+from kshot.slots import Slot
 
 Entries = Literal["uniform", "normal", "ternary"]
 Vector = Literal["gamma", "lambda"]

@@ -16,8 +16,9 @@ from kshot.adapters.base import SlotAdapter, generator_for
 from kshot.adapters.random_basis import words
 from kshot.adapters.svd import SVD, SingularPairs, fingerprint, relative_gap, svd_of
 from kshot.errors import UserError
+from kshot.holding import Castable
 from kshot.layers import FullRankLayer
-from kshot.slots import Castable, Change, Slot
+from kshot.slots import Change, Slot
 
 SMALLEST_GAP = 1e-6  # of neighbouring singular values, relative to the largest: closer pairs may turn into each other
 

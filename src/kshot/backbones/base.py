@@ -184,7 +184,7 @@ class Backbone(nn.Module, ABC):
         self.eval()
 
     def restore_library(self) -> None:
-        """Puts the library's own modules back where projections took their place; no slot is left, and nothing trains."""
+        """Puts the library's own modules back where projections took their place; nothing is attached any more."""
         self.shared = nn.ModuleList()
         self.initial_values = None
         self.requires_grad_(False)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from kshot.backbones.base import Backbone
 from kshot.backbones.language import VisionLanguageBackbone
 from kshot.errors import UserError
-from kshot.slots import Holder
+from kshot.holding import Holder
 from kshot.templates import DEFAULT_TEMPLATE
 
 
@@ -55,12 +55,14 @@ class Classifier(nn.Module, ABC):
     Attributes:
         backbone: shared with the classifiers inside, if there are any.
         task: the classes that it serves now.
+        bound: why it cannot serve other classes; empty where it can.
         needs: what a run must give: ``shots`` (:meth:`fit` is to be called before training), ``val`` (something is
             chosen by validation shots, in :meth:`fit` or :meth:`select`), ``teacher`` (:meth:`losses` wants image
             features of the untouched backbone).
     """
 
     needs: frozenset[str] = frozenset()
+    bound: str = "it was built for its training classes"
 
     def __init__(self, backbone: Backbone, task: Task) -> None:
         super().__init__()
@@ -88,8 +90,6 @@ class Classifier(nn.Module, ABC):
     def set_class_names(self, class_names: Sequence[str], templates: Sequence[str] | None = None) -> None:
         """Serves other classes from now on: the one entry to base-to-new, cross-data-set and domain evaluation.
 
-        By default a classifier is bound to the classes that it was built for.
-
         Args:
             class_names: in label order.
             templates: of their data set; None keeps the present ones.
@@ -97,16 +97,13 @@ class Classifier(nn.Module, ABC):
         Raises:
             UserError: what was learnt is bound to the training classes, or a prompt does not fit.
         """
-        self.refuse_other_classes(class_names, "it was built for its training classes")
-        self.task = Task(self.task.class_names, tuple(templates or self.task.templates))
-
-    def refuse_other_classes(self, class_names: Sequence[str], reason: str) -> None:
-        """Raises UserError, with the reason, unless these are the present classes."""
-        if tuple(class_names) != self.task.class_names:
+        task = Task(tuple(class_names), tuple(templates or self.task.templates))
+        if self.bound and task.class_names != self.task.class_names:
             raise UserError(
                 f"{type(self).__name__} cannot serve classes that it was not trained on "
-                f"({', '.join(list(class_names)[:3])}, ...): {reason}."
+                f"({', '.join(task.class_names[:3])}, ...): {self.bound}."
             )
+        self.task = task
 
     def param_groups(self) -> list[dict[str, Any]]:
         """What trains of the classifier's own, in groups for an optimizer, and how.
@@ -133,9 +130,7 @@ class Classifier(nn.Module, ABC):
 class ClassifierFactory(Protocol):
     """What a YAML gives: a classifier but for its run-time arguments."""
 
-    def __call__(self, backbone: Backbone, task: Task) -> Classifier:
-        """Builds the classifier for one backbone and task."""
-        ...
+    def __call__(self, backbone: Backbone, task: Task) -> Classifier: ...
 
 
 def own_parameters(classifier: Classifier) -> list[nn.Parameter]:
@@ -157,13 +152,9 @@ def title_of(classifier: Classifier) -> str:
 
 @dataclass(frozen=True)
 class GaussianAverage:
-    """``Σ_e w_e θ_e / Σ_e w_e`` with ``w_e = exp(-(e - μ)² / 2σ²)`` over the epochs e that were run.
+    """``Σ_e w_e θ_e / Σ_e w_e`` with ``w_e = exp(-(e - mean)² / 2 std²)`` over the epochs e that were run, from 1.
 
     PromptSRC's aggregation (arXiv:2307.06948, equation 9).
-
-    Attributes:
-        mean: μ, an epoch counted from 1.
-        std: σ, in epochs.
     """
 
     mean: float
@@ -182,6 +173,7 @@ class TextClassifier(Classifier, Holder):
     """
 
     backbone: VisionLanguageBackbone
+    bound = ""
 
     @abstractmethod
     def encode(self) -> Tensor:
@@ -217,7 +209,8 @@ class TextClassifier(Classifier, Holder):
     @torch.inference_mode(False)  # what depends on class names may stand in the graph of a later step
     @torch.no_grad()
     def set_class_names(self, class_names: Sequence[str], templates: Sequence[str] | None = None) -> None:
-        before, self.task = self.task, Task(tuple(class_names), tuple(templates or self.task.templates))
+        before = self.task
+        super().set_class_names(class_names, templates)
         try:
             self.prepare_classes()
         except UserError:
@@ -231,16 +224,19 @@ class TextClassifier(Classifier, Holder):
         """Builds what depends on the class names of :attr:`task`."""
 
 
+def require(who: str, name: str, value: object, holds: bool, what: str) -> None:
+    """Raises UserError unless a setting holds; ``what`` completes "ratio is 2, and must ..."."""
+    if not holds:
+        raise UserError(f"{who}: {name} is {value!r}, and must {what}.")
+
+
 def cosine_logits(features: Tensor, prototypes: Tensor, scale: Tensor | float) -> Tensor:
-    """Scaled cosine similarities, in float32 or double precision.
+    """Scaled cosine similarities, (B, C), in float32 or double precision.
 
     Args:
         features: (B, D).
         prototypes: (C, D), or (B, C, D) where they differ by image.
         scale: inverse temperature.
-
-    Returns:
-        (B, C).
     """
     features, prototypes = (F.normalize(x, dim=-1) for x in exact(features, prototypes))
     with torch.autocast(features.device.type, enabled=False):

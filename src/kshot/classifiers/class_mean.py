@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,14 +14,13 @@ class NearestClassMean(Classifier):
     """Compares an image with the normalised mean of each class's normalised training features.
 
     Args:
-        backbone: any.
-        task: for the number of classes.
         scale: inverse temperature of the logits; in closed form it decides confidence, not the class.
         trainable: the means are the start of a cosine head, which gradient steps train together with an adapter.
     """
 
     means: Tensor
     needs = frozenset({"shots"})
+    bound = "its means are those of the training classes"
 
     @torch.inference_mode(False)
     def __init__(self, backbone: Backbone, task: Task, scale: float = 20.0, trainable: bool = False) -> None:
@@ -37,10 +34,6 @@ class NearestClassMean(Classifier):
 
     def forward(self, features: Tensor) -> Tensor:
         return cosine_logits(features, self.means, self.scale)
-
-    def set_class_names(self, class_names: Sequence[str], templates: Sequence[str] | None = None) -> None:
-        self.refuse_other_classes(class_names, "its means are those of the training classes")
-        super().set_class_names(class_names, templates)
 
     @torch.no_grad()
     def fit(self, train: Shots, val: Shots | None) -> None:  # noqa: ARG002  nothing to choose

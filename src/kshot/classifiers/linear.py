@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,10 +14,10 @@ class LinearProbe(Classifier):
     """``z = W f + b``, trained by the run's optimizer (Radford et al. 2021, appendix A.3, use L-BFGS).
 
     Args:
-        backbone: any.
-        task: for the number of classes.
         normalize: scale features to unit length, times the square root of their width, before the product.
     """
+
+    bound = "its layer has one row of weights for each training class"
 
     @torch.inference_mode(False)
     def __init__(self, backbone: Backbone, task: Task, normalize: bool = True) -> None:
@@ -34,7 +32,3 @@ class LinearProbe(Classifier):
         if self.normalize:
             features = F.normalize(features, dim=-1) * features.shape[-1] ** 0.5
         return exact_linear(self.head, features)
-
-    def set_class_names(self, class_names: Sequence[str], templates: Sequence[str] | None = None) -> None:
-        self.refuse_other_classes(class_names, "its layer has one row of weights for each training class")
-        super().set_class_names(class_names, templates)

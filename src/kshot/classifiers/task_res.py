@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from kshot.backbones.base import Backbone
-from kshot.classifiers.base import Task
+from kshot.classifiers.base import Task, require
 from kshot.classifiers.zero_shot import TextPrompt
-from kshot.errors import UserError
 
 
 class TaskRes(TextPrompt):
@@ -21,8 +20,6 @@ class TaskRes(TextPrompt):
     the mean of these; what ``a x_c`` changes is normalised afterwards.
 
     Args:
-        backbone: must have a text tower.
-        task: its class names and, unless overridden, its templates.
         scale: a.
         templates: as :class:`TextPrompt`.
 
@@ -31,20 +28,16 @@ class TaskRes(TextPrompt):
     """
 
     unit_length = False
+    bound = "its residuals belong to the training classes"
 
     @torch.inference_mode(False)
     def __init__(
         self, backbone: Backbone, task: Task, scale: float = 0.5, templates: Sequence[str] | str | None = None
     ) -> None:
         super().__init__(backbone, task, templates)
-        if not 0 < scale < math.inf:
-            raise UserError(f"TaskRes: scale is {scale}, and must be above 0.")
+        require("TaskRes", "scale", scale, 0 < scale < math.inf, "be above 0")
         self.scale = scale
         self.residual = nn.Parameter(torch.zeros(len(task.class_names), backbone.feature_dim))
 
     def text_features(self, features: Tensor) -> Tensor:
         return super().text_features(features) + self.scale * self.residual
-
-    def set_class_names(self, class_names: Sequence[str], templates: Sequence[str] | None = None) -> None:
-        self.refuse_other_classes(class_names, "its residuals belong to the training classes")
-        super().set_class_names(class_names, templates)

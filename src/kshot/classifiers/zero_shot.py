@@ -21,16 +21,18 @@ class TextPrompt(TextClassifier):
     Has nothing to train itself; with an adapter it is the head of CLIP-LoRA and its relatives.
 
     Args:
-        backbone: must have a text tower.
-        task: its class names and, unless overridden, its templates.
         templates: override of the data set's templates: sentences, or the name of an ensemble: ``imagenet7`` (CoOp's),
             ``imagenet60`` (PromptSRC's) or ``imagenet80`` (CLIP's).
 
+    Attributes:
+        unit_length: give the features of an ensemble's sentences, and their mean, unit length (CLIP); False takes the
+            mean of the features as they are (PromptSRC, TaskRes). A single sentence's are always taken as they are.
+
     Raises:
-        UserError: the backbone has no text tower, or a prompt does not fit its context.
+        UserError: no text tower; a class name without tokens; a sentence that does not fit.
     """
 
-    unit_length = True  # whether the features of an ensemble's sentences are normalised before their mean
+    unit_length = True
 
     @torch.inference_mode(False)
     def __init__(self, backbone: Backbone, task: Task, templates: Sequence[str] | str | None = None) -> None:
@@ -40,43 +42,14 @@ class TextPrompt(TextClassifier):
         self.prepare_classes()
 
     def prepare_classes(self) -> None:
-        templates = self.templates or self.task.templates
-        self.sentences = Sentences(self.backbone, self.task.class_names, templates, self.unit_length)
+        names, templates = self.task.class_names, self.templates or self.task.templates
+        for name in names:
+            require_tokens(self.backbone, name)
+        # Plain tensors on the CPU, where lengths can be read without waiting for a device.
+        self.tokens = [self.backbone.tokenize([t.format(name) for name in names]) for t in templates]
 
     def encode(self) -> Tensor:
-        return self.sentences.encode(self.backbone)
-
-
-class Sentences:
-    """The sentences that stand for classes, as tokens.
-
-    Args:
-        backbone: with the text tower that reads them.
-        class_names: in label order.
-        templates: one, whose features are taken as they are, or an ensemble.
-        unit_length: give the features of an ensemble's sentences, and their mean, unit length (CLIP); False takes the
-            mean of the features as they are (PromptSRC, TaskRes).
-
-    Raises:
-        UserError: a class name without tokens, or a sentence that does not fit.
-    """
-
-    def __init__(
-        self,
-        backbone: VisionLanguageBackbone,
-        class_names: Sequence[str],
-        templates: Sequence[str],
-        unit_length: bool = True,
-    ) -> None:
-        self.unit_length = unit_length
-        for name in class_names:
-            require_tokens(backbone, name)
-        # Plain tensors on the CPU, where lengths can be read without waiting for a device.
-        self.tokens = [backbone.tokenize([t.format(name) for name in class_names]) for t in templates]
-
-    def encode(self, backbone: VisionLanguageBackbone) -> Tensor:
-        """Prototypes, (C, D)."""
-        features = exact(*[backbone.encode_tokens(tokens) for tokens in self.tokens])
+        features = exact(*[self.backbone.encode_tokens(tokens) for tokens in self.tokens])
         if len(features) == 1:
             return features[0]
         if self.unit_length:
@@ -84,26 +57,37 @@ class Sentences:
         return torch.stack(features).mean(0)
 
 
-@torch.inference_mode(False)
-@torch.no_grad()
-def untouched_text(
-    backbone: VisionLanguageBackbone, class_names: Sequence[str], templates: Sequence[str], unit_length: bool = True
-) -> Tensor:
-    """Prototypes, (C, D), by the backbone as it was before anything was attached, as :class:`Sentences`.
+class Anchored(TextClassifier):
+    """Stays near the text features of hand-written sentences, which the untouched backbone gives.
 
-    They stand in a run's losses as a teacher, so that they are computed without the rounding of mixed precision.
+    Attributes:
+        templates: of these sentences; None takes the data set's.
+        unit_length: as of :class:`TextPrompt`.
+        teacher: t⁰, (C, D), once the losses have asked for it; None after a change of classes.
     """
-    sentences = Sentences(backbone, class_names, templates, unit_length)
-    with backbone.unadapted(), torch.autocast(backbone.mean.device.type, enabled=False):
-        return sentences.encode(backbone)
+
+    templates: tuple[str, ...] | None
+    unit_length = True
+    teacher: Tensor | None
+
+    def set_class_names(self, class_names: Sequence[str], templates: Sequence[str] | None = None) -> None:
+        super().set_class_names(class_names, templates)
+        self.teacher = None
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def teacher_text(self) -> Tensor:
+        """t⁰. It stands in a run's losses, so that it is computed without the rounding of mixed precision."""
+        if self.teacher is None:
+            prompt = TextPrompt(self.backbone, self.task, self.templates)
+            prompt.unit_length = self.unit_length
+            with self.backbone.unadapted(), torch.autocast(self.backbone.mean.device.type, enabled=False):
+                self.teacher = prompt.encode()
+        return self.teacher
 
 
 def require_tokens(backbone: VisionLanguageBackbone, name: str) -> int:
-    """The number of tokens of a class name.
-
-    Raises:
-        UserError: the tokenizer leaves nothing of it.
-    """
+    """The number of tokens of a class name; raises UserError where the tokenizer leaves none."""
     tokens = len(backbone.token_ids(name))
     if tokens == 0:
         raise UserError(f"The tokenizer of {backbone.name} finds no token in the class name {name!r}: give it words.")
