@@ -205,12 +205,12 @@ def test_validation_sees_weights_that_another_callback_swaps_in(backbone, data):
     class Look(Callback):
         def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
             with torch.no_grad():
-                given = pl_module.logits_of(batch)
+                given = pl_module.classifier(pl_module.features_of(batch))
                 held = [p.held for p in projections_of(pl_module)]
                 for p in projections_of(pl_module):
                     p.held = None
                 pl_module.classifier.held, text = None, pl_module.classifier.held
-                plain = pl_module.logits_of(batch)
+                plain = pl_module.classifier(pl_module.features_of(batch))
                 pl_module.classifier.held = text
                 for p, weight in zip(projections_of(pl_module), held, strict=True):
                     p.held = weight

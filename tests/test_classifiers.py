@@ -192,7 +192,7 @@ class Untouchable:
 class TestEvery:
     def test_the_contract_is_eight_names(self):
         names = {"needs", "forward", "losses", "image_tokens", "set_class_names", "param_groups", "fit", "select"}
-        assert {name for name in vars(Classifier) if not name.startswith("_")} == names | {"refuse_other_classes"}
+        assert {name for name in vars(Classifier) if not name.startswith("_")} == names | {"bound"}
 
     @every
     @pytest.mark.parametrize("classes", [2, 10])

@@ -114,7 +114,7 @@ def test_every_weight_tuning_method_layers_over_an_image_backbone(method, head, 
         [
             *["fit", "--config", "dinov2_vits14_16shot.yaml", "--config", method, *QUICK, *TINY_VIT],
             *["--model.backbone.image_size", "null", "--model.classifier", head, *trainable],
-            *["--run.root", str(tmp_path), "--trainer.max_epochs", "1"],
+            *["--run.root", str(tmp_path), "--trainer.max_epochs", "3"],  # steps: enough for AdaLoRA to prune in
         ]
     )
     (directory,) = tmp_path.glob("*/*")

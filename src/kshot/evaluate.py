@@ -14,7 +14,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibratio
 
 from kshot.backbones.language import VisionLanguageBackbone
 from kshot.classifiers.base import Task, cosine_logits
-from kshot.classifiers.zero_shot import Sentences
+from kshot.classifiers.zero_shot import TextPrompt
 from kshot.data.parts import Batch
 from kshot.data.protocols import TestSet
 from kshot.holding import merged
@@ -106,7 +106,7 @@ class Evaluation(Callback):
         with torch.inference_mode(False), torch.no_grad(), trainer.precision_plugin.forward_context():
             if isinstance(backbone, VisionLanguageBackbone):
                 with backbone.unadapted():
-                    text = Sentences(backbone, test_set.class_names, test_set.templates).encode(backbone)
+                    text = TextPrompt(backbone, Task(test_set.class_names, test_set.templates)).encode()
             self.open.enter_context(merged(pl_module.classifier))
         self.zero_shot_text = text
         self.meter = Meter(len(test_set.class_names), text is not None).to(pl_module.device)

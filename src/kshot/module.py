@@ -240,14 +240,9 @@ class FewShotModule(pl.LightningModule):
 
     # ------------------------------------------------------------------------------------------------ evaluation
 
-    def logits_of(self, batch: Batch) -> Tensor:
-        """Logits of a batch, (B, classes), in at least float32."""
-        logits: Tensor = self.classifier(self.features_of(batch))
-        return logits
-
     def validation_step(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002  Lightning's signature
         """Counts correct validation shots."""
-        self.accuracy(self.logits_of(batch), batch.label)
+        self.accuracy(self.classifier(self.features_of(batch)), batch.label)
         self.log("val/acc", self.accuracy, prog_bar=True, batch_size=len(batch.label))
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:  # noqa: ARG002  Lightning's signature
@@ -257,7 +252,7 @@ class FewShotModule(pl.LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> tuple[Tensor, Tensor]:  # noqa: ARG002  Lightning's signature
         """Positions, (B,), and class probabilities, (B, classes)."""
-        return batch.index.cpu(), self.logits_of(batch).softmax(-1).cpu()
+        return batch.index.cpu(), self.classifier(self.features_of(batch)).softmax(-1).cpu()
 
     # ------------------------------------------------------------------------------------------------ checkpoints
 

@@ -132,7 +132,7 @@ class TestFrozen:
         given = made(PromptSRC, name)
         sixty = [str(template("{}")) for template in OPENAI_IMAGENET_TEMPLATES[:60]]
         expected = frozen_text(name, sixty)
-        assert towers.relative(given.teacher_text(), expected) <= 1e-5
+        assert towers.relative(unit(given.teacher_text()), expected) <= 1e-5
         with torch.no_grad():
             tokens = [given.backbone.tokenize([t.format(n) for n in NAMES[:4]]) for t in sixty]
             first = unit(sum(unit(towers.original(name).encode_text(t)) for t in tokens))
@@ -155,7 +155,7 @@ class TestFrozen:
         assert towers.relative(encode(given, images), expected) > 1e-2
         assert given.teacher is None
         given.losses(encode(given, images), LABEL, expected)
-        assert towers.relative(given.teacher, frozen_text("clip", SENTENCES)) <= 1e-5
+        assert towers.relative(unit(given.teacher), frozen_text("clip", SENTENCES)) <= 1e-5
         assert not given.teacher.requires_grad
 
     def test_text_follows_the_class_names(self):
@@ -165,7 +165,7 @@ class TestFrozen:
             given.set_class_names(names)
             terms = given.losses(encode(given, images), LABEL, teacher_of(given, images))
             assert all(torch.isfinite(term) for term in terms.values())
-            assert towers.relative(given.teacher, frozen_text("clip", SENTENCES, names)) <= 1e-5
+            assert towers.relative(unit(given.teacher), frozen_text("clip", SENTENCES, names)) <= 1e-5
 
     def test_it_is_not_saved(self):
         given = made(PromptSRC, templates=SENTENCES)

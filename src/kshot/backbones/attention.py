@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -54,14 +54,14 @@ class Attention(nn.Module):
         inner_norm: norm before the output projection, or identity.
         dropout: of the attention weights, in training.
         output_dropout: of the projected output, in training.
-        true_blocks: whether True in a boolean mask blocks a position (PyTorch's module, open_clip) or allows it (timm,
-            ``scaled_dot_product_attention``).
 
     Attributes:
+        true_blocks: whether True in a boolean mask blocks a position (PyTorch's module, open_clip) or allows it (timm,
+            ``scaled_dot_product_attention``).
         original: the library's module in whose place this one stands, without what was taken over from it.
-        taken: names here of what was taken over, by its name there.
     """
 
+    true_blocks = False
 
     def __init__(
         self,
@@ -74,15 +74,13 @@ class Attention(nn.Module):
         inner_norm: nn.Module | None = None,
         dropout: float = 0.0,
         output_dropout: float = 0.0,
-        true_blocks: bool = False,
     ) -> None:
         super().__init__()
-        self.qkv, self.o, self.heads, self.true_blocks = qkv, o, heads, true_blocks
+        self.qkv, self.o, self.heads = qkv, o, heads
         self.dropout, self.output_dropout = dropout, output_dropout
         self.q_norm, self.k_norm = q_norm or nn.Identity(), k_norm or nn.Identity()
         self.head_scale, self.inner_norm = head_scale, inner_norm or nn.Identity()
         self.original: nn.Module | None = None
-        self.taken: dict[str, str] = {}
 
     def heads_of(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Projects (B, L, width) to q, k, v, each (B, heads, L, width of a head)."""
@@ -99,9 +97,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, **_: Any) -> Any:
         """Attends within each sequence of (B, L, width).
 
-        Args:
-            x: (B, L, width).
-            attn_mask: additive or boolean; broadcasts to (B, heads, L, L), or is (B·heads, L, L).
+        The mask is additive or boolean; it broadcasts to (B, heads, L, L), or is (B·heads, L, L).
         """
         q, k, v = self.heads_of(x)
         if attn_mask is not None:
@@ -135,33 +131,10 @@ class Attention(nn.Module):
         return self.join(torch.cat([prefix, suffix]).transpose(0, 1).unsqueeze(0)).squeeze(0)
 
 
-    def as_library(self) -> nn.Module:
-        """The library's module, with the present weights under its own names."""
-        original: Any = self.original
-        for there, here in self.taken.items():
-            setattr(original, there, getattr(self, here))
-        if hasattr(original, "in_proj_weight"):
-            original.in_proj_weight, original.in_proj_bias = self.qkv.weight, self.qkv.bias
-            original.out_proj = linear_of(self.o)
-        else:
-            original.qkv, original.proj = linear_of(self.qkv), linear_of(self.o)
-        return cast(nn.Module, original)
-
-
-def linear_of(projection: Projection) -> nn.Linear:
-    """A plain linear layer with the weights of a projection."""
-    has_bias = projection.bias is not None
-    linear = nn.Linear(projection.in_features, projection.out_features, bias=has_bias, device="meta")
-    linear.weight = projection.weight
-    linear.bias = projection.bias  # type: ignore[assignment]  # torch says so for a layer without
-    return linear
-
-
 class DropInAttention(Attention):
     """The same under the calling convention of :class:`torch.nn.MultiheadAttention` (batch first)."""
 
-    def __init__(self, qkv: Projection, o: Projection, heads: int, dropout: float = 0.0) -> None:
-        super().__init__(qkv, o, heads, dropout=dropout, true_blocks=True)
+    true_blocks = True
 
     def forward(  # type: ignore[override]  # the library's blocks call with key and value in second and third place
         self, x: Tensor, key: Any = None, value: Any = None, attn_mask: Any = None, **_: Any

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kshot.backbones.unfuse import restore
 from kshot.errors import UserError
-from kshot.slots import AdapterLayer, Projection, Slot, adapters_off, projections_of
+from kshot.slots import AdapterLayer, Slot, adapters_off, projections_of
 
 
 class Backbone(nn.Module, ABC):
@@ -64,15 +65,12 @@ class Backbone(nn.Module, ABC):
         raise NotImplementedError(f"the image tower of {self.name} takes no learned tokens")
 
     def encode_image(self, image: Tensor, tokens: Sequence[Tensor] = ()) -> Tensor:
-        """Image features, not normalised to unit length.
+        """Image features, (B, feature_dim), not normalised to unit length.
 
         Args:
             image: (B, 3, image_size, image_size), uint8, or floats in [0, 1].
             tokens: learned ones, (n, image_width) for each of the first blocks; those of the first stand behind the
                 tokens of the image, those of a later block replace them (Jia et al. 2022, arXiv:2203.12119).
-
-        Returns:
-            (B, feature_dim).
         """
         dtype = torch.promote_types(self.mean.dtype, torch.float32)
         image = image.to(dtype) / 255 if image.dtype == torch.uint8 else image.to(dtype)
@@ -115,13 +113,9 @@ class Backbone(nn.Module, ABC):
         return {slot.name: slot for slot in fused}
 
     def layers(self, tower: str = "") -> dict[str, AdapterLayer]:
-        """The attached adapter layers by slot; of one tower where it is named."""
-        found = [layer for projection in self.projections(tower) for layer in projection.layers().values()]
-        return {layer.slot.name: layer for layer in found}
-
-    def projections(self, tower: str) -> list[Projection]:
-        """The projections of a tower, ``image`` or ``text``; an empty name stands for both."""
-        return [p for p in projections_of(self) if not tower or p.place.startswith(f"{tower}.")]
+        """The attached adapter layers by slot; of one tower, ``image`` or ``text``, where it is named."""
+        chosen = [p for p in projections_of(self) if p.place.startswith(tower)]
+        return {layer.slot.name: layer for p in chosen for layer in p.layers().values()}
 
     @abstractmethod
     def named_tower_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -149,17 +143,17 @@ class Backbone(nn.Module, ABC):
     @contextmanager
     def unadapted(self) -> Iterator[None]:
         """Runs as the backbone was before anything was attached: the zero-shot row of every table, and teachers."""
-        swap = not self.is_unadapted  # once, however contexts nest
+        if self.is_unadapted:  # contexts nest
+            yield
+            return
         with adapters_off(self):
-            if swap:
-                self._swap_initial()
-                self.is_unadapted = True
+            self._swap_initial()
+            self.is_unadapted = True
             try:
                 yield
             finally:
-                if swap:
-                    self._swap_initial()
-                    self.is_unadapted = False
+                self._swap_initial()
+                self.is_unadapted = False
 
     def _swap_initial(self) -> None:
         if self.initial_values is None:
@@ -187,6 +181,7 @@ class Backbone(nn.Module, ABC):
         """Puts the library's own modules back where projections took their place; nothing is attached any more."""
         self.shared = nn.ModuleList()
         self.initial_values = None
+        restore(self)
         self.requires_grad_(False)
 
     def train(self, mode: bool = True) -> Backbone:
@@ -204,11 +199,7 @@ def key_of(name: str) -> str:
 
 
 def require_image_prompts(backbone: Backbone, who: str) -> None:
-    """Makes sure that learned tokens can enter the image tower.
-
-    Raises:
-        UserError: they cannot.
-    """
+    """Raises UserError unless learned tokens can enter the image tower."""
     if not backbone.image_blocks:
         raise UserError(
             f"{who} puts learned tokens into the image tower, which that of {backbone.name} cannot take: use a plain "
@@ -219,10 +210,7 @@ def require_image_prompts(backbone: Backbone, who: str) -> None:
 def run_prompted(blocks: Iterable[nn.Module], x: Tensor, prompts: Sequence[Tensor]) -> Tensor:
     """Runs blocks on tokens, (B, L, width), with prompts behind them; returns the L tokens without prompts.
 
-    Args:
-        blocks: of the tower.
-        x: (B, L, width).
-        prompts: (n, width) for each of the first blocks; after these, the states of the last ones stay.
+    There are prompts, (n, width), for each of the first blocks; after these, the states of the last ones stay.
     """
     length = x.shape[1]
     for block, prompt in zip_longest(blocks, prompts):
@@ -238,9 +226,7 @@ def sha256_of(model: nn.Module) -> str:
     for name, tensor in sorted(model.state_dict().items()):
         value = tensor.detach().cpu().contiguous()
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
-        digest.update(
-            value.view(torch.uint8).numpy().data if value.ndim else value.reshape(1).view(torch.uint8).numpy()
-        )
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

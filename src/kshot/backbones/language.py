@@ -58,11 +58,7 @@ class VisionLanguageBackbone(Backbone):
 
     @abstractmethod
     def tokenize(self, texts: Sequence[str]) -> Tensor:
-        """Padded tokens with start and end, (N, context_length), int64.
-
-        Raises:
-            UserError: a text does not fit; it is named with its number of tokens.
-        """
+        """Padded tokens with start and end, (N, context_length), int64; raises UserError for a text that is too long."""
 
     @abstractmethod
     def embed_tokens(self, tokens: Tensor) -> Tensor:
@@ -73,9 +69,10 @@ class VisionLanguageBackbone(Backbone):
         """Position of the token at which each row of (N, L) is pooled, (N,)."""
 
     def encode_embeddings(self, prefix: Tensor, suffix: Tensor, end: Tensor, deep: Tensor | None = None) -> Tensor:
-        """Text features of prompts that share a prefix, in as many parts as the memory budget asks for.
+        """Text features, (G, C, feature_dim), not normalised to unit length, of prompts that share a prefix.
 
-        With a gradient, each of several parts is computed again in the backward pass instead of being kept.
+        They are encoded in as many parts as the memory budget asks for; with a gradient, each of several parts is
+        computed again in the backward pass instead of being kept.
 
         Args:
             prefix: (G, P, text_width) embeddings of the shared first tokens, start token included, in G groups.
@@ -84,13 +81,11 @@ class VisionLanguageBackbone(Backbone):
                 waited for.
             deep: (J - 1, n, text_width) tokens that take the places 1 ... n, which lie in the prefix, before block
                 2 ... J (Khattak et al. 2022, arXiv:2210.03117).
-
-        Returns:
-            (G, C, feature_dim), not normalised to unit length.
         """
         if torch.compiler.is_compiling():
             return self.encode_part(prefix, suffix, end, deep)
-        gradient = self.wants_gradient(prefix, suffix, deep)
+        learned = any(t is not None and t.requires_grad for t in (prefix, suffix, deep))
+        gradient = torch.is_grad_enabled() and (learned or bool(self.trainable("text")))
         groups, classes = self.part_size(prefix, suffix, gradient)
         if groups >= len(suffix) and classes >= suffix.shape[1]:
             with self.passing("text"):
@@ -115,11 +110,6 @@ class VisionLanguageBackbone(Backbone):
     @abstractmethod
     def encode_part(self, prefix: Tensor, suffix: Tensor, end: Tensor, deep: Tensor | None) -> Tensor:
         """:meth:`encode_embeddings` at once."""
-
-    def wants_gradient(self, *embeddings: Tensor | None) -> bool:
-        """Whether text features of such embeddings carry a gradient."""
-        learned = any(t is not None and t.requires_grad for t in embeddings)
-        return torch.is_grad_enabled() and (learned or bool(self.trainable("text")))
 
     def part_size(self, prefix: Tensor, suffix: Tensor, gradient: bool) -> tuple[int, int]:
         """Groups and classes that are encoded at once, so that their activations keep within ``text_memory``.
@@ -153,11 +143,7 @@ class VisionLanguageBackbone(Backbone):
 
 
 def require_text(backbone: Backbone, who: str) -> VisionLanguageBackbone:
-    """The backbone, if it has a text tower.
-
-    Raises:
-        UserError: it has none.
-    """
+    """The backbone as one with a text tower; raises UserError where it has none."""
     if not isinstance(backbone, VisionLanguageBackbone):
         raise UserError(
             f"{who} needs a text tower, and {backbone.name} has none: use an OpenClip backbone, or the classifier "
@@ -167,11 +153,7 @@ def require_text(backbone: Backbone, who: str) -> VisionLanguageBackbone:
 
 
 def require_prompts(backbone: Backbone, who: str) -> VisionLanguageBackbone:
-    """The backbone, if its text tower takes learned embeddings.
-
-    Raises:
-        UserError: it does not.
-    """
+    """The backbone as one whose text tower takes learned embeddings; raises UserError where it does not."""
     text = require_text(backbone, who)
     if not text.supports_prompts:
         raise UserError(

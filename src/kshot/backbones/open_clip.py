@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +14,7 @@ from kshot.backbones.base import check_image_size, run_prompted, sha256_of
 from kshot.backbones.hub import out_of_reach, quiet, quiet_hub
 from kshot.backbones.language import VisionLanguageBackbone
 from kshot.backbones.timm import prompt_shape, prompted_features
-from kshot.backbones.unfuse import restore, unfuse_open_clip, unfuse_timm
+from kshot.backbones.unfuse import unfuse_open_clip, unfuse_timm
 from kshot.errors import UserError, first_line, nearest_first
 
 WEIGHTS = Path(__file__).parents[1] / "weights"  # model folders that kshot carries
@@ -51,15 +50,13 @@ class OpenClip(VisionLanguageBackbone):
         if text_memory_gb is not None and text_memory_gb <= 0:
             raise UserError(f"text_memory_gb is {text_memory_gb}, and must be positive; null takes a quarter of all.")
         source = resolve(model)
-        named = source.startswith(("hf-hub:", "local-dir:"))
-        check_weights_named(model, pretrained, named)
-        if image_size is not None and not named:
-            config = open_clip.get_model_config(source) or {}
-            patch = config.get("vision_cfg", {}).get("patch_size")
-            if isinstance(patch, int):
-                check_image_size(image_size, patch, model)
+        check_weights_named(model, source, pretrained)
         with quiet() if is_local(source, pretrained) else quiet_hub():
             try:
+                config = open_clip.get_model_config(source)
+                patch = config["vision_cfg"].get("patch_size")
+                if image_size is not None and patch is not None:
+                    check_image_size(image_size, patch, model)
                 clip: Any = open_clip.create_model(
                     source,
                     pretrained=None if pretrained == "random" else pretrained,
@@ -68,31 +65,23 @@ class OpenClip(VisionLanguageBackbone):
                     pretrained_image=False,
                     pretrained_text=False,
                 )
+            except UserError:
+                raise
             except Exception as error:  # hubs and loaders raise what they like
                 raise weights_error(model, pretrained, error) from error
             try:
-                tokenizer = tokenizer_of(source)
+                tokenizer = tokenizer_of(source, config)
             except Exception as error:  # likewise
                 raise UserError(
                     f"The tokenizer of {model} could not be loaded ({first_line(error)}): it comes from the hub, so "
                     "run once with a network, or point HF_HUB_CACHE at a filled cache."
                 ) from error
-        size = clip.visual.image_size
-        statistics = clip.visual.preprocess_cfg
+        visual, name = clip.visual, model if pretrained is None else f"{model}/{pretrained}"
+        size, statistics = visual.image_size, visual.preprocess_cfg
         size = size[0] if isinstance(size, tuple | list) else size
-        patch = getattr(clip.visual, "patch_size", None)
-        if patch is not None:
-            check_image_size(size, patch[0] if isinstance(patch, tuple | list) else patch, model)
-        super().__init__(
-            name=model if pretrained is None else f"{model}/{pretrained}",
-            image_size=size,
-            feature_dim=feature_dim(clip),
-            mean=statistics["mean"],
-            std=statistics["std"],
-        )
+        super().__init__(name, size, config["embed_dim"], statistics["mean"], statistics["std"])
         self.weight_sha256 = sha256_of(clip)
-        self.clip = clip
-        self.tokenizer = tokenizer
+        self.clip, self.tokenizer = clip, tokenizer
         text = self._text
         self.context_length = self.tokenizer.context_length
         self.supports_prompts = (
@@ -106,22 +95,15 @@ class OpenClip(VisionLanguageBackbone):
         if self.supports_prompts:
             self.text_blocks = len(text.transformer.resblocks)
             self.text_heads = text.transformer.resblocks[0].attn.num_heads
-        visual = clip.visual
-        if hasattr(visual, "transformer") and hasattr(visual, "_embeds"):
-            self.image_blocks, self.image_width = len(visual.transformer.resblocks), visual.transformer.width
-        elif hasattr(visual, "trunk"):
-            self.image_blocks, self.image_width = prompt_shape(visual.trunk)
         if hasattr(visual, "transformer"):
+            self.image_blocks, self.image_width = len(visual.transformer.resblocks), visual.transformer.width
             unfuse_open_clip(visual.transformer.resblocks, "image")
         elif hasattr(getattr(visual, "trunk", None), "blocks"):
+            self.image_blocks, self.image_width = prompt_shape(visual.trunk)
             unfuse_timm(visual.trunk.blocks, "image")
         if hasattr(getattr(text, "transformer", None), "resblocks"):
             unfuse_open_clip(text.transformer.resblocks, "text")
         self.freeze(clip)
-
-    def restore_library(self) -> None:
-        super().restore_library()
-        restore(self.clip)
 
     @property
     def _text(self) -> Any:
@@ -238,11 +220,7 @@ class OpenClip(VisionLanguageBackbone):
 
 
 def resolve(model: str) -> str:
-    """The name under which open_clip finds a model: folders get its ``local-dir:`` prefix.
-
-    Raises:
-        UserError: nothing of that name exists.
-    """
+    """The name under which open_clip finds a model, ``local-dir:`` for folders; raises UserError if there is none."""
     import open_clip
 
     if model.startswith("hf-hub:"):
@@ -270,15 +248,15 @@ def is_local(source: str, pretrained: str | None) -> bool:
     return source.startswith("local-dir:") or pretrained == "random" or bool(pretrained and Path(pretrained).is_file())
 
 
-def check_weights_named(model: str, pretrained: str | None, named: bool) -> None:
+def check_weights_named(model: str, source: str, pretrained: str | None) -> None:
     """Raises UserError unless exactly one source of weights is named and its activation fits."""
     import open_clip
 
-    if named:
+    if source.startswith(("hf-hub:", "local-dir:")):
         if pretrained is not None:
             raise UserError(f"{model} carries its own weights: leave out pretrained={pretrained!r}.")
         return
-    tags = open_clip.list_pretrained_tags_by_model(model.replace("/", "-"))
+    tags = open_clip.list_pretrained_tags_by_model(source)
     if pretrained is None:
         raise UserError(
             f"Backbone {model}: no weights named. Set pretrained to a tag ({', '.join(tags) or 'none published'}), a "
@@ -286,12 +264,12 @@ def check_weights_named(model: str, pretrained: str | None, named: bool) -> None
         )
     if pretrained == "random" or Path(pretrained).is_file():
         return
-    tag = open_clip.get_pretrained_cfg(model.replace("/", "-"), pretrained)
+    tag = open_clip.get_pretrained_cfg(source, pretrained)
     if not tag:
         raise UserError(
             f"{pretrained!r} is neither a file nor a tag of {model}. {nearest_first(pretrained, [*tags, 'random'])}"
         )
-    wanted, has = bool(tag.get("quick_gelu")), bool((open_clip.get_model_config(model) or {}).get("quick_gelu"))
+    wanted, has = bool(tag.get("quick_gelu")), bool(open_clip.get_model_config(source).get("quick_gelu"))
     if wanted != has:
         other = f"{model}-quickgelu" if wanted else model.removesuffix("-quickgelu")
         raise UserError(
@@ -309,25 +287,11 @@ def weights_error(model: str, pretrained: str | None, error: Exception) -> UserE
     return UserError(out_of_reach(f"The weights of {model} ({pretrained or 'its own'})", "pretrained", error))
 
 
-def tokenizer_of(source: str) -> Any:
+def tokenizer_of(source: str, config: dict[str, Any]) -> Any:
     """The tokenizer of a resolved model; a relative ``bpe_path`` in a model folder means a file in that folder."""
     import open_clip
 
-    if source.startswith("local-dir:"):
-        folder = Path(source.removeprefix("local-dir:"))
-        config = json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))
-        path = config["model_cfg"].get("text_cfg", {}).get("tokenizer_kwargs", {}).get("bpe_path")
-        if path is not None:
-            return open_clip.get_tokenizer(source, bpe_path=str(folder / path))
-    return open_clip.get_tokenizer(source)
-
-
-def feature_dim(clip: Any) -> int:
-    """Width of the joint embedding, read from the tower, or by running it on one black image."""
-    width = getattr(clip.visual, "output_dim", None)
-    if isinstance(width, int):
-        return width
-    side = clip.visual.image_size
-    height, width = side if isinstance(side, tuple | list) else (side, side)
-    with torch.no_grad():
-        return int(clip.encode_image(torch.zeros(1, 3, height, width)).shape[-1])
+    path = config.get("text_cfg", {}).get("tokenizer_kwargs", {}).get("bpe_path")
+    if path is None or not source.startswith("local-dir:"):
+        return open_clip.get_tokenizer(source)
+    return open_clip.get_tokenizer(source, bpe_path=str(Path(source.removeprefix("local-dir:")) / path))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kshot.backbones.base import Backbone, check_image_size, run_prompted, sha256_of
 from kshot.backbones.hub import out_of_reach, quiet, quiet_hub
-from kshot.backbones.unfuse import restore, unfuse_timm
+from kshot.backbones.unfuse import unfuse_timm
 from kshot.errors import UserError, first_line, nearest_first
 
 
@@ -66,10 +66,6 @@ class Timm(Backbone):
         self.image_blocks, self.image_width = prompt_shape(vit)
         unfuse_timm(vit.blocks, "image")
         self.freeze(vit)
-
-    def restore_library(self) -> None:
-        super().restore_library()
-        restore(self.vit)
 
     def encode_normalised(self, image: Tensor) -> Tensor:
         return cast(Tensor, self.vit(image))

@@ -6,16 +6,20 @@ The function of a block stays what it was, to rounding, in training and in evalu
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from kshot.backbones.attention import Attention, DropInAttention, linear_of
+from kshot.backbones.attention import Attention, DropInAttention
 from kshot.errors import UserError
 from kshot.slots import Projection
 
 QKV = ("q", "k", "v")
+# What our attention takes over from open_clip's and timm's, by its name there; and what projections replace.
+TAKEN = {"ln_q": "q_norm", "ln_k": "k_norm", "head_scale": "head_scale", "ln_inner": "inner_norm"}
+TAKEN |= {"q_norm": "q_norm", "k_norm": "k_norm", "norm": "inner_norm"}
+REPLACED = ("in_proj_weight", "in_proj_bias", "out_proj", "qkv", "proj")
 
 
 def fused_qkv(weight: Tensor, bias: Tensor | None, place: str) -> Projection:
@@ -30,12 +34,18 @@ def unfuse_mlp(mlp: nn.Module, place: str, names: dict[str, str]) -> None:
             setattr(mlp, child, Projection.from_linear(module, names.get(child, child), place))
 
 
-def in_place_of(original: nn.Module, attention: Attention, taken: dict[str, str], emptied: Iterable[str]) -> Attention:
-    """Lets an attention module stand for the library's, which keeps nothing of what the new one holds."""
-    for name in (*taken, *emptied):
-        setattr(original, name, None)
-    attention.original, attention.taken = original, taken
-    return attention
+def in_place_of(
+    original: Any, kind: type[Attention], qkv: Projection, o: Projection, dropout: float, output_dropout: float
+) -> Attention:
+    """An attention module that stands for the library's, which keeps nothing of what the new one holds."""
+    taken = {here: getattr(original, there) for there, here in TAKEN.items() if hasattr(original, there)}
+    new = kind(qkv, o, original.num_heads, dropout=dropout, output_dropout=output_dropout, **taken)
+    new.true_blocks = hasattr(original, "in_proj_weight")  # torch and open_clip, not timm
+    for name in (*TAKEN, *REPLACED):
+        if hasattr(original, name):
+            setattr(original, name, None)
+    new.original = original
+    return new
 
 
 def unfuse_open_clip(blocks: Iterable[nn.Module], tower: str) -> None:
@@ -45,30 +55,15 @@ def unfuse_open_clip(blocks: Iterable[nn.Module], tower: str) -> None:
         place = f"{tower}.{i}"
         qkv = fused_qkv(attention.in_proj_weight, attention.in_proj_bias, place)
         o = Projection.from_linear(attention.out_proj, "o", place)
-        taken: dict[str, str] = {}
         if isinstance(attention, nn.MultiheadAttention):
             if not attention.batch_first:
                 raise UserError(f"Block {i} of the {tower} tower is not batch first; adapters need batch-first blocks.")
-            new: Attention = DropInAttention(qkv, o, attention.num_heads, dropout=attention.dropout)
+            new = in_place_of(attention, DropInAttention, qkv, o, attention.dropout, 0.0)
         else:
             if attention.logit_scale is not None:
-                raise UserError(
-                    f"Block {i} of the {tower} tower uses scaled cosine attention, which has no slots here."
-                )
-            taken = {"ln_q": "q_norm", "ln_k": "k_norm", "head_scale": "head_scale", "ln_inner": "inner_norm"}
-            new = Attention(
-                qkv,
-                o,
-                attention.num_heads,
-                attention.ln_q,
-                attention.ln_k,
-                attention.head_scale,
-                attention.ln_inner,
-                dropout=attention.attn_drop.p,
-                output_dropout=attention.out_drop.p,
-                true_blocks=True,
-            )
-        block.attn = in_place_of(attention, new, taken, ("in_proj_weight", "in_proj_bias", "out_proj"))
+                raise UserError(f"Block {i} of the {tower} tower has scaled cosine attention, which has no slots here.")
+            new = in_place_of(attention, Attention, qkv, o, attention.attn_drop.p, attention.out_drop.p)
+        block.attn = new
         unfuse_mlp(block.get_submodule("mlp"), place, {"c_fc": "fc1", "c_proj": "fc2"})
 
 
@@ -92,20 +87,37 @@ def unfuse_timm(blocks: Iterable[nn.Module], tower: str) -> None:
                 setattr(attention, f"{part}_proj", Projection.from_linear(linear, part, place))
         attention.proj = Projection.from_linear(attention.proj, "o", place)
         if type(attention) is TimmAttention and getattr(attention, "gate", None) is None:
-            taken = {"q_norm": "q_norm", "k_norm": "k_norm"}
-            taken |= {"norm": "inner_norm"} if hasattr(attention, "norm") else {}
-            new = Attention(
+            block.attn = in_place_of(
+                attention,
+                Attention,
                 attention.qkv,
                 attention.proj,
-                attention.num_heads,
-                attention.q_norm,
-                attention.k_norm,
-                inner_norm=getattr(attention, "norm", None),
                 dropout=attention.attn_drop.p,
                 output_dropout=attention.proj_drop.p,
             )
-            block.attn = in_place_of(attention, new, taken, ("qkv", "proj"))
         unfuse_mlp(block.get_submodule("mlp"), place, {})
+
+
+def library_of(attention: Attention) -> nn.Module:
+    """The library's module in whose place one of ours stands, with the present weights under its own names."""
+    original: Any = attention.original
+    for there, here in TAKEN.items():
+        if hasattr(original, there):
+            setattr(original, there, getattr(attention, here))
+    if hasattr(original, "in_proj_weight"):
+        original.in_proj_weight, original.in_proj_bias = attention.qkv.weight, attention.qkv.bias
+        original.out_proj = linear_of(attention.o)
+    else:
+        original.qkv, original.proj = linear_of(attention.qkv), linear_of(attention.o)
+    return cast(nn.Module, original)
+
+
+def linear_of(projection: Projection) -> nn.Linear:
+    """A plain linear layer with the weights of a projection."""
+    linear = nn.Linear(projection.in_features, projection.out_features, projection.bias is not None, device="meta")
+    linear.weight = projection.weight
+    linear.bias = projection.bias  # type: ignore[assignment]  # torch says so for a layer without
+    return linear
 
 
 def restore(model: nn.Module) -> None:
@@ -113,7 +125,7 @@ def restore(model: nn.Module) -> None:
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, Attention):
-                setattr(parent, name, child.as_library())
+                setattr(parent, name, library_of(child))
             elif isinstance(child, Projection) and not isinstance(parent, Attention):
                 linear = linear_of(child)
                 if name == "qkv" and child.bias is not None and hasattr(parent, "q_bias"):

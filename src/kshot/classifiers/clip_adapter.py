@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kshot.backbones.base import Backbone
-from kshot.classifiers.base import Shots, Task, cosine_logits, exact
+from kshot.classifiers.base import Shots, Task, cosine_logits, exact, require
 from kshot.classifiers.zero_shot import TextPrompt
 from kshot.errors import UserError
 
@@ -22,8 +22,6 @@ class CLIPAdapter(TextPrompt):
     is right most often on the validation shots is kept, the first among equals.
 
     Args:
-        backbone: must have a text tower.
-        task: its class names and, unless overridden, its templates.
         ratio: r, or several to choose from; 0 is zero-shot.
         reduction: the bottleneck has D / reduction units.
         text_ratio: r of a second adapter, on the text features; 0 leaves it out.
@@ -50,11 +48,10 @@ class CLIPAdapter(TextPrompt):
         if not ratios:
             raise UserError("CLIPAdapter: ratio is an empty list, and must hold at least one number from 0 to 1.")
         for name, value in [("ratio", r) for r in ratios] + [("text_ratio", text_ratio)]:
-            if not 0 <= value <= 1:
-                raise UserError(f"CLIPAdapter: {name} is {value}, and must be from 0 to 1.")
+            require("CLIPAdapter", name, value, 0 <= value <= 1, "be from 0 to 1")
         width = backbone.feature_dim
-        if not 1 <= reduction <= width:
-            raise UserError(f"CLIPAdapter: reduction is {reduction}, and must be from 1 to {width}, the feature width.")
+        fits = 1 <= reduction <= width
+        require("CLIPAdapter", "reduction", reduction, fits, f"be from 1 to {width}, the feature width")
         self.needs = frozenset({"val"} if len(ratios) > 1 else ())
         self.image_adapter = Bottlenecks(width, width // reduction, ratios)
         self.text_adapter = Bottlenecks(width, width // reduction, [text_ratio] * len(ratios)) if text_ratio else None

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from kshot.backbones.base import Backbone
-from kshot.classifiers.base import Task, exact, exact_linear
+from kshot.classifiers.base import Task, exact, exact_linear, require
 from kshot.classifiers.coop import CoOp
-from kshot.errors import UserError
 
 
 class CoCoOp(CoOp):
@@ -23,8 +22,6 @@ class CoCoOp(CoOp):
     backbone divides them.
 
     Args:
-        backbone: must have a text tower that takes embeddings.
-        task: its class names.
         context_length: M; None takes the length of ``init_words``, or 16.
         init_words: start of V.
         reduction: width of the image features over that of the meta-net's hidden layer.
@@ -44,8 +41,8 @@ class CoCoOp(CoOp):
     ) -> None:
         super().__init__(backbone, task, context_length, init_words=init_words)
         width = backbone.feature_dim
-        if not 1 <= reduction <= width:
-            raise UserError(f"CoCoOp: reduction is {reduction}, and must lie between 1 and the feature width {width}.")
+        fits = 1 <= reduction <= width
+        require("CoCoOp", "reduction", reduction, fits, f"lie between 1 and the feature width {width}")
         hidden = width // reduction
         self.meta_net = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, self.context.shape[-1]))
 

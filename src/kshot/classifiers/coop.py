@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 
 from kshot.backbones.base import Backbone
 from kshot.backbones.language import require_prompts
-from kshot.classifiers.base import Task, TextClassifier
+from kshot.classifiers.base import Task, TextClassifier, require
 from kshot.classifiers.zero_shot import require_tokens
 from kshot.errors import UserError
 
@@ -21,8 +20,6 @@ class CoOp(TextClassifier):
     """``p(y=c|x) = softmax_c(τ cos(f, g([V, name_c])))`` with learned context V (the paper's equation 3).
 
     Args:
-        backbone: must have a text tower that takes embeddings.
-        task: its class names; templates are not used.
         context_length: M, the number of context tokens; None takes 16, or the length of ``init_words``.
         class_specific: learn one context a class instead of one for all.
         position: where the class name stands: after, amid or before the context.
@@ -64,8 +61,7 @@ class CoOp(TextClassifier):
         if init_words is not None and not tokens:
             raise UserError(f"{who}: init_words {init_words!r} hold no token.")
         length = context_length if context_length is not None else len(tokens) or 16
-        if length < 1:
-            raise UserError(f"{who}: context_length is {length}, and must be at least 1.")
+        require(who, "context_length", length, length >= 1, "be at least 1")
         kept = self.keeps_words and length <= len(tokens) == len(words)
         if tokens and length != len(tokens) and not kept:
             raise UserError(
@@ -84,12 +80,8 @@ class CoOp(TextClassifier):
         deep = nn.Parameter(torch.randn(depth - 1, length, text.text_width) * 0.02) if depth > 1 else None
         self.register_parameter("deep", deep)
         self.class_specific, self.position = class_specific, position
+        self.bound = "a class-specific context was learnt for each training class" if class_specific else ""
         self.prepare_classes()
-
-    def set_class_names(self, class_names: Sequence[str], templates: Sequence[str] | None = None) -> None:
-        if self.class_specific:
-            self.refuse_other_classes(class_names, "a class-specific context was learnt for each training class")
-        super().set_class_names(class_names, templates)
 
     def prepare_classes(self) -> None:
         """Builds the frozen parts of the prompts; the context stays."""
@@ -143,11 +135,7 @@ class CoOp(TextClassifier):
 
 
 def checked_depth(who: str, depth: int | None, blocks: int, tower: str) -> int:
-    """The number of blocks that get prompts of their own; None stands for 9, or all of a smaller tower.
-
-    Raises:
-        UserError: the tower has fewer.
-    """
+    """The blocks that get prompts of their own: None stands for 9, or all of a smaller tower, and more are refused."""
     if depth is None:
         return min(PUBLISHED_DEPTH, blocks)
     if not 1 <= depth <= blocks:

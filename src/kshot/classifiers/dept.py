@@ -20,6 +20,7 @@ from kshot.classifiers.base import (
     closed_form,
     exact,
     exact_linear,
+    require,
 )
 from kshot.classifiers.coop import CoOp
 from kshot.classifiers.vpt import VPT
@@ -39,8 +40,6 @@ class DePT(Classifier):
     As in the paper's code, further terms keep their weight: KgCoOp's knowledge, PromptSRC's regularisers.
 
     Args:
-        backbone: as the base method needs it.
-        task: of the training classes, to which W belongs.
         base: the prompt method.
         balance: λ.
         rate_factor: learning rate of the CAT head over the optimizer's.
@@ -72,10 +71,8 @@ class DePT(Classifier):
             raise UserError(
                 f"DePT needs a base that learns prompts, such as CoOp or PromptSRC, not {type(self.inner).__name__}."
             )
-        if not 0 <= balance <= 1:
-            raise UserError(f"DePT: balance is {balance}, and must lie in [0, 1].")
-        if not rate_factor > 0:
-            raise UserError(f"DePT: rate_factor is {rate_factor}, and must be positive.")
+        require("DePT", "balance", balance, 0 <= balance <= 1, "lie in [0, 1]")
+        require("DePT", "rate_factor", rate_factor, rate_factor > 0, "be positive")
         self.needs, self.balance, self.rate_factor = self.inner.needs, balance, rate_factor
         width = backbone.feature_dim
         self.text_gain, self.image_gain = (nn.Parameter(torch.ones(width)) for _ in range(2))  # γ

@@ -11,31 +11,24 @@ from torch import Tensor
 from kshot.backbones.base import Backbone
 from kshot.classifiers.base import Task, exact
 from kshot.classifiers.coop import CoOp
-from kshot.classifiers.zero_shot import untouched_text
+from kshot.classifiers.zero_shot import Anchored
 from kshot.templates import named_templates
 
 
-class KgCoOp(CoOp):
+class KgCoOp(Anchored, CoOp):
     """CoOp with the term ``weight · (1 - mean_c cos(t_c, t⁰_c))``, t⁰ the text features of the untouched backbone.
 
     The paper writes the mean squared distance of unit vectors (equation 6), which is twice that.
 
     Args:
-        backbone: must have a text tower that takes embeddings.
-        task: its class names and, unless overridden, its templates.
         context_length: M; None takes the length of ``init_words``, or 16.
         init_words: start of the context.
         weight: of the term; the paper's code has 8.
         templates: of t⁰: sentences, or the name of an ensemble as for TextPrompt; None takes the data set's.
 
-    Attributes:
-        teacher: t⁰, (C, D), once the losses have asked for it; None after a change of classes.
-
     Raises:
         UserError: as :class:`~kshot.classifiers.coop.CoOp`; bad templates.
     """
-
-    teacher: Tensor | None
 
     @torch.inference_mode(False)
     def __init__(
@@ -50,18 +43,7 @@ class KgCoOp(CoOp):
         super().__init__(backbone, task, context_length, init_words=init_words)
         self.weight = weight
         self.templates = named_templates(templates) if templates else None
-
-    def prepare_classes(self) -> None:
-        super().prepare_classes()
         self.register_buffer("teacher", None, persistent=False)
-
-    @torch.inference_mode(False)
-    def teacher_text(self) -> Tensor:
-        """t⁰, (C, D)."""
-        if self.teacher is None:
-            templates = self.templates or self.task.templates
-            self.teacher = untouched_text(self.backbone, self.task.class_names, templates)
-        return self.teacher
 
     def terms(self, features: Tensor, text: Tensor, label: Tensor, teacher: Tensor | None) -> dict[str, Tensor]:
         text, before = exact(text, self.teacher_text())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kshot.backbones.base import Backbone
-from kshot.classifiers.base import Classifier, Shots, Task, exact
+from kshot.classifiers.base import Classifier, Shots, Task, exact, require
 from kshot.errors import UserError
 
 NEVER = -1e9  # the logit of a class without training images: its probability is 0, and every number stays finite
@@ -22,24 +22,22 @@ class LogisticProbe(Classifier):
     """Multinomial logistic regression with an L2 penalty of ``1 / (2 C)``, by scikit-learn, on all recorded views.
 
     Args:
-        backbone: any.
-        task: for the number of classes.
         C: inverse strength of the penalty; None searches it on the validation shots (:func:`search`).
         normalize: scale features to unit length; CoOp's baseline does not.
 
     Raises:
-        UserError: C is not above 0.
+        UserError: C is not above 0; in :meth:`fit`, all images are of one class.
     """
 
     weight: Tensor
     bias: Tensor
     C: Tensor
+    bound = "it has one row of weights for each training class"
 
     @torch.inference_mode(False)
     def __init__(self, backbone: Backbone, task: Task, C: float | None = None, normalize: bool = False) -> None:  # noqa: N803  its name in every paper
         super().__init__(backbone, task)
-        if C is not None and not 0 < C < math.inf:
-            raise UserError(f"LogisticProbe: C is {C}, and must be above 0, or null to search it.")
+        require("LogisticProbe", "C", C, C is None or 0 < C < math.inf, "be above 0, or null to search it")
         self.needs = frozenset({"shots", "val"} if C is None else {"shots"})
         self.strength, self.normalize = C, normalize
         self.register_buffer("weight", torch.zeros(len(task.class_names), backbone.feature_dim))
@@ -55,15 +53,10 @@ class LogisticProbe(Classifier):
         with torch.autocast(features.device.type, enabled=False):
             return F.linear(self.scaled(features), weight, bias)
 
-    def set_class_names(self, class_names: Sequence[str], templates: Sequence[str] | None = None) -> None:
-        self.refuse_other_classes(class_names, "it has one row of weights for each training class")
-        super().set_class_names(class_names, templates)
-
     @torch.no_grad()
     def fit(self, train: Shots, val: Shots | None) -> None:
         features, label = (x.cpu() for x in train.every_view)
         features, strength = self.scaled(features.double()), 1.0 if self.strength is None else self.strength
-
         if self.strength is None and val is not None:
             queries, truth = (x.cpu() for x in val.every_view)
             queries = self.scaled(queries.double())
@@ -79,11 +72,7 @@ class LogisticProbe(Classifier):
         self.bias.copy_(bias)
 
     def solve(self, features: Tensor, label: Tensor, C: float) -> tuple[Tensor, Tensor]:  # noqa: N803
-        """Weights, (C, D), and intercepts, (C,), from features, (N, D), all in float64 and on the CPU.
-
-        Raises:
-            UserError: all images are of one class.
-        """
+        """Weights, (C, D), and intercepts, (C,), from features, (N, D), all in float64 and on the CPU."""
         from sklearn.exceptions import ConvergenceWarning
         from sklearn.linear_model import LogisticRegression
 
@@ -104,10 +93,8 @@ def search(right: Callable[[float], int]) -> float:
     """CoOp's search of log10 C for the largest ``right(log10 C)``.
 
     The best of 1e6, 1e4, ..., 1e-6 (the largest among equals), then eight steps on an interval from a decade below to a
-    decade above it: the better end stays (the lower among equals), the other moves to the middle.
-
-    Returns:
-        The better end of the last step.
+    decade above it: the better end stays (the lower among equals), the other moves to the middle. It ends with the
+    better end of the last step.
     """
     right = cache(right)
     peak = max((6.0, 4.0, 2.0, 0.0, -2.0, -4.0, -6.0), key=right)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -10,9 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kshot.backbones.base import Backbone
-from kshot.classifiers.base import Shots, Task, exact
+from kshot.classifiers.base import Shots, Task, exact, require
 from kshot.classifiers.zero_shot import TextPrompt
-from kshot.errors import UserError
 
 ALPHA_EVERY = 10  # iterations between two updates of α
 
@@ -23,8 +21,6 @@ class LPPlusPlus(TextPrompt):
     W, (C, D), b and α, (C,), are found by its own full-batch descent on the cross-entropy of all recorded views.
 
     Args:
-        backbone: must have a text tower.
-        task: its class names and templates.
         iterations: steps of W and b; every tenth also moves α.
         momentum: of W and b.
         alpha_grad: a step of α follows the sum of its gradients over all iterations so far (``accumulate``, what the
@@ -39,6 +35,7 @@ class LPPlusPlus(TextPrompt):
     weight: Tensor
     bias: Tensor
     alpha: Tensor
+    bound = "it has a row of weights, a bias and a blending factor for each training class"
 
     @torch.inference_mode(False)
     def __init__(
@@ -51,24 +48,16 @@ class LPPlusPlus(TextPrompt):
         select: bool = True,
     ) -> None:
         super().__init__(backbone, task)
-        if iterations < 1:
-            raise UserError(f"LPPlusPlus: iterations is {iterations}, and must be at least 1.")
-        if not 0 <= momentum < 1:
-            raise UserError(f"LPPlusPlus: momentum is {momentum}, and must be from 0 to below 1.")
-        if alpha_grad not in ("accumulate", "fresh"):
-            raise UserError(f"LPPlusPlus: alpha_grad is {alpha_grad!r}, and must be 'accumulate' or 'fresh'.")
+        require("LPPlusPlus", "iterations", iterations, iterations >= 1, "be at least 1")
+        require("LPPlusPlus", "momentum", momentum, 0 <= momentum < 1, "be from 0 to below 1")
+        known = alpha_grad in ("accumulate", "fresh")
+        require("LPPlusPlus", "alpha_grad", alpha_grad, known, "be 'accumulate' or 'fresh'")
         self.needs = frozenset({"shots", "val"} if select else {"shots"})
         self.iterations, self.momentum, self.accumulates = iterations, momentum, alpha_grad == "accumulate"
         classes = len(task.class_names)
         self.register_buffer("weight", torch.zeros(classes, backbone.feature_dim))
         self.register_buffer("bias", torch.zeros(classes))
         self.register_buffer("alpha", torch.zeros(classes))
-
-    def set_class_names(self, class_names: Sequence[str], templates: Sequence[str] | None = None) -> None:
-        self.refuse_other_classes(
-            class_names, "it has a row of weights, a bias and a blending factor for each training class"
-        )
-        super().set_class_names(class_names, templates)
 
     def logits(self, features: Tensor, text: Tensor) -> Tensor:
         f, t, *learnt = exact(features, text, self.weight, self.bias, self.alpha)

@@ -21,8 +21,6 @@ class MaPLe(CoOp):
     (the paper's equations 4 to 7). As in the paper's code, the projections of deep prompts start alike.
 
     Args:
-        backbone: must have a text tower that takes embeddings, and an image tower that takes prompts.
-        task: its class names.
         context_length: prompts a block.
         init_words: the first ``context_length`` are the start of P_0; the others stay in the prompt as they are, as in
             the paper's code.

@@ -10,16 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kshot.backbones.base import Backbone
-from kshot.backbones.language import require_text
-from kshot.classifiers.base import GaussianAverage, Task, cosine_logits, exact
+from kshot.classifiers.base import GaussianAverage, Task, cosine_logits, exact, require
 from kshot.classifiers.coop import CoOp
 from kshot.classifiers.vpt import checked_blocks
-from kshot.classifiers.zero_shot import untouched_text
-from kshot.errors import UserError
+from kshot.classifiers.zero_shot import Anchored
 from kshot.templates import named_templates
 
 
-class PromptSRC(CoOp):
+class PromptSRC(Anchored, CoOp):
     """IVLP with three regularisers and Gaussian aggregation of the prompts over the epochs.
 
     With t, f the prompted and t⁰, v⁰ the frozen features, all of unit length, and z, z⁰ their logits::
@@ -30,8 +28,6 @@ class PromptSRC(CoOp):
     normalised before the mean.
 
     Args:
-        backbone: must have a text tower that takes embeddings, and an image tower that takes prompts.
-        task: its class names.
         context_length: text prompts a block.
         init_words: start of the first text block's prompts.
         prompt_length: image prompts a block.
@@ -46,14 +42,13 @@ class PromptSRC(CoOp):
 
     Attributes:
         image_prompts: (blocks, prompt_length, image width).
-        teacher: t⁰, (C, D), once the losses have asked for it; None after a change of classes.
 
     Raises:
         UserError: as CoOp and VPT; a standard deviation that is not positive.
     """
 
     needs = frozenset({"teacher"})
-    teacher: Tensor | None
+    unit_length = False
 
     @torch.inference_mode(False)
     def __init__(
@@ -71,14 +66,13 @@ class PromptSRC(CoOp):
         average_mean: float | None = 30.0,
         average_std: float = 30.0,
     ) -> None:
-        require_text(backbone, "PromptSRC")
-        blocks = checked_blocks("PromptSRC", backbone, prompt_length, depth)
         super().__init__(backbone, task, context_length, init_words=init_words, depth=depth)
-        if not average_std > 0:
-            raise UserError(f"PromptSRC: average_std is {average_std}, and must be positive.")
+        blocks = checked_blocks("PromptSRC", backbone, prompt_length, depth)
+        require("PromptSRC", "average_std", average_std, average_std > 0, "be positive")
         self.image_prompts = nn.Parameter(torch.randn(blocks, prompt_length, backbone.image_width) * 0.02)
         self.text_weight, self.image_weight, self.logit_weight = text_weight, image_weight, logit_weight
         self.templates = named_templates(templates)
+        self.register_buffer("teacher", None, persistent=False)
         self.average = None if average_mean is None else GaussianAverage(average_mean, average_std)
 
     def image_tokens(self) -> Sequence[Tensor]:
@@ -89,22 +83,9 @@ class PromptSRC(CoOp):
         groups: list[dict[str, Any]] = [{"params": [self.image_prompts]}, {"params": text_prompts, "head": True}]
         return groups if self.average is None else [group | {"average": self.average} for group in groups]
 
-    def prepare_classes(self) -> None:
-        super().prepare_classes()
-        self.register_buffer("teacher", None, persistent=False)
-
-    @torch.inference_mode(False)
-    def teacher_text(self) -> Tensor:
-        """t⁰, (C, D), of unit length."""
-        if self.teacher is None:
-            text = untouched_text(self.backbone, self.task.class_names, self.templates, unit_length=False)
-            self.teacher = F.normalize(text, dim=-1)
-        return self.teacher
-
     def terms(self, features: Tensor, text: Tensor, label: Tensor, teacher: Tensor | None) -> dict[str, Tensor]:
         assert teacher is not None, "the caller gives image features of the untouched backbone"
-        t, f, v0 = (F.normalize(x, dim=-1) for x in exact(text, features, teacher))
-        t0 = self.teacher_text()
+        t, f, t0, v0 = (F.normalize(x, dim=-1) for x in exact(text, features, self.teacher_text(), teacher))
         before = cosine_logits(v0, t0, self.backbone.logit_scale).log_softmax(-1)
         after = self.logits(features, text).log_softmax(-1)
         divergence = F.kl_div(after, before, reduction="sum", log_target=True) / after.numel()

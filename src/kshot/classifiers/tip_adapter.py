@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from kshot.backbones.base import Backbone
-from kshot.classifiers.base import Shots, Task, closed_form, exact
+from kshot.classifiers.base import Shots, Task, closed_form, exact, require
 from kshot.classifiers.zero_shot import TextPrompt
-from kshot.errors import UserError
 
 AT_ONCE = 2**24  # numbers in the largest tensor of the search: 64 MB
 
@@ -25,8 +25,6 @@ class TipAdapter(TextPrompt):
     normalised. The values Y are their labels, one-hot. ``α = 0`` is zero-shot, and so is a cache before :meth:`fit`.
 
     Args:
-        backbone: must have a text tower.
-        task: its class names and, unless overridden, its templates.
         alpha: weight of the cache; None searches it on the validation shots.
         beta: sharpness of the affinity; None searches it likewise.
         alpha_range: the search takes 20 values from 0.1 to below this one.
@@ -41,6 +39,7 @@ class TipAdapter(TextPrompt):
     values: Tensor
     alpha: Tensor
     beta: Tensor
+    bound = "each key of its cache is a training image with the label of a training class"
 
     @torch.inference_mode(False)
     def __init__(
@@ -55,12 +54,10 @@ class TipAdapter(TextPrompt):
     ) -> None:
         super().__init__(backbone, task, templates)
         who = type(self).__name__
-        if alpha is not None:
-            check(who, "alpha", alpha, 0.0)
-        if beta is not None:
-            check(who, "beta", beta, 0.0, inclusive=False)
-        check(who, "alpha_range", alpha_range, 0.1, inclusive=False)
-        check(who, "beta_range", beta_range, 0.1, inclusive=False)
+        require(who, "alpha", alpha, alpha is None or 0 <= alpha < math.inf, "be at least 0")
+        require(who, "beta", beta, beta is None or 0 < beta < math.inf, "be above 0")
+        require(who, "alpha_range", alpha_range, 0.1 < alpha_range < math.inf, "be above 0.1")
+        require(who, "beta_range", beta_range, 0.1 < beta_range < math.inf, "be above 0.1")
         self.needs = frozenset({"shots", "val"} if alpha is None or beta is None else {"shots"})
         self.alphas = [alpha] if alpha is not None else [0.1 + i * (alpha_range - 0.1) / 20 for i in range(20)]
         self.betas = [beta] if beta is not None else [0.1 + i * (beta_range - 0.1) / 200 for i in range(200)]
@@ -68,12 +65,6 @@ class TipAdapter(TextPrompt):
         self.register_buffer("beta", torch.tensor(1.0 if beta is None else float(beta)))
         self.register_buffer("values", torch.zeros(0, dtype=torch.long))
         self.register_buffer("keys", torch.zeros(0, backbone.feature_dim))
-
-    def set_class_names(self, class_names: Sequence[str], templates: Sequence[str] | None = None) -> None:
-        self.refuse_other_classes(
-            class_names, "each key of its cache is a training image with the label of a training class"
-        )
-        super().set_class_names(class_names, templates)
 
     @torch.inference_mode(False)  # keys may train, and values stand in the graph
     @torch.no_grad()
@@ -122,15 +113,9 @@ class TipAdapterF(TipAdapter):
     Composes with adapters in either tower: the features of a batch then carry gradients, the keys stay their own.
 
     Args:
-        backbone: as :class:`TipAdapter`, like what is not listed here.
-        task: likewise.
-        alpha: of training and evaluation; None trains with ``initial_alpha`` and then searches.
-        beta: likewise with ``initial_beta``.
-        alpha_range: likewise.
-        beta_range: likewise.
-        templates: likewise.
-        initial_alpha: α in training.
-        initial_beta: β in training.
+        initial_alpha: α in training, where ``alpha`` is to be searched.
+        initial_beta: β in training, where ``beta`` is to be searched.
+        settings: as :class:`TipAdapter`.
     """
 
     @torch.inference_mode(False)
@@ -138,28 +123,16 @@ class TipAdapterF(TipAdapter):
         self,
         backbone: Backbone,
         task: Task,
-        alpha: float | None = None,
-        beta: float | None = None,
-        alpha_range: float = 3.0,
-        beta_range: float = 7.0,
-        templates: Sequence[str] | str | None = None,
         initial_alpha: float = 1.17,
         initial_beta: float = 1.0,
+        **settings: Any,
     ) -> None:
-        super().__init__(backbone, task, alpha, beta, alpha_range, beta_range, templates)
-        check("TipAdapterF", "initial_alpha", initial_alpha, 0.0, inclusive=False)
-        check("TipAdapterF", "initial_beta", initial_beta, 0.0, inclusive=False)
-        self.alpha.fill_(initial_alpha if alpha is None else alpha)
-        self.beta.fill_(initial_beta if beta is None else beta)
+        super().__init__(backbone, task, **settings)
+        require("TipAdapterF", "initial_alpha", initial_alpha, 0 < initial_alpha < math.inf, "be above 0")
+        require("TipAdapterF", "initial_beta", initial_beta, 0 < initial_beta < math.inf, "be above 0")
+        if settings.get("alpha") is None:
+            self.alpha.fill_(initial_alpha)
+        if settings.get("beta") is None:
+            self.beta.fill_(initial_beta)
         del self.keys
         self.keys = nn.Parameter(torch.zeros(0, backbone.feature_dim))
-
-
-def check(who: str, name: str, value: float, least: float, inclusive: bool = True) -> None:
-    """Refuses a setting that is not finite, or below what it must be.
-
-    Raises:
-        UserError: names the class and the setting.
-    """
-    if not math.isfinite(value) or value < least or (value == least and not inclusive):
-        raise UserError(f"{who}: {name} is {value}, and must be {'at least' if inclusive else 'above'} {least}.")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kshot.backbones.base import Backbone, require_image_prompts
 from kshot.backbones.language import VisionLanguageBackbone
-from kshot.classifiers.base import Classifier, ClassifierFactory, Shots, Task, closed_form
+from kshot.classifiers.base import Classifier, ClassifierFactory, Shots, Task, closed_form, require
 from kshot.classifiers.coop import checked_depth
 from kshot.classifiers.linear import LinearProbe
 from kshot.classifiers.zero_shot import TextPrompt
@@ -24,8 +24,6 @@ class VPT(Classifier):
     arXiv:2212.03640), on which PromptSRC builds.
 
     Args:
-        backbone: its image tower must take prompts.
-        task: for the head.
         prompt_length: tokens a block.
         depth: J, the image blocks that get prompts of their own; 1 is VPT-shallow; None takes 9, or all blocks of a
             smaller tower.
@@ -88,12 +86,7 @@ class VPT(Classifier):
 
 
 def checked_blocks(who: str, backbone: Backbone, prompt_length: int, depth: int | None) -> int:
-    """The image blocks that get learned tokens of their own; a depth of None stands for 9, or all of a smaller tower.
-
-    Raises:
-        UserError: the image tower takes no prompts or has fewer blocks; no prompt.
-    """
+    """:func:`checked_depth` of the image tower, which must take prompts, at least one a block."""
     require_image_prompts(backbone, who)
-    if prompt_length < 1:
-        raise UserError(f"{who}: prompt_length is {prompt_length}, and must be at least 1.")
+    require(who, "prompt_length", prompt_length, prompt_length >= 1, "be at least 1")
     return checked_depth(who, depth, backbone.image_blocks, "image")

@@ -3,21 +3,21 @@
 import dataclasses
 import hashlib
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from kshot.data.catalogue import load_split, open_images
+from kshot.data.catalogue import load_split
 from kshot.data.heldout import HeldOut, point_out_numbers
 from kshot.data.images import Augment, FileImages
-from kshot.data.loading import EpochSampler, Keys, endless, halves, part_loader, share
+from kshot.data.loading import EpochSampler, PartLoader, endless, halves, share
 from kshot.data.manifest import manifest_bytes, read_manifest
-from kshot.data.parts import Batch, LazyImages, Part, StoredImages
-from kshot.data.protocols import ProtocolName, TestSet, check_protocol, class_groups, restrict
+from kshot.data.parts import Batch, Part
+from kshot.data.protocols import ProtocolName, check_protocol, class_groups, restrict
 from kshot.data.readers import image_files
 from kshot.data.sampling import draw
 from kshot.data.splits import Row
@@ -60,9 +60,10 @@ class FewShotDataModule(LightningDataModule):
         download: fetch what is missing, where torchvision can.
 
     Attributes:
-        class_names: words of the classes trained on, in label order; there after __init__, like the next four.
+        class_names: words of the classes trained on, in label order; there after __init__, like the next five.
         templates: sentences with one ``{}`` each.
         test_sets: in the order of their loaders; the first has the classes trained on.
+        test_parts: names of their parts.
         draw: training and validation rows of these classes; the digest is that of the draw over all classes.
         dataset_name: id of the data set.
         image_size: may be set until ``setup``.
@@ -139,7 +140,8 @@ class FewShotDataModule(LightningDataModule):
         self._held_out.add(split, self._entry, arguments, class_names or split.class_names, self.templates)
         for target in targets or ():
             self._held_out.add_target(target, root, download)
-        self.test_sets: list[TestSet] = self._held_out.sets
+        self.test_sets = list(self._held_out.sets.values())
+        self.test_parts = list(self._held_out.sets)
         self.class_names = list(self.test_sets[0].class_names)
 
         self.images: list[str] = []
@@ -159,7 +161,7 @@ class FewShotDataModule(LightningDataModule):
     def prepare_data(self) -> None:
         """Downloads image files, once per machine, where that was asked for."""
         if self.download:
-            open_images(self._entry, self.root, "train", self.draw.train, download=True)
+            self._entry.images(self.root, "train", self.draw.train, download=True)
 
     def setup(self, stage: str) -> None:
         """Opens what a stage needs; a part that is open stays as it is.
@@ -171,16 +173,17 @@ class FewShotDataModule(LightningDataModule):
         Raises:
             UserError: ``image_size`` is not set, or images are missing or unreadable.
         """
-        size = self._known_size()
+        size, skip = self._known_size(), self.skip_unreadable
         if stage == "fit" and "train" not in self._parts:
-            self._open_stored("train", self.draw.train, size, self.augment, self.train_views())
+            views = {"augment": self.augment, "views": self.train_views(), "seed": self.split_seed}
+            self._parts["train"] = self._shots("train", self.draw.train, **views)
         if stage in {"fit", "validate"} and self.draw.val and "val" not in self._parts:
-            self._open_stored("val", self.draw.val, size, None, 1)
+            self._parts["val"] = self._shots("val", self.draw.val)
         if stage == "test" and self.test_parts[0] not in self._parts:
-            self._parts |= self._held_out.open(size, self.skip_unreadable)
+            self._parts |= self._held_out.open(size, skip)
         if stage == "predict":
             rows = [Row(str(file), -1, "") for file in image_files(self.images)]
-            part = LazyImages(FileImages(Path()), rows, size, skip_unreadable=self.skip_unreadable, name=stage)
+            part = Part(FileImages(Path()), rows, size, name=stage, lazy=True, skip_unreadable=skip)
             self._parts[stage], self.predict_paths = part, part.paths
 
     def teardown(self, stage: str) -> None:
@@ -201,10 +204,7 @@ class FewShotDataModule(LightningDataModule):
         return self._parts[part]
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Shuffles the training part; epoch e depends on ``split_seed`` and e only.
-
-        A last short batch is dropped, unless it is the only one.
-        """
+        """Shuffles the training part by ``EpochSampler``."""
         part = self.part("train")
         return self._epochs(part, range(len(part)), *share(part, self.trainer))
 
@@ -233,10 +233,6 @@ class FewShotDataModule(LightningDataModule):
         opened = self.part(part)
         return self._loader(opened, self.eval_batch_size, [(position, view) for position in range(len(opened))])
 
-    def train_images(self) -> int:
-        """Gives the number of training images that could be read; there after ``setup("fit")``."""
-        return len(self.part("train"))
-
     def train_views(self) -> int:
         """Gives the number of different views of a training image: 1 without augmentation, 0 for endless."""
         return 1 if self.augment is None else self.views or 0
@@ -244,13 +240,9 @@ class FewShotDataModule(LightningDataModule):
     def keep_features(
         self, part: str, features: Tensor | None = None, frozen: Tensor | None = None, free: bool = False
     ) -> None:
-        """Lets the batches of a part carry features instead of images, or beside them.
+        """Lets the batches of an open part carry features, as ``Part.keep`` does, and perhaps frees its images.
 
-        Args:
-            part: an open one.
-            features: as ``Part.keep`` takes them, in the order of ``eval_order_dataloader``.
-            frozen: likewise.
-            free: drop the decoded images; they are decoded again if they are asked for.
+        Features are in the order of ``eval_order_dataloader``.
         """
         self.part(part).keep(features, frozen)
         if free:
@@ -259,7 +251,7 @@ class FewShotDataModule(LightningDataModule):
     def forget_features(self) -> None:
         """Lets the batches of all parts carry images again, and nothing else."""
         for part in self._parts.values():
-            part.forget()
+            part.features = part.frozen = None
 
     def part_key(self, part: str) -> str:
         """Digests what decides the pixels of a part, view by view and in order, for keeping features by it.
@@ -279,11 +271,6 @@ class FewShotDataModule(LightningDataModule):
             origin += [kind.__module__, kind.__qualname__, settings, self.train_views(), self.split_seed]
         decides = [*origin, self._known_size(), self.skip_unreadable, str(Path(self.root).resolve())]
         return hashlib.sha256(repr(decides).encode()).hexdigest()[:16]
-
-    @property
-    def test_parts(self) -> list[str]:
-        """Names of the test parts, in the order of ``test_sets``."""
-        return list(self._held_out.parts)
 
     @property
     def skipped(self) -> dict[str, int]:
@@ -323,12 +310,9 @@ class FewShotDataModule(LightningDataModule):
             raise UserError("image_size is not set: give --data.image_size, or set it before setup")
         return self.image_size
 
-    def _open_stored(self, part: str, rows: Sequence[Row], size: int, augment: Augment | None, views: int) -> None:
-        source = partial(open_images, self._entry, self.root, part, rows[:1], self.download)
-        seed, skip = self.split_seed, self.skip_unreadable
-        self._parts[part] = StoredImages(
-            source, rows, size, augment=augment, views=views, seed=seed, skip_unreadable=skip, name=part
-        )
+    def _shots(self, part: str, rows: Sequence[Row], **views: Any) -> Part:
+        source = self._entry.images(self.root, part, rows, self.download)
+        return Part(source, rows, self._known_size(), name=part, skip_unreadable=self.skip_unreadable, **views)
 
     def _epochs(self, part: Part, positions: Sequence[int], rank: int = 0, devices: int = 1) -> DataLoader[Batch]:
         order = EpochSampler(positions, self.split_seed, self.train_views(), self.batch_size, rank, devices)
@@ -339,5 +323,19 @@ class FewShotDataModule(LightningDataModule):
         rank, devices = share(opened, self.trainer)
         return self._loader(opened, self.eval_batch_size, range(rank, len(opened), devices), persistent)
 
-    def _loader(self, part: Part, batch_size: int, keys: Keys, persistent: bool = False) -> DataLoader[Batch]:
-        return part_loader(part, batch_size, keys, self.split_seed, self.num_workers, persistent)
+    def _loader(self, part: Part, batch_size: int, keys: Any, persistent: bool = False) -> DataLoader[Batch]:
+        workers = self.num_workers if part.features is None else 0
+        return PartLoader(
+            dataset=part,
+            batch_size=batch_size,  # by keyword: Lightning builds prediction loaders anew from what it sees
+            sampler=keys,
+            num_workers=workers,
+            collate_fn=_as_is,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator().manual_seed(self.split_seed),  # or each epoch draws from the global state
+            persistent_workers=persistent and workers > 0,
+        )
+
+
+def _as_is(batch: Any) -> Any:
+    return batch  # parts stack their batches themselves

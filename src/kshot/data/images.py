@@ -43,6 +43,9 @@ class ImageSource(ABC):
         """Finds out as cheaply as possible whether ``open`` would succeed, and raises as it does."""
         self.open(path)
 
+    def close(self) -> None:  # noqa: B027  most hold nothing
+        """Lets go of what is in memory, such as a whole data set; ``open`` gets it again."""
+
 
 @dataclass(frozen=True)
 class FileImages(ImageSource):
@@ -50,15 +53,8 @@ class FileImages(ImageSource):
 
     folder: Path
 
-    def open(self, path: str) -> Image.Image:
-        """Reads the file ``folder/path``."""
-        return self._load(path, draft=False)
-
-    def check(self, path: str) -> None:
-        """Reads the whole file, but lets JPEG decode only an eighth of each side."""
-        self._load(path, draft=True)
-
-    def _load(self, path: str, draft: bool) -> Image.Image:
+    def open(self, path: str, draft: bool = False) -> Image.Image:
+        """Reads the whole file; a draft of a JPEG has an eighth of each side."""
         file = self.folder / path
         try:
             with Image.open(file) as image:
@@ -73,21 +69,26 @@ class FileImages(ImageSource):
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UnreadableImageError(f"cannot read the image {str(file)!r}: {reason}") from None
 
+    def check(self, path: str) -> None:
+        self.open(path, draft=True)
 
-@dataclass(frozen=True)
+
 class ArrayImages(ImageSource):
     """Images that a sequence holds by index.
 
-    Attributes:
-        items: per index whatever ``convert`` turns into an image.
-        convert: from an item to a PIL image.
+    Args:
+        load: opens the sequence.
+        convert: from an item of it to an image.
     """
 
-    items: Sequence[Any]
-    convert: Callable[[Any], Image.Image]
+    def __init__(self, load: Callable[[], Sequence[Any]], convert: Callable[[Any], Image.Image]) -> None:
+        self.load = load
+        self.convert = convert
+        self.items: Sequence[Any] | None = load()
 
     def open(self, path: str) -> Image.Image:
-        """Converts item number ``int(path)``."""
+        if self.items is None:
+            self.items = self.load()
         index = int(path)
         if index >= len(self.items):
             raise UnreadableImageError(f"there is no image {index}: the data set has {len(self.items)}")
@@ -95,6 +96,9 @@ class ArrayImages(ImageSource):
 
     def check(self, path: str) -> None:
         """Knows arrays to be readable."""
+
+    def close(self) -> None:
+        self.items = None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -110,9 +114,6 @@ def evaluation_transform(image_size: int) -> Callable[[Image.Image], Tensor]:
 
     Normalising is left to the backbone, which owns mean and deviation. The image is converted to RGB first: the result
     is the same for RGB and greyscale, and palette images get resized in colours instead of palette indices.
-
-    Args:
-        image_size: side of the result in pixels.
 
     Returns:
         A picklable function from a PIL image to a uint8 tensor (3, image_size, image_size).
@@ -163,6 +164,9 @@ class CropFlip(Augment):
         scale: smallest and largest share of the image's area in the crop.
         ratio: smallest and largest width divided by height of the crop.
         flip: probability of a mirror image; 0 for characters and signs.
+
+    Raises:
+        UserError: a range is not ascending and positive, or a share or probability is above 1.
     """
 
     scale: tuple[float, float] = (0.08, 1.0)
@@ -170,11 +174,6 @@ class CropFlip(Augment):
     flip: float = 0.5
 
     def __post_init__(self) -> None:
-        """Refuses settings that have no meaning.
-
-        Raises:
-            UserError: a range is not ascending and positive, or a share or probability is above 1.
-        """
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise UserError(f"scale must be two ascending shares in (0, 1], not {self.scale}")
         if not 0 < self.ratio[0] <= self.ratio[1]:
@@ -183,7 +182,6 @@ class CropFlip(Augment):
             raise UserError(f"flip must be a probability, not {self.flip}")
 
     def __call__(self, image: Image.Image, image_size: int, stream: random.Random) -> Tensor:
-        """Crops, resizes and perhaps mirrors."""
         left, top, width, height = self.crop(image.width, image.height, stream)
         box = (left, top, left + width, top + height)
         # Cropping before resizing keeps pixels outside the crop out of the filter, as torchvision does.

@@ -5,15 +5,12 @@ import random
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
-import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from kshot.data.parts import Batch, Key, Part
 from kshot.errors import UserError
-
-Keys = Sequence[int | Key] | Sequence[int] | Sequence[Key] | Sampler[Key]
 
 
 class EpochSampler(Sampler[Key]):
@@ -41,8 +38,7 @@ class EpochSampler(Sampler[Key]):
         count, joint = len(positions), batch_size * devices
         self.mine = range(rank, count if count < joint else count - count % joint, devices)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch of the next iteration; Lightning calls this by itself."""
+    def set_epoch(self, epoch: int) -> None:  # Lightning calls this by itself
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -65,23 +61,6 @@ class PartLoader(DataLoader[Batch]):
         else:
             self.num_workers = 0
         return super().__iter__()
-
-
-def part_loader(
-    part: Part, batch_size: int, keys: Keys, seed: int, workers: int = 0, persistent: bool = False
-) -> PartLoader:
-    """Makes a loader of the keys of a part, in their order; persistent workers live from epoch to epoch."""
-    workers = workers if part.features is None else 0
-    return PartLoader(
-        dataset=part,
-        batch_size=batch_size,  # by keyword: Lightning builds prediction loaders anew from what it sees
-        sampler=keys,
-        num_workers=workers,
-        collate_fn=_as_is,
-        pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator().manual_seed(seed),  # or each epoch draws from the global state
-        persistent_workers=persistent and workers > 0,
-    )
 
 
 def share(part: Part, trainer: Trainer | None) -> tuple[int, int]:
@@ -125,7 +104,3 @@ def endless(loader: DataLoader[Batch]) -> Iterator[Batch]:
     for epoch in itertools.count():
         cast(EpochSampler, loader.sampler).set_epoch(epoch)
         yield from loader
-
-
-def _as_is(batch: Any) -> Any:
-    return batch  # parts stack their batches themselves

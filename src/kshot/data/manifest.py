@@ -4,16 +4,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+from kshot.data.readers import parsed_json
 from kshot.data.sampling import PERCENT, SAMPLERS, FewShotDraw, draw_digest
-from kshot.data.splits import Row, Split
+from kshot.data.splits import Row, Split, json_rows
 from kshot.errors import UserError
 
 SCHEMA = "fewshot-manifest/1"
 GENERATOR = "python-random-mt19937"
 _TYPES = {
-    str: ("schema", "dataset", "protocol", "digest"),
-    dict: ("source", "sampler", "image_root", "counts"),
-    list: ("classnames", "train", "val"),
+    **dict.fromkeys(("dataset", "protocol", "digest"), str),
+    **dict.fromkeys(("source", "sampler", "image_root", "counts"), dict),
+    **dict.fromkeys(("classnames", "train", "val"), list),
 }
 
 
@@ -41,15 +42,11 @@ def manifest_bytes(split: Split, draw: FewShotDraw) -> bytes:
         "counts": {"train": len(draw.train), "val": len(draw.val), "test": len(split.test)},
         "digest": draw.digest,
     }
-    lines = ["{"]
-    lines += [f" {json.dumps(key)}: {json.dumps(value)}," for key, value in header.items()]
-    for part, rows, end in (("train", draw.train, " ],"), ("val", draw.val, " ]")):
-        lines.append(f' "{part}": [')
-        values = ([int(r.path) if split.item_kind == "index" else r.path, r.label, r.class_name] for r in rows)
-        texts = [f"  {json.dumps(value)}" for value in values]
-        lines += [text + "," for text in texts[:-1]] + texts[-1:]
-        lines.append(end)
-    return ("\n".join(lines) + "\n}\n").encode("ascii")
+    blocks = [f' "{key}": {json.dumps(value)}' for key, value in header.items()]
+    for part, rows in (("train", draw.train), ("val", draw.val)):
+        lines = [f"\n  {text}" for text in json_rows(rows, split.item_kind)]
+        blocks.append(f' "{part}": [' + ",".join(lines) + "\n ]")
+    return ("{\n" + ",\n".join(blocks) + "\n}\n").encode("ascii")
 
 
 def read_manifest(path: str | Path, split: Split) -> FewShotDraw:
@@ -67,49 +64,43 @@ def read_manifest(path: str | Path, split: Split) -> FewShotDraw:
     """
     path = Path(path)
     try:
-        data = json.loads(path.read_bytes())
+        data = parsed_json(path.read_bytes(), path)
     except OSError as error:
         raise UserError(f"{path}: cannot read the manifest: {error.strerror or error}") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
     _check_schema(data, path)
-    source = data["source"]
+    source, sampler = data["source"], data["sampler"]
     if source.get("sha256") != split.sha256:
         drawn_from = f"{source.get('file')!r} with SHA-256 {str(source.get('sha256'))[:12]}..."
         raise UserError(f"{path}: drawn from {drawn_from}, but {split.file!r} has {split.sha256[:12]}...")
-    rule = SAMPLERS.get(data["protocol"], PERCENT)
+    left_over = split.train if SAMPLERS.get(data["protocol"], PERCENT).val_part == "train" else ()
     train = _rows(data["train"], "train", split.train, split, path)
-    held_out = split.train if rule.val_part == "train" else ()
-    val = _rows(data["val"], "val", (*split.val, *held_out), split, path)
+    val = _rows(data["val"], "val", (*split.val, *left_over), split, path)
     digest = draw_digest(train, val)
     if digest != data["digest"]:
         raise UserError(f"{path}: the rows have the digest {digest[:19]}..., not {data['digest'][:19]}... as it says")
-    sampler = data["sampler"]
     return FewShotDraw(
         train, val, sampler["shots"], sampler.get("val_shots"), sampler["seed"], data["protocol"], digest
     )
 
 
 def _check_schema(data: Any, path: Path) -> None:
-    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
-        found = data.get("schema") if isinstance(data, dict) else type(data).__name__
+    found = data.get("schema") if isinstance(data, dict) else type(data).__name__
+    if found != SCHEMA:
         raise UserError(f"{path}: not a manifest of the schema {SCHEMA!r} but {found!r}")
-    for key, kind in ((key, kind) for kind, keys in _TYPES.items() for key in keys):
+    for key, kind in _TYPES.items():
         if not isinstance(data.get(key), kind):
             raise UserError(f"{path}: {key!r} must be there and be a {kind.__name__}")
-    sampler = data["sampler"]
-    whole = {key: type(sampler.get(key)) is int for key in ("seed", "shots", "val_shots")}
-    if not whole["seed"] or not all(whole[key] or sampler.get(key) is None for key in ("shots", "val_shots")):
+    seed, *shots = (data["sampler"].get(key) for key in ("seed", "shots", "val_shots"))
+    if type(seed) is not int or any(type(value) is not int for value in shots if value is not None):
         raise UserError(f"{path}: 'sampler' must have a whole seed, shots and val_shots")
 
 
 def _rows(values: list[Any], part: str, choice: tuple[Row, ...], split: Split, path: Path) -> tuple[Row, ...]:
-    known = {(row.path, row.label): row for row in choice}
     kind = int if split.item_kind == "index" else str
+    known = {json.dumps([kind(row.path), row.label]): row for row in choice}
     rows = []
     for value in values:
-        well_formed = isinstance(value, list) and len(value) == 3 and type(value[0]) is kind
-        row = known.get((str(value[0]), value[1])) if well_formed and type(value[1]) is int else None
+        row = known.get(json.dumps(value[:2])) if isinstance(value, list) and len(value) == 3 else None
         if row is None:
             # Above all it must not be a test image.
             raise UserError(f"{path}: {value!r} is not one of the {part} rows of {split.file!r}")

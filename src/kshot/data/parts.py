@@ -2,7 +2,6 @@
 
 import random
 import warnings
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -37,41 +36,85 @@ class Batch(NamedTuple):
     frozen: Tensor | None = None
 
 
-class Part(Dataset[Batch], ABC):
+class Part(Dataset[Batch]):
     """Images with labels, and the features that are kept of them.
 
-    A key is a position, or a position and a view. A data loader asks for all keys of a batch at once, so that stacking
-    is done here, by indexing where possible.
+    A key is a position, or a position and a view; the same key gives the same view in every run and process. A data
+    loader asks for all keys of a batch at once, so that stacking is done here, by indexing where possible.
+
+    Images are decoded once and kept as uint8 in memory. Without ``augment`` these are the evaluation images:
+    3 * image_size² bytes each. With it they have their own shape, the shorter side limited to 2 * image_size: about
+    0.6 MB for a 4:3 photo at 224 pixels. The limit costs sharpness only in crops below a quarter of the area, and
+    saves decoding in every epoch.
+
+    Args:
+        source: opens the rows.
+        rows: the part.
+        image_size: side of the images in pixels.
+        name: of the part, for messages.
+        augment: makes the views; None for the evaluation transform.
+        views: number of different views of an image that repeat; 0 for endless.
+        seed: of the views.
+        lazy: decode images when they are asked for, and keep none: for parts that are read once.
+        skip_unreadable: leave out what cannot be read instead of raising. All is read in advance for it, since a batch
+            must not come out short.
 
     Attributes:
-        name: of the part, for messages.
         paths: of the images, by position.
         labels: (N,) int64.
         skipped: number of images that were left out because they cannot be read.
-        views: number of different views of an image; 0 for endless.
         features: (V, N, D) for V views, once kept; loaders that exist already hand them out.
         frozen: the same for ``Batch.frozen``.
+
+    Raises:
+        UnreadableImageError: an image cannot be read; of a lazy part, when it is asked for.
+        UserError: none can.
     """
 
     features: Tensor | None = None
     frozen: Tensor | None = None
 
-    def __init__(self, name: str, rows: Sequence[Row], readable: Sequence[Row], views: int) -> None:
+    def __init__(
+        self,
+        source: ImageSource,
+        rows: Sequence[Row],
+        image_size: int,
+        *,
+        name: str = "train",
+        augment: Augment | None = None,
+        views: int = 1,
+        seed: int = 1,
+        lazy: bool = False,
+        skip_unreadable: bool = False,
+    ) -> None:
+        self.source = source
+        self.image_size = image_size
         self.name = name
-        self.paths = [row.path for row in readable]
-        self.labels = torch.tensor([row.label for row in readable], dtype=torch.int64)
-        self.skipped = len(rows) - len(readable)
+        self.augment = augment
         self.views = views
-
-    @abstractmethod
-    def images(self, keys: Sequence[Key]) -> Tensor:
-        """Stacks the images of the keys: (B, 3, S, S) uint8."""
+        self.seed = seed
+        self.lazy = lazy
+        self.transform = evaluation_transform(image_size)
+        self.arrays: list[np.ndarray] = []
+        kept = rows
+        if not lazy:
+            kept = _readable(rows, lambda path: self.arrays.append(self._decoded(path)), skip_unreadable)
+            source.close()
+        elif skip_unreadable:
+            kept = _readable(rows, source.check, skip_unreadable)
+        self.paths = [row.path for row in kept]
+        self.labels = torch.tensor([row.label for row in kept], dtype=torch.int64)
+        self.skipped = len(rows) - len(kept)
 
     def load(self) -> None:
         """Decodes now what is decoded once; a data loader asks for it before it starts processes."""
+        if not self.lazy and not self.arrays:
+            self.arrays = [self._decoded(path) for path in self.paths]
+            self.source.close()
 
     def free_images(self) -> None:
         """Drops decoded images; they are decoded again when they are asked for."""
+        self.arrays = []
 
     def keep(self, features: Tensor | None = None, frozen: Tensor | None = None) -> None:
         """Lets batches carry features: of this run in the place of images, of the untouched backbone beside them.
@@ -90,10 +133,6 @@ class Part(Dataset[Batch], ABC):
         self.features = self.features if features is None else features
         self.frozen = self.frozen if frozen is None else frozen
 
-    def forget(self) -> None:
-        """Drops the features."""
-        self.features = self.frozen = None
-
     def __len__(self) -> int:
         return len(self.labels)
 
@@ -107,106 +146,25 @@ class Part(Dataset[Batch], ABC):
         features, frozen = (
             None if kept is None else kept[view % self.views, index] for kept in (self.features, self.frozen)
         )
-        image = self.images(pairs) if features is None else None
+        image = self._images(pairs) if features is None else None
         return Batch(image, self.labels[index], index, features, frozen)
 
-
-class StoredImages(Part):
-    """Images that are decoded once and kept as uint8 in memory.
-
-    Without ``augment`` the evaluation images are kept: 3 * image_size² bytes each. With it, the decoded images are, in
-    their own shape, the shorter side limited to 2 * image_size: about 0.6 MB for a 4:3 photo at 224 pixels. The limit
-    costs sharpness only in crops below a quarter of the area, and saves decoding in every epoch.
-
-    Args:
-        source: opens what opens the rows. It is asked anew each time, as it may hold a whole data set.
-        rows: the part.
-        image_size: side of the images in pixels.
-        augment: makes the views; None for the evaluation transform.
-        views: number of views that repeat; 0 for endless.
-        seed: of the views.
-        skip_unreadable: leave out what cannot be read instead of raising.
-        name: in messages.
-
-    Raises:
-        UnreadableImageError: an image cannot be read.
-        UserError: none can.
-    """
-
-    def __init__(
-        self,
-        source: Callable[[], ImageSource],
-        rows: Sequence[Row],
-        image_size: int,
-        *,
-        augment: Augment | None = None,
-        views: int = 1,
-        seed: int = 1,
-        skip_unreadable: bool = False,
-        name: str = "train",
-    ) -> None:
-        self.source = source
-        self.image_size = image_size
-        self.augment = augment
-        self.seed = seed
-        self.transform = evaluation_transform(image_size)
-        self.arrays: list[np.ndarray] = []
-        opened = source()
-        kept = _readable(rows, lambda path: self.arrays.append(self._decoded(opened, path)), skip_unreadable)
-        super().__init__(name, rows, kept, views)
-
-    def images(self, keys: Sequence[Key]) -> Tensor:
-        """Gives (B, 3, S, S) uint8; the same key gives the same view in every run and process."""
+    def _images(self, keys: Sequence[Key]) -> Tensor:
         self.load()
+        arrays = [self._decoded(self.paths[i]) if self.lazy else self.arrays[i] for i, _ in keys]
         if self.augment is None:
-            return torch.from_numpy(np.stack([self.arrays[position] for position, _ in keys]))
+            return torch.from_numpy(np.stack(arrays))
         views = []
-        for position, view in keys:
+        for array, (position, view) in zip(arrays, keys, strict=True):
             stream = random.Random(f"{self.seed}/{position}/{view}")
-            views.append(self.augment(Image.fromarray(self.arrays[position]), self.image_size, stream))
+            views.append(self.augment(Image.fromarray(array), self.image_size, stream))
         return torch.stack(views)
 
-    def load(self) -> None:
-        if not self.arrays:
-            opened = self.source()
-            self.arrays = [self._decoded(opened, path) for path in self.paths]
-
-    def free_images(self) -> None:
-        self.arrays = []
-
-    def _decoded(self, source: ImageSource, path: str) -> np.ndarray:
-        image = source.open(path)
+    def _decoded(self, path: str) -> np.ndarray:
+        image = self.source.open(path)
         if self.augment is None:
             return self.transform(image).numpy()
         return np.array(limit_size(image, 2 * self.image_size))
-
-
-class LazyImages(Part):
-    """Images that are decoded when they are asked for, for parts that are read once.
-
-    With ``skip_unreadable`` all are read in advance as well, since a batch must not come out short.
-
-    Raises:
-        UserError: as ``StoredImages``, but without ``skip_unreadable`` only when the image is asked for.
-    """
-
-    def __init__(
-        self,
-        source: ImageSource,
-        rows: Sequence[Row],
-        image_size: int,
-        *,
-        skip_unreadable: bool = False,
-        name: str = "test",
-    ) -> None:
-        self.source = source
-        self.transform = evaluation_transform(image_size)
-        kept = _readable(rows, source.check, skip=True) if skip_unreadable else rows
-        super().__init__(name, rows, kept, views=1)
-
-    def images(self, keys: Sequence[Key]) -> Tensor:
-        """Decodes (B, 3, S, S) uint8."""
-        return torch.stack([self.transform(self.source.open(self.paths[position])) for position, _ in keys])
 
 
 def _readable(rows: Sequence[Row], read: Callable[[str], object], skip: bool) -> list[Row]:

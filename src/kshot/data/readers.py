@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import re
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,23 +31,20 @@ def read_split_zhou(path: str | Path, name: str | None = None, image_root: str =
         UserError: the file does not exist or is no such file, or its content breaks a rule of ``make_split``.
     """
     path = Path(path)
-    content = _read(path)
+    content = _content(path)
     if path.suffix == ".gz":
         try:
             content = gzip.decompress(content)
-        except (OSError, EOFError, ValueError) as error:
+        except (OSError, EOFError, zlib.error) as error:
             raise UserError(f"{path}: not a gzip file ({error})") from None
-    file = path.name.removesuffix(".gz")
-    try:
-        data = json.loads(content)
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
+    data = parsed_json(content, path)
     if not isinstance(data, dict) or not all(isinstance(data.get(part), list) for part in PARTS):
         raise UserError(f"{path}: a split file is one object with the lists 'train', 'val' and 'test'")
     parts = {part: [_row(values, f"{path}, {part} row {i}") for i, values in enumerate(data[part])] for part in PARTS}
     kinds = {type(values[0]) for part in PARTS for values in data[part]}
     if len(kinds) > 1:
         raise UserError(f"{path}: some rows name files and some have an index")
+    file = path.name.removesuffix(".gz")
     return make_split(
         name or file.removesuffix(".json"),
         parts,
@@ -72,26 +70,21 @@ def split_from_folder(root: str | Path) -> Split:
     if not root.is_dir():
         raise UserError(f"{root}: {'not a folder' if root.exists() else 'no such folder'}")
     # A class may be called "train" as well: only a folder of folders is a part.
-    part_folders = {
+    folders = {
         _PART_SPELLINGS[folder.name]: folder
         for folder in _folders(root)
         if folder.name in _PART_SPELLINGS and _folders(folder)
     }
-    if not part_folders:
-        rows = _folder_rows(root, root, {folder.name: label for label, folder in enumerate(_folders(root))})
-        parts = stratify(rows, PERCENTS)
+    if lacking := [part for part in ("train", "test") if part not in folders and folders]:
+        have = listed(sorted(folder.name for folder in folders.values()))
+        raise UserError(f"{root}: has {have} but no {lacking[0]!r} folder; without parts give root/class/images")
+    labels = {folder.name: label for label, folder in enumerate(_folders(folders.get("train", root)))}
+    if folders:
+        parts = {part: _folder_rows(folders[part], root, labels) if part in folders else [] for part in PARTS}
     else:
-        for part in ("train", "test"):
-            if part not in part_folders:
-                have = listed(sorted(folder.name for folder in part_folders.values()))
-                raise UserError(f"{root}: has {have} but no {part!r} folder; without parts give root/class/images")
-        labels = {folder.name: label for label, folder in enumerate(_folders(part_folders["train"]))}
-        parts = {part: [] for part in PARTS}
-        for part, folder in part_folders.items():
-            parts[part] = _folder_rows(folder, root, labels)
-    digest = hashlib.sha256(split_bytes(parts)).hexdigest()
+        parts = stratify(_folder_rows(root, root, labels), PERCENTS)
     name = root.resolve().name
-    return make_split(name, parts, file=name, sha256=digest)
+    return make_split(name, parts, file=name, sha256=hashlib.sha256(split_bytes(parts)).hexdigest())
 
 
 def split_from_csv(path: str | Path, classes: Sequence[str] | None = None) -> Split:
@@ -109,7 +102,7 @@ def split_from_csv(path: str | Path, classes: Sequence[str] | None = None) -> Sp
             ``classes`` is not that of the labels, or a rule of ``make_split`` is broken.
     """
     path = Path(path)
-    content = _read(path)
+    content = _content(path)
     try:
         reader = csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""))
         header = [column.strip().lower() for column in reader.fieldnames or []]
@@ -120,9 +113,9 @@ def split_from_csv(path: str | Path, classes: Sequence[str] | None = None) -> Sp
     for column in ("path", "label"):
         if column not in header:
             raise UserError(f"{path}: no column {column!r}; the header must have path,label[,split][,class_name]")
-    texts = {line["label"] for _, line in lines}
-    numbered = bool(texts) and all(re.fullmatch(r"[0-9]+", text) for text in texts)
-    labels = {text: int(text) if numbered else label for label, text in enumerate(sorted(texts))}
+    texts = sorted({line["label"] for _, line in lines})
+    numbered = all(re.fullmatch(r"[0-9]+", text) for text in texts)
+    labels = {text: int(text) if numbered else position for position, text in enumerate(texts)}
     if classes is not None and len(set(labels.values())) != len(classes):
         raise UserError(f"{path}: {len(classes)} class names for {len(set(labels.values()))} labels")
     parts: dict[str, list[Row]] = {part: [] for part in PARTS}
@@ -140,34 +133,41 @@ def split_from_csv(path: str | Path, classes: Sequence[str] | None = None) -> Sp
         class_name = classes[label] if classes is not None else line.get("class_name") or itself
         parts[part].append(Row(line["path"], label, class_name))
     if "split" not in header:
-        rows = sorted(parts["train"], key=lambda row: (row.label, row.path))
-        parts = stratify(rows, PERCENTS)
+        parts = stratify(sorted(parts["train"], key=lambda row: (row.label, row.path)), PERCENTS)
     # The name carries the folder, as many CSV files are called items.csv or labels.csv.
     name = f"{path.resolve().parent.name}-{path.stem}"
     return make_split(name, parts, file=path.name, sha256=hashlib.sha256(content).hexdigest())
 
 
-def _read(path: Path) -> bytes:
+def _content(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: {(error.strerror or str(error)).lower()}") from None
 
 
+def parsed_json(content: bytes, path: Path) -> Any:
+    """Parses the content of a file.
+
+    Raises:
+        UserError: it is not JSON.
+    """
+    try:
+        return json.loads(content)
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error})") from None
+
+
 def _row(values: Any, where: str) -> Row:
-    if not (
-        isinstance(values, list)
-        and len(values) == 3
-        and type(values[0]) in {str, int}
-        and type(values[1]) is int
-        and isinstance(values[2], str)
-    ):
+    types = [type(value) for value in values] if isinstance(values, list) else []
+    if types not in ([str, int, str], [int, int, str]):
         raise UserError(f"{where}: {values!r} is not [path, label, class name]")
-    if isinstance(values[0], str):
-        check_path(values[0], where)
-    elif values[0] < 0:
-        raise UserError(f"{where}: the index {values[0]} is negative")
-    return Row(str(values[0]), values[1], values[2])
+    path, label, class_name = values
+    if isinstance(path, str):
+        check_path(path, where)
+    elif path < 0:
+        raise UserError(f"{where}: the index {path} is negative")
+    return Row(str(path), label, class_name)
 
 
 def _folders(root: Path) -> list[Path]:
@@ -175,11 +175,25 @@ def _folders(root: Path) -> list[Path]:
     return sorted((p for p in root.iterdir() if p.is_dir() and not p.name.startswith(hidden)), key=lambda p: p.name)
 
 
+def _folder_rows(folder: Path, root: Path, labels: Mapping[str, int]) -> list[Row]:
+    classes = _folders(folder)
+    if not classes:
+        raise UserError(f"{folder}: no class folders in it; images go into one folder per class")
+    if unknown := [c.name for c in classes if c.name not in labels]:
+        raise UserError(f"{folder}: no training images of the class {listed(unknown)}")
+    found = {c: images_below(c) for c in classes}
+    if empty := [c.name for c, images in found.items() if not images]:
+        raise UserError(f"{folder}: no images in the class folder {listed(empty)}")
+    rows = [Row(p.relative_to(root).as_posix(), labels[c.name], c.name) for c, images in found.items() for p in images]
+    for row in rows:
+        check_path(row.path, str(folder))
+    return rows
+
+
 def images_below(folder: Path) -> list[Path]:
     """Finds the image files below a folder, sub-folders included, sorted by their POSIX paths."""
-    found = (p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
-    visible = (p for p in found if not p.name.startswith("."))
-    return sorted(visible, key=lambda p: p.relative_to(folder).as_posix())
+    found = (p for p in folder.rglob("[!.]*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+    return sorted(found, key=lambda p: p.relative_to(folder).as_posix())
 
 
 def image_files(paths: Sequence[str]) -> list[Path]:
@@ -198,18 +212,3 @@ def image_files(paths: Sequence[str]) -> list[Path]:
     if not files:
         raise UserError(f"no image found in {', '.join(map(repr, paths))}")
     return files
-
-
-def _folder_rows(folder: Path, root: Path, labels: Mapping[str, int]) -> list[Row]:
-    classes = _folders(folder)
-    if not classes:
-        raise UserError(f"{folder}: no class folders in it; images go into one folder per class")
-    if unknown := [c.name for c in classes if c.name not in labels]:
-        raise UserError(f"{folder}: no training images of the class {listed(unknown)}")
-    found = {c: images_below(c) for c in classes}
-    if empty := [c.name for c, images in found.items() if not images]:
-        raise UserError(f"{folder}: no images in the class folder {listed(empty)}")
-    rows = [Row(p.relative_to(root).as_posix(), labels[c.name], c.name) for c, images in found.items() for p in images]
-    for row in rows:
-        check_path(row.path, str(folder))
-    return rows

@@ -4,13 +4,13 @@ import hashlib
 import math
 import random
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
 from typing import Literal
 
-from kshot.data.splits import Row, Split, display_name
+from kshot.data.splits import Row, Split, by_label, display_name
 from kshot.errors import UserError, nearest_first
 
 VAL_SHOTS = 4  # CoOp's cap on validation shots
@@ -39,87 +39,65 @@ class FewShotDraw:
     digest: str
 
 
-Drawn = dict[str, list[Row]]  # by part
 Asked = int | Fraction  # so many images of every class, or that share of it
-Demands = Mapping[str, tuple[Sequence[Row], Asked]]  # by part, in the order of drawing
-
-
-def one_stream(demands: Demands, seed: int) -> Drawn:
-    """Draws as CoOp does: one stream over the parts, and in each over the classes in order of first appearance.
-
-    A class with fewer images gives all of them, and then takes nothing from the stream. Shots are not nested.
-    """
-    stream = random.Random(seed)
-    return {part: _sampled(rows, asked, stream) for part, (rows, asked) in demands.items()}
-
-
-def one_stream_of_train(demands: Demands, seed: int) -> Drawn:
-    """Draws the training images as CoOp does, and then, by the same stream, validation images from those left over."""
-    stream, (rows, asked) = random.Random(seed), demands["train"]
-    train = _sampled(rows, asked, stream)
-    drawn = set(train)
-    return {"train": train, "val": _sampled([r for r in rows if r not in drawn], demands["val"][1], stream)}
-
-
-def _sampled(rows: Sequence[Row], asked: Asked, stream: random.Random) -> list[Row]:
-    drawn: list[Row] = []
-    for members in _by_label(rows).values():
-        count = _count(asked, len(members))
-        drawn += stream.sample(members, count) if len(members) >= count else members
-    return drawn
-
-
-def own_orders(demands: Demands, seed: int) -> Drawn:
-    """Draws the first images of each class's own permutation.
-
-    The 1-shot images are among the 2-shot images, and so on; the images of a class depend on no other class.
-    """
-    drawn: Drawn = {part: [] for part in demands}
-    for part, (rows, asked) in demands.items():
-        for label, members in sorted(_by_label(rows).items()):
-            order = list(members)
-            random.Random(f"{seed}/{part}/{label}").shuffle(order)
-            drawn[part] += order[: _count(asked, len(order))]
-    return drawn
-
-
-def _count(asked: Asked, size: int) -> int:
-    return asked if isinstance(asked, int) else max(1, math.floor(asked * size + Fraction(1, 2)))
 
 
 @dataclass(frozen=True)
 class Sampler:
     """A rule for drawing.
 
+    By default it is CoOp's: one stream over the parts, and in each over the classes in order of first appearance. A
+    class with fewer images gives all of them, and then takes nothing from the stream. Shots are not nested.
+
     Attributes:
-        choose: the images of parts.
+        nested: draw the first images of each class's own permutation instead. The 1-shot images are among the 2-shot
+            images, and so on; the images of a class depend on no other class.
         val_shots: validation images per class at so many training images; None for the whole part.
         order: in which the parts are drawn.
-        val_part: the part of the split that validation images are drawn from.
+        val_part: the part of the split that validation images are drawn from; of train, those left over.
     """
 
-    choose: Callable[[Demands, int], Drawn]
+    nested: bool = False
     val_shots: Callable[[Asked], Asked | None] = lambda asked: min(asked, VAL_SHOTS)
     order: tuple[str, str] = ("train", "val")
     val_part: Literal["train", "val"] = "val"
 
-    def __call__(self, train: Sequence[Row], val: Sequence[Row], asked: Asked, seed: int) -> Drawn:
+    def __call__(self, train: Sequence[Row], val: Sequence[Row], asked: Asked, seed: int) -> dict[str, list[Row]]:
         """Draws ``asked`` training images per class, and what belongs to them for validation."""
-        rows, wanted = {"train": train, "val": val}, {"train": asked, "val": self.val_shots(asked)}
-        demands = {part: (rows[part], count) for part in self.order if (count := wanted[part]) is not None}
-        return {part: list(rows[part]) for part in rows} | self.choose(demands, seed)
+        drawn = {"train": list(train), "val": list(val)}
+        stream = random.Random(seed)
+        for part in self.order:
+            if part == "val" and self.val_part == "train":
+                taken = set(drawn["train"])
+                drawn["val"] = [row for row in train if row not in taken]
+            count = asked if part == "train" else self.val_shots(asked)
+            if count is not None:
+                drawn[part] = self._chosen(drawn[part], count, stream, f"{seed}/{part}")
+        return drawn
+
+    def _chosen(self, rows: list[Row], asked: Asked, stream: random.Random, key: str) -> list[Row]:
+        chosen: list[int] = []
+        groups = by_label(rows)
+        for label, members in sorted(groups.items()) if self.nested else groups.items():
+            count = asked if isinstance(asked, int) else max(1, math.floor(asked * len(members) + Fraction(1, 2)))
+            if self.nested:
+                random.Random(f"{key}/{label}").shuffle(members)
+                chosen += members[:count]
+            else:
+                chosen += stream.sample(members, count) if len(members) >= count else members
+        return [rows[position] for position in chosen]
 
 
 SAMPLERS = {
-    "coop-v1": Sampler(one_stream),
-    "coop-v1+val": Sampler(one_stream_of_train, val_part="train"),  # for a data set without a validation part
-    "nested": Sampler(own_orders),
+    "coop-v1": Sampler(),
+    "coop-v1+val": Sampler(val_part="train"),  # for a data set without a validation part
+    "nested": Sampler(nested=True),
     # One seed, but other images than CoOp's: arXiv 2405.18541 draws the validation images first.
-    "cliplora": Sampler(one_stream, order=("val", "train")),
-    "lpp": Sampler(one_stream, val_shots=lambda asked: asked),  # LP++, arXiv 2404.02285
-    "tip": Sampler(one_stream, val_shots=lambda _: None),  # Tip-Adapter, arXiv 2207.09519
+    "cliplora": Sampler(order=("val", "train")),
+    "lpp": Sampler(val_shots=lambda asked: asked),  # LP++, arXiv 2404.02285
+    "tip": Sampler(val_shots=lambda _: None),  # Tip-Adapter, arXiv 2207.09519
 }
-PERCENT = Sampler(own_orders, val_shots=lambda asked: asked)  # percent:P, as in RandLoRA, arXiv 2502.00987
+PERCENT = Sampler(nested=True, val_shots=lambda asked: asked)  # percent:P, as in RandLoRA, arXiv 2502.00987
 
 
 def draw_digest(train: Sequence[Row], val: Sequence[Row]) -> str:
@@ -144,22 +122,20 @@ def draw(
         UserError: ``shots`` is below 1 or given with a percentage, the sampler is unknown, or a class has fewer images
             than ``shots``.
     """
-    share = None
+    asked: Asked | None = shots
     if sampler.startswith("percent"):
-        sampler, share = _percentage(sampler)
+        sampler, asked = _percentage(sampler)
         if shots is not None:
             raise UserError(f"sampler {sampler} takes a share of every class, not {shots} shots: set --data.shots null")
     elif sampler not in SAMPLERS:
         raise UserError(f"unknown sampler {sampler!r}. {nearest_first(sampler, [*SAMPLERS, 'percent:50'])}")
-    if shots is not None:
+    elif shots is not None:
         _check_shots(split, shots, allow_fewer)
-    asked = share if shots is None else shots
-    if asked is None:
-        digest = draw_digest(split.train, split.val)
-        return FewShotDraw(split.train, split.val, None, None, seed, sampler, digest)
-    rule = SAMPLERS.get(sampler, PERCENT)
-    drawn, wanted = rule(split.train, split.val, asked, seed), rule.val_shots(asked)
-    train, val = tuple(drawn["train"]), tuple(drawn["val"])
+    train, val, wanted = split.train, split.val, None
+    if asked is not None:
+        rule = SAMPLERS.get(sampler, PERCENT)
+        drawn, wanted = rule(split.train, split.val, asked, seed), rule.val_shots(asked)
+        train, val = tuple(drawn["train"]), tuple(drawn["val"])
     val_shots = wanted if isinstance(wanted, int) else None
     return FewShotDraw(train, val, shots, val_shots, seed, sampler, draw_digest(train, val))
 
@@ -175,18 +151,15 @@ def _percentage(sampler: str) -> tuple[str, Fraction]:
 def _check_shots(split: Split, shots: int, allow_fewer: bool) -> None:
     if shots < 1:
         raise UserError(f"shots must be at least 1, or null for all images, not {shots}")
-    sizes = {label: len(members) for label, members in _by_label(split.train).items()}
-    short = {label: sizes.get(label, 0) for label in range(len(split.class_names)) if sizes.get(label, 0) < shots}
+    groups = by_label(split.train)
+    short = [
+        f"{display_name(name)!r} has {len(groups.get(label, ()))}"
+        for label, name in enumerate(split.class_names)
+        if len(groups.get(label, ())) < shots
+    ]
     if short and not allow_fewer:
-        shown = ", ".join(f"{display_name(split.class_names[label])!r} has {n}" for label, n in list(short.items())[:5])
         more = f", and {len(short) - 5} more classes have too few" if len(short) > 5 else ""
         raise UserError(
-            f"{split.name}: {shots} shots asked for, but {shown}{more}; take what there is with --data.allow_fewer true"
+            f"{split.name}: {shots} shots asked for, but {', '.join(short[:5])}{more}; take what there is with "
+            "--data.allow_fewer true"
         )
-
-
-def _by_label(rows: Sequence[Row]) -> dict[int, list[Row]]:
-    groups: dict[int, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(row.label, []).append(row)
-    return groups

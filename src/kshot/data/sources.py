@@ -1,9 +1,11 @@
-"""Where the images of a catalogue data set come from: files, torchvision's array data sets, scikit-learn."""
+"""Data sets: who says what belongs where, and who opens the images: files, torchvision's arrays, scikit-learn."""
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +13,47 @@ import numpy as np
 from PIL import Image
 
 from kshot.data.images import ArrayImages, FileImages, ImageSource
+from kshot.data.readers import read_split_zhou
 from kshot.data.splits import Row, Split, make_split, stratify
 from kshot.errors import UserError
+from kshot.files import packaged_folder
+from kshot.templates import DEFAULT_TEMPLATE
 
 ARRAYS = {"train": "train", "val": "train", "test": "test"}  # which array of a torchvision data set a part indexes
 VAL_PERCENT = 20
 
 
-class Source(ABC):
-    """Opens the images of a data set."""
+@dataclass(frozen=True)
+class DatasetEntry(ABC):
+    """What is known about a data set. A new one is one entry in ``CATALOGUE``.
+
+    Attributes:
+        split: file in ``data_splits/``; empty where the source has its own parts.
+        image_root: folder below the data set's to which the paths of the split refer.
+        template: sentence for a class name.
+    """
+
+    split: str = field(default="", kw_only=True)
+    image_root: str = field(default=".", kw_only=True)
+    template: str = field(default=DEFAULT_TEMPLATE, kw_only=True)
+
+    def read_split(self, name: str, root: Path, download: bool) -> Split:  # noqa: ARG002  arrays lie below the root
+        """Reads the split under the name of the data set.
+
+        Raises:
+            UserError: labels that come with the images are not there.
+        """
+        return read_split_zhou(packaged_folder("data_splits") / self.split, name, self.image_root)
 
     @abstractmethod
-    def images(self, part: str, root: Path, candidates: Sequence[Path], sample: str, download: bool) -> ImageSource:
-        """Opens one part: arrays below the root, or files below that of the candidate folders which has the sample.
+    def images(self, root: str | Path, part: str, rows: Sequence[Row], download: bool = False) -> ImageSource:
+        """Opens the images of a part: train, val or test.
+
+        Args:
+            root: the data root.
+            part: of the split.
+            rows: of the part; the first tells which candidate folder is the right one.
+            download: fetch what is missing, where torchvision can.
 
         Raises:
             UserError: the images are not there.
@@ -31,24 +61,32 @@ class Source(ABC):
 
 
 @dataclass(frozen=True)
-class ImageFiles(Source):
+class ImageFiles(DatasetEntry):
     """Image files as their authors distribute them.
 
     Attributes:
-        url: where a user finds them.
+        folder: of the data set, below the data root.
+        aliases: other folders below the data root to which paths may refer, such as torchvision's.
+        url: where a user finds the files.
         torchvision: data set class in torchvision that downloads the same files, if there is one.
     """
 
+    folder: str = "."
+    aliases: tuple[str, ...] = ()
     url: str = ""
-    torchvision: str | None = None
+    torchvision: str = ""
 
-    def images(self, part: str, root: Path, candidates: Sequence[Path], sample: str, download: bool) -> ImageSource:
-        """Takes the first folder that has the sample, or, so that the message names the image, that exists."""
-        folder = _with(sample, candidates)
-        if folder is None and download and self.torchvision:
-            open_torchvision(self.torchvision, root, self.url, download=True)
-            folder = _with(sample, candidates)
-        folder = folder or next((candidate for candidate in candidates if candidate.is_dir()), None)
+    def images(self, root: str | Path, part: str, rows: Sequence[Row], download: bool = False) -> ImageSource:
+        """Takes the first folder that has the first image, or, so that the message names the image, that exists."""
+        candidates, sample = (
+            [Path(root, folder) for folder in (f"{self.folder}/{self.image_root}", *self.aliases)],
+            rows[0].path,
+        )
+        having = [folder for folder in candidates if (folder / sample).is_file()]
+        if not having and download and self.torchvision:
+            open_torchvision(self.torchvision, Path(root), self.url, download=True)
+            having = [folder for folder in candidates if (folder / sample).is_file()]
+        folder = next(iter(having or filter(Path.is_dir, candidates)), None)
         if folder is None:
             looked = " and in ".join(repr(str(candidate)) for candidate in candidates)
             where = f"; they come from {self.url}" if self.url else ""
@@ -58,14 +96,13 @@ class ImageFiles(Source):
 
 
 @dataclass(frozen=True)
-class TorchvisionArrays(Source):
+class TorchvisionArrays(DatasetEntry):
     """A torchvision data set with fixed training and test arrays; 20 % of the training images are for validation.
 
     Attributes:
         torchvision: name of the data set class.
         url: where it comes from.
-        train: arguments that choose the training images.
-        test: arguments that choose the test images.
+        by_split: whether the argument that chooses an array is ``split``, not ``train``.
         labels: attribute with the labels; ``_samples`` holds (path, label) pairs.
         class_names: in label order; empty: those of the data set.
         folder: below the data root.
@@ -73,51 +110,45 @@ class TorchvisionArrays(Source):
 
     torchvision: str
     url: str
-    train: Mapping[str, Any] = field(default_factory=lambda: {"train": True})
-    test: Mapping[str, Any] = field(default_factory=lambda: {"train": False})
+    by_split: bool = False
     labels: str = "targets"
     class_names: tuple[str, ...] = ()
     folder: str = "."
 
+    def arguments(self, array: str) -> dict[str, Any]:
+        """Gives the arguments that choose the training or the test array."""
+        return {"split": array} if self.by_split else {"train": array == "train"}
+
     def open(self, root: Path, array: str, download: bool) -> Any:
         """Opens the training or the test array as a sequence of (PIL image, label), as ``open_torchvision`` does."""
-        arguments = self.train if array == "train" else self.test
-        return open_torchvision(self.torchvision, root / self.folder, self.url, download, **arguments)
+        return open_torchvision(self.torchvision, root / self.folder, self.url, download, **self.arguments(array))
 
-    def split(self, name: str, root: Path, download: bool) -> Split:
+    def read_split(self, name: str, root: Path, download: bool) -> Split:
         """Makes the split; its digest is that of the training and then the test labels as little-endian int64."""
-        arrays = {array: self.open(root, array, download) for array in ("train", "test")}
-        names = self.class_names or tuple(arrays["train"].classes)
         digest = hashlib.sha256()
         rows: dict[str, list[Row]] = {}
-        for array, dataset in arrays.items():
+        names = self.class_names
+        for array in ("train", "test"):
+            dataset = self.open(root, array, download)
             values = getattr(dataset, self.labels)
-            if self.labels == "_samples":
-                values = [label for _, label in values]
-            labels = np.asarray(values, dtype="<i8")
+            labels = np.asarray([v[1] for v in values] if self.labels == "_samples" else values, dtype="<i8")
             digest.update(labels.tobytes())
+            names = names or tuple(dataset.classes)
             rows[array] = [Row(str(i), int(label), names[label]) for i, label in enumerate(labels)]
-        parts = stratify(rows["train"], (VAL_PERCENT, 0))
-        parts["test"] = rows["test"]
+        parts = stratify(rows["train"], (VAL_PERCENT, 0)) | {"test": rows["test"]}
         file = f"torchvision.datasets.{self.torchvision}"
-        return make_split(name, parts, file=file, sha256=digest.hexdigest(), image_root=dict(ARRAYS), item_kind="index")
+        return make_split(name, parts, file=file, sha256=digest.hexdigest(), image_root=ARRAYS, item_kind="index")
 
-    def images(self, part: str, root: Path, candidates: Sequence[Path], sample: str, download: bool) -> ImageSource:
-        """Opens the array that the part indexes."""
-        del candidates, sample
-        return ArrayImages(self.open(root, ARRAYS[part], download), _first_of_pair)
+    def images(self, root: str | Path, part: str, rows: Sequence[Row], download: bool = False) -> ImageSource:  # noqa: ARG002
+        return ArrayImages(partial(self.open, Path(root), ARRAYS[part], download), itemgetter(0))
 
 
 @dataclass(frozen=True)
-class SklearnDigits(Source):
-    """The 1,797 handwritten digits of 8 x 8 pixels that come with scikit-learn."""
+class SklearnDigits(DatasetEntry):
+    """The 1,797 handwritten digits of 8 x 8 pixels that come with scikit-learn; every part indexes all of them."""
 
-    def images(self, part: str, root: Path, candidates: Sequence[Path], sample: str, download: bool) -> ImageSource:
-        """Loads all; every part indexes the same array."""
-        from sklearn.datasets import load_digits
-
-        del part, root, candidates, sample, download
-        return ArrayImages(load_digits().images, _grey_levels_16)
+    def images(self, root: str | Path, part: str, rows: Sequence[Row], download: bool = False) -> ImageSource:  # noqa: ARG002
+        return ArrayImages(_digits, _grey_levels_16)
 
 
 def open_torchvision(name: str, root: Path, url: str, download: bool, **arguments: Any) -> Any:
@@ -139,12 +170,10 @@ def open_torchvision(name: str, root: Path, url: str, download: bool, **argument
         ) from None
 
 
-def _with(sample: str, candidates: Sequence[Path]) -> Path | None:
-    return next((folder for folder in candidates if (folder / sample).is_file()), None)
+def _digits() -> np.ndarray:
+    from sklearn.datasets import load_digits
 
-
-def _first_of_pair(pair: tuple[Image.Image, int]) -> Image.Image:
-    return pair[0]
+    return np.asarray(load_digits().images)
 
 
 def _grey_levels_16(values: np.ndarray) -> Image.Image:

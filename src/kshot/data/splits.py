@@ -11,7 +11,8 @@ from kshot.errors import UserError
 
 PARTS = ("train", "val", "test")
 STRATIFY_SEED = 1  # of every split that we make ourselves: fixed, so that a folder always gives the same parts
-_SHOWN = 5  # names listed in a message before it says how many more
+
+ItemKind = Literal["path", "index"]
 
 
 class Row(NamedTuple):
@@ -26,9 +27,6 @@ class Row(NamedTuple):
     path: str
     label: int
     class_name: str
-
-
-ItemKind = Literal["path", "index"]
 
 
 @dataclass(frozen=True)
@@ -66,15 +64,15 @@ def display_name(class_name: str) -> str:
 
 def listed(names: Sequence[str]) -> str:
     """Lists names for a message, at most five of them: ``'a', 'b' and 3 more``."""
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(repr(name) for name in names[:_SHOWN]) + more
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(map(repr, names[:5])) + more
 
 
 def check_distinct(class_names: Sequence[str], where: str) -> None:
-    """Refuses class names that read the same in a prompt: the logits of two such classes would be equal.
+    """Refuses class names that read the same in a prompt, ignoring case: the logits of two such classes would be equal.
 
     Raises:
-        UserError: two names agree after ``display_name``, ignoring case.
+        UserError: two names read the same.
     """
     seen: dict[str, str] = {}
     for name in class_names:
@@ -82,6 +80,16 @@ def check_distinct(class_names: Sequence[str], where: str) -> None:
         if words in seen:
             raise UserError(f"{where}: the class names {seen[words]!r} and {name!r} read the same in a prompt")
         seen[words] = name
+
+
+def check_path(path: str, where: str) -> None:
+    """Refuses paths that could leave the image root, or that mean different things on different systems.
+
+    Raises:
+        UserError: the path is empty or absolute, or holds ``..``, a backslash, a drive letter or a control character.
+    """
+    if not path or path.startswith("/") or ".." in path.split("/") or re.match(r"[A-Za-z]:|.*[\\\x00-\x1f]", path):
+        raise UserError(f"{where}: {path!r} must be a relative path with '/', without '..' and backslashes")
 
 
 def make_split(
@@ -105,29 +113,36 @@ def make_split(
         for row in parts[part]:
             if names.setdefault(row.label, row.class_name) != row.class_name:
                 raise UserError(f"{file}: label {row.label} is both {names[row.label]!r} and {row.class_name!r}")
-            if place.setdefault((roots[part], row.path), part) != part:
-                # The same image for training and for testing makes the accuracy worthless.
-                raise UserError(f"{file}: {row.path!r} is in {place[roots[part], row.path]} and in {part}")
+            # The same image for training and for testing makes the accuracy worthless.
+            if (other := place.setdefault((roots[part], row.path), part)) != part:
+                raise UserError(f"{file}: {row.path!r} is in {other} and in {part}")
     if not names:
         raise UserError(f"{file}: there is no image in it")
-    if sorted(names) != list(range(len(names))):
-        missing = sorted(set(range(max(names) + 1)) - set(names))
-        wrong = f"{missing[0]} is missing" if missing else f"{min(names)} is negative"
+    if missing := sorted(set(range(max(names) + 1)) ^ names.keys()):
+        wrong = f"{missing[0]} is " + ("negative" if missing[0] < 0 else "missing")
         raise UserError(f"{file}: labels must be 0 to C-1 without a gap, but {wrong}")
     class_names = tuple(names[label] for label in range(len(names)))
     train, val, test = (tuple(parts[part]) for part in PARTS)
     return Split(name, train, val, test, class_names, file, sha256, roots, item_kind)
 
 
+def json_rows(rows: Sequence[Row], item_kind: ItemKind) -> list[str]:
+    """Serialises rows as they stand in split files and in manifests, where an index is a number."""
+    return [json.dumps([int(r.path) if item_kind == "index" else r.path, r.label, r.class_name]) for r in rows]
+
+
 def split_bytes(parts: Mapping[str, Sequence[Row]], item_kind: ItemKind = "path") -> bytes:
     """Serialises parts in the shape of a ``split_zhou`` file, one row per line: the same rows, the same bytes."""
-    blocks = []
-    for part in PARTS:
-        rows = [
-            json.dumps([int(r.path) if item_kind == "index" else r.path, r.label, r.class_name]) for r in parts[part]
-        ]
-        blocks.append(f'"{part}": [\n' + ",\n".join(rows) + "\n]")
+    blocks = [f'"{part}": [\n' + ",\n".join(json_rows(parts[part], item_kind)) + "\n]" for part in PARTS]
     return ("{" + ",\n".join(blocks) + "}\n").encode("ascii")
+
+
+def by_label(rows: Sequence[Row]) -> dict[int, list[int]]:
+    """Gives the positions of each label's rows, labels in order of first appearance."""
+    positions: dict[int, list[int]] = {}
+    for position, row in enumerate(rows):
+        positions.setdefault(row.label, []).append(position)
+    return positions
 
 
 def stratify(rows: Sequence[Row], percents: tuple[int, int], seed: int = STRATIFY_SEED) -> dict[str, list[Row]]:
@@ -140,36 +155,19 @@ def stratify(rows: Sequence[Row], percents: tuple[int, int], seed: int = STRATIF
     Args:
         rows: images of all classes, sorted where a split should not depend on their order.
         percents: of validation and of test.
-        seed: another seed, another split.
+        seed: of the streams.
 
     Raises:
         UserError: a class has too few images to have one for training and one for testing.
     """
     val_percent, test_percent = percents
     part_of: dict[int, str] = {}
-    members: dict[int, list[int]] = {}
-    for position, row in enumerate(rows):
-        members.setdefault(row.label, []).append(position)
-    for positions in members.values():
+    for positions in by_label(rows).values():
         class_name, n = rows[positions[0]].class_name, len(positions)
         val = n * val_percent // 100
         test = max(1, (n * test_percent + 50) // 100) if test_percent else 0
         if n - val - test < 1:
             raise UserError(f"class {class_name!r} has {n} image, but a split into training and test needs at least 2")
         shuffled = random.Random(f"{seed}/{class_name}").sample(positions, n)
-        part_of.update(dict.fromkeys(shuffled[:val], "val"))
-        part_of.update(dict.fromkeys(shuffled[val : val + test], "test"))
-    parts: dict[str, list[Row]] = {part: [] for part in PARTS}
-    for position, row in enumerate(rows):
-        parts[part_of.get(position, "train")].append(row)
-    return parts
-
-
-def check_path(path: str, where: str) -> None:
-    """Refuses paths that could leave the image root, or that mean different things on different systems.
-
-    Raises:
-        UserError: the path is empty or absolute, or holds ``..``, a backslash, a drive letter or a control character.
-    """
-    if not path or path.startswith("/") or ".." in path.split("/") or re.match(r"[A-Za-z]:|.*[\\\x00-\x1f]", path):
-        raise UserError(f"{where}: {path!r} must be a relative path with '/', without '..' and backslashes")
+        part_of |= dict.fromkeys(shuffled[:val], "val") | dict.fromkeys(shuffled[val : val + test], "test")
+    return {part: [row for i, row in enumerate(rows) if part_of.get(i, "train") == part] for part in PARTS}
