@@ -11,7 +11,7 @@ from data_fixtures import image_folder, rows_of, save_image, split_file
 from PIL import Image
 
 from kshot.data import sources
-from kshot.data.catalogue import CATALOGUE, DatasetEntry, load_split, open_images
+from kshot.data.catalogue import CATALOGUE, load_split
 from kshot.data.sources import ImageFiles, TorchvisionArrays
 from kshot.data.splits import PARTS, Row, check_distinct, split_bytes, stratify
 from kshot.errors import UserError
@@ -19,7 +19,7 @@ from kshot.files import packaged_folder
 
 every_entry = pytest.mark.parametrize("name", CATALOGUE)
 SHIPPED = [name for name, entry in CATALOGUE.items() if entry.split]
-ARRAYS = [name for name, entry in CATALOGUE.items() if isinstance(entry.source, TorchvisionArrays)]
+ARRAYS = [name for name, entry in CATALOGUE.items() if isinstance(entry, TorchvisionArrays)]
 
 # SHA-256 of the uncompressed files and numbers of classes, training, validation and test images
 PUBLISHED = {
@@ -37,14 +37,14 @@ PUBLISHED = {
 def test_entry(name):
     entry = CATALOGUE[name]
     assert entry.template.count("{}") == 1
-    assert isinstance(entry.source, TorchvisionArrays) == (entry.split is None)
-    for folder in (entry.folder, entry.image_root, *entry.aliases):
-        assert not folder.startswith("/")
-        assert ".." not in folder
-    if isinstance(entry.source, ImageFiles):
-        assert entry.source.url.startswith("https://")
-        if entry.source.torchvision:
-            signature = inspect.signature(getattr(torchvision.datasets, entry.source.torchvision))
+    assert isinstance(entry, TorchvisionArrays) == (not entry.split)
+    if isinstance(entry, ImageFiles):
+        for folder in (entry.folder, entry.image_root, *entry.aliases):
+            assert not folder.startswith("/")
+            assert ".." not in folder
+        assert entry.url.startswith("https://")
+        if entry.torchvision:
+            signature = inspect.signature(getattr(torchvision.datasets, entry.torchvision))
             signature.bind("root", download=True)
 
 
@@ -62,12 +62,12 @@ def test_shipped_split(name, tmp_path):
 
 @pytest.mark.parametrize("name", ARRAYS)
 def test_torchvision_arguments(name):
-    source = CATALOGUE[name].source
+    source = CATALOGUE[name]
     check_distinct(source.class_names, name)
     cls = getattr(torchvision.datasets, source.torchvision)
-    for arguments in (source.train, source.test):
-        inspect.signature(cls).bind("root", download=False, **arguments)
-    assert source.train != source.test
+    for array in ("train", "test"):
+        inspect.signature(cls).bind("root", download=False, **source.arguments(array))
+    assert source.arguments("train") != source.arguments("test")
     assert source.url.startswith("http")
 
 
@@ -76,7 +76,7 @@ def test_missing_arrays_say_where_they_come_from(name, tmp_path):
     with pytest.raises(UserError) as error:
         load_split(name, root=tmp_path)
     message = str(error.value)
-    for part in (str(tmp_path), CATALOGUE[name].source.url, "--data.download true"):
+    for part in (str(tmp_path), CATALOGUE[name].url, "--data.download true"):
         assert part in message
     assert "\n" not in message
 
@@ -85,11 +85,11 @@ def test_missing_arrays_say_where_they_come_from(name, tmp_path):
 def test_missing_images_say_where_they_were_looked_for(name, tmp_path):
     split, entry = load_split(name, tmp_path)
     with pytest.raises(UserError) as error:
-        open_images(entry, tmp_path, "train", split.train)
+        entry.images(tmp_path, "train", split.train)
     message = str(error.value)
-    for part in (str(tmp_path / entry.folder), split.train[0].path, entry.source.url, *entry.aliases):
+    for part in (str(tmp_path / entry.folder), split.train[0].path, entry.url, *entry.aliases):
         assert part in message
-    assert ("--data.download true" in message) == bool(entry.source.torchvision)
+    assert ("--data.download true" in message) == bool(entry.torchvision)
     assert "\n" not in message
 
 
@@ -100,7 +100,7 @@ def test_images_are_found_in_every_known_layout(name, tmp_path):
         root = tmp_path / str(i)
         (root / entry.folder / entry.image_root).mkdir(parents=True)  # an empty one must not win
         save_image(root / folder / split.test[0].path, size=(9, 5))
-        assert open_images(entry, root, "test", split.test).open(split.test[0].path).size == (9, 5)
+        assert entry.images(root, "test", split.test).open(split.test[0].path).size == (9, 5)
 
 
 def test_digits_json_is_made_from_scikit_learn():
@@ -117,7 +117,7 @@ def test_digits_images():
     split, entry = load_split("digits")
     assert split.class_names[3] == "three"
     assert [len(split.train), len(split.val), len(split.test)] == [903, 355, 539]
-    images = open_images(entry, "data", "train", split.train)
+    images = entry.images("data", "train", split.train)
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -153,7 +153,7 @@ def test_mnist_files(name, folder, third, tmp_path):
     assert split.sha256 == hashlib.sha256(content).hexdigest()
     assert split.file == f"torchvision.datasets.{folder}"
     for part, row in (("val", split.val[3]), ("test", split.test[3])):
-        image = open_images(entry, tmp_path, part, [row]).open(row.path)
+        image = entry.images(tmp_path, part, [row]).open(row.path)
         assert (image.mode, image.size, image.getpixel((5, 5))[0]) == ("RGB", (28, 28), int(row.path))
 
 
@@ -170,7 +170,7 @@ def test_gtsrb_files(tmp_path):
     split, entry = load_split("gtsrb", tmp_path)
     assert [len(split.train), len(split.val), len(split.test)] == [43 * 4, 43, 2]
     assert [row.class_name for row in split.test] == ["stop", "speed limit 50 km/h"]
-    assert open_images(entry, tmp_path, "test", split.test).open("1").size == (20, 14)
+    assert entry.images(tmp_path, "test", split.test).open("1").size == (20, 14)
 
 
 def test_download_is_torchvisions(tmp_path, monkeypatch):
@@ -182,7 +182,7 @@ def test_download_is_torchvisions(tmp_path, monkeypatch):
         save_image(root / "dtd" / "dtd" / "images" / split.train[0].path, size=(7, 5))
 
     monkeypatch.setattr(torchvision.datasets, "DTD", fake)
-    assert open_images(entry, tmp_path, "train", split.train, download=True).open(split.train[0].path).size == (7, 5)
+    assert entry.images(tmp_path, "train", split.train, download=True).open(split.train[0].path).size == (7, 5)
 
 
 def test_failed_download(tmp_path, monkeypatch):
@@ -211,7 +211,7 @@ class TestLoadSplit:
         image_folder(tmp_path / "pets", {"cat": 4, "dog": 4})
         split, entry = load_split("pets" if below_root else str(tmp_path / "pets"), tmp_path)
         assert split.name == "pets"
-        assert open_images(entry, "elsewhere", "test", split.test).open(split.test[0].path).size == (20, 14)
+        assert entry.images("elsewhere", "test", split.test).open(split.test[0].path).size == (20, 14)
 
     def test_a_catalogue_name_wins_over_a_folder(self, tmp_path, monkeypatch):
         image_folder(tmp_path / "digits", {"cat": 4, "dog": 4})
@@ -231,7 +231,7 @@ class TestLoadSplit:
         else:
             path = split_file(lists / "s.json", train=[["x/1.png", 0, "a"]], test=[["x/2.png", 0, "a"]])
         split, entry = load_split(str(path), root)
-        assert open_images(entry, root, "train", split.train).open("x/1.png").size == (8, 4)
+        assert entry.images(root, "train", split.train).open("x/1.png").size == (8, 4)
 
     def test_other_files(self, tmp_path):
         path = save_image(tmp_path / "x.png")
@@ -252,9 +252,9 @@ class TestLoadSplit:
 
 def test_a_folder_without_the_sample_still_names_the_image(tmp_path):
     (tmp_path / "x").mkdir()
-    entry = DatasetEntry(folder="x")
+    entry = ImageFiles(folder="x")
     row = rows_of({0: 1})[0]
-    images = open_images(entry, tmp_path, "train", [row])
+    images = entry.images(tmp_path, "train", [row])
     with pytest.raises(UserError, match=r"no such image: .*0.png"):
         images.open(row.path)
 

@@ -23,7 +23,7 @@ from kshot.data.images import (
     to_tensor,
 )
 from kshot.data.loading import EpochSampler
-from kshot.data.parts import LazyImages, StoredImages
+from kshot.data.parts import Part
 from kshot.errors import UserError
 
 
@@ -82,7 +82,7 @@ class TestUnreadable:
 
     def test_index_out_of_range(self):
         with pytest.raises(UserError, match="there is no image 3: the data set has 2"):
-            ArrayImages([1, 2], lambda _: noise(2, 2)).open("3")
+            ArrayImages(lambda: [1, 2], lambda _: noise(2, 2)).open("3")
 
     def test_message_survives_a_worker_process(self):
         text = "Caught UnreadableImageError in DataLoader worker process 0.\nOriginal Traceback:\n  File x\n"
@@ -92,9 +92,9 @@ class TestUnreadable:
 
 class TestCropFlip:
     def test_a_view_depends_on_seed_index_and_view_only(self):
-        images = ArrayImages([noise(40, 30), noise(40, 30)], lambda image: image)
+        images = ArrayImages(lambda: [noise(40, 30), noise(40, 30)], lambda image: image)
         rows = [row._replace(path=str(i)) for i, row in enumerate(rows_of({0: 2}))]
-        part = StoredImages(lambda: images, rows, 16, augment=CropFlip(), seed=1)
+        part = Part(images, rows, 16, augment=CropFlip(), seed=1)
         random.seed(5)
         torch.manual_seed(5)
         states = random.getstate(), torch.get_rng_state()
@@ -105,9 +105,9 @@ class TestCropFlip:
         # the two images are equal: what differs is the view
         assert not torch.equal(first[0], first[1])
         assert not torch.equal(first[0], first[2])
-        again = StoredImages(lambda: images, rows, 16, augment=CropFlip(), seed=1)
+        again = Part(images, rows, 16, augment=CropFlip(), seed=1)
         assert torch.equal(again.__getitems__([(1, 0)]).image[0], first[2])
-        other = StoredImages(lambda: images, rows, 16, augment=CropFlip(), seed=2)
+        other = Part(images, rows, 16, augment=CropFlip(), seed=2)
         assert not torch.equal(other[(0, 0)].image, first[0])
 
     def test_without_crop_and_flip_it_is_resizing(self):
@@ -149,15 +149,11 @@ class TestCropFlip:
             CropFlip(**settings)
 
 
-def stored(source, *settings, **named):
-    return StoredImages(lambda: source, *settings, **named)
-
-
-class TestStoredImages:
+class TestPart:
     def test_memory_is_bounded_when_augmenting(self):
-        images = ArrayImages([noise(400, 200), noise(20, 10)], lambda image: image)
+        images = ArrayImages(lambda: [noise(400, 200), noise(20, 10)], lambda image: image)
         rows = [row._replace(path=str(i)) for i, row in enumerate(rows_of({0: 2}))]
-        part = StoredImages(lambda: images, rows, 16, augment=CropFlip())
+        part = Part(images, rows, 16, augment=CropFlip())
         assert [a.shape for a in part.arrays] == [(32, 64, 3), (10, 20, 3)]
 
     def test_limit_size_keeps_small_images(self):
@@ -165,16 +161,16 @@ class TestStoredImages:
         assert limit_size(image, 10) is image
         assert limit_size(noise(1000, 3), 1).size == (333, 1)
 
-    @pytest.mark.parametrize("kind", [stored, LazyImages])
-    def test_unreadable_images_stop_or_are_left_out(self, tmp_path, kind):
+    @pytest.mark.parametrize("lazy", [False, True])
+    def test_unreadable_images_stop_or_are_left_out(self, tmp_path, lazy):
         rows = rows_of({0: 3, 1: 2})
         for i, row in enumerate(rows):
             save_image(tmp_path / row.path, seed=i)
         (tmp_path / rows[1].path).write_text("broken")
         with pytest.raises(UserError, match=f"{rows[1].path}.*"):
-            _ = kind(FileImages(tmp_path), rows, 8)[1]
+            _ = Part(FileImages(tmp_path), rows, 8, lazy=lazy)[1]
         with pytest.warns(UserWarning, match=f"1 of 5 images are left out: .*{rows[1].path}") as caught:
-            part = kind(FileImages(tmp_path), rows, 8, skip_unreadable=True)
+            part = Part(FileImages(tmp_path), rows, 8, lazy=lazy, skip_unreadable=True)
         assert len(caught) == 1
         assert (len(part), part.skipped, part.labels.tolist()) == (4, 1, [0, 0, 1, 1])
         expected = evaluation_transform(8)(FileImages(tmp_path).open(rows[2].path))
@@ -182,12 +178,12 @@ class TestStoredImages:
 
     def test_an_unreadable_training_image_says_what_can_be_done(self, tmp_path):
         with pytest.raises(UserError, match=r"leave such images out with --data.skip_unreadable true"):
-            stored(FileImages(tmp_path), rows_of({0: 1}), 8)
+            Part(FileImages(tmp_path), rows_of({0: 1}), 8)
 
-    @pytest.mark.parametrize("kind", [stored, LazyImages])
-    def test_nothing_left(self, tmp_path, kind):
+    @pytest.mark.parametrize("lazy", [False, True])
+    def test_nothing_left(self, tmp_path, lazy):
         with pytest.raises(UserError, match="none of the 2 images can be read: no such image"):
-            kind(FileImages(tmp_path), rows_of({0: 2}), 8, skip_unreadable=True)
+            Part(FileImages(tmp_path), rows_of({0: 2}), 8, lazy=lazy, skip_unreadable=True)
 
 
 class TestEpochSampler:

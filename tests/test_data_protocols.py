@@ -11,6 +11,7 @@ from kshot import data
 from kshot.data import Batch, CropFlip, FewShotDataModule
 from kshot.data.catalogue import CATALOGUE, load_split
 from kshot.data.protocols import as_in_source, check_protocol, class_groups, restrict
+from kshot.data.sources import ImageFiles, SklearnDigits
 from kshot.data.splits import Row
 from kshot.errors import UserError
 
@@ -282,8 +283,8 @@ class TestCrossDataset:
         (root / "empty.csv").write_text("path,label,split\nx.png,car,train\n")
         split_file(root / "only-train.json", train=[["x.png", 0, "a"]])
         parted_folder(root / "test-only", {"a": 1}, ("test",))
-        for place in ("datamodule", "heldout"):
-            monkeypatch.setattr(f"kshot.data.{place}.open_images", None)
+        for kind in (ImageFiles, SklearnDigits):
+            monkeypatch.setattr(kind, "images", None)
         with pytest.raises(UserError, match=message) as error:
             module(root, "cross-dataset", targets=targets)
         assert "\n" not in str(error.value)

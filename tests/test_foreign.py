@@ -291,7 +291,7 @@ def test_imported_factors_change_every_slot_as_clip_lora_does(encoder, params, t
     out = capsys.readouterr().out
     module = module_of(adapter=CLIP_LORA, targets=json.loads(targets), names=DIGITS)
     module.load_state_dict(load_file(written), strict=False)
-    layers = {layer.slot.name: layer for layer in module.adapter_layers().values()}
+    layers = {layer.slot.name: layer for layer in module.layers.values()}
     order = {"both": ["text", "image"], "text": ["text"], "vision": ["image"]}[encoder]
     blocks = [f"{tower}.{i}" for tower in order for i in range(2)]
     keys = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "proj"}

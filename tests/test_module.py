@@ -210,3 +210,21 @@ class TestStates:
         assert (header["format"], header["method"], header["split"]) == (2, "TextPrompt + LoRA", None)
         assert header["adapter"]["rank"] == 2
         assert header["class_names"] == list(NAMES)
+
+
+def test_a_stored_module_runs_no_code(tmp_path):
+    """Settings in a file to resume from are held to the kinds that the module takes, before anything is called."""
+    command = {"class_path": "os.system", "init_args": {"command": f"touch {tmp_path}/harm"}}
+    settings = {"backbone": {"class_path": "kshot.backbones.OpenClip", "init_args": {"model": "kshot:glyph_clip"}}}
+    torch.save(
+        {
+            "state_dict": {},
+            "hyper_parameters": settings
+            | {"schedule": command, "_instantiator": "lightning.pytorch.cli.instantiate_module"},
+            "pytorch-lightning_version": "2.6.4",
+        },
+        tmp_path / "last.ckpt",
+    )
+    with pytest.raises(UserError, match="schedule"):
+        FewShotModule.load_from_checkpoint(tmp_path / "last.ckpt")
+    assert not (tmp_path / "harm").exists()

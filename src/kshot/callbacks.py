@@ -98,9 +98,9 @@ class Merged(Callback):
 
 
 class FiniteLoss(Callback):
-    """Refuses to go on when a loss was not finite: asked at ends of epochs, so that no step waits for the device.
+    """Refuses to go on when a loss, or what trains, is not finite.
 
-    It is asked before a file to resume from is written.
+    It asks at ends of epochs, before a file to resume from is written, so that no step waits for the device.
     """
 
     def __init__(self) -> None:
@@ -112,13 +112,14 @@ class FiniteLoss(Callback):
         bad = torch.where(torch.isfinite(outputs["loss"].detach()), -1, trainer.global_step)
         self.bad_step = bad if self.bad_step is None else torch.where(self.bad_step < 0, bad, self.bad_step)
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: Module) -> None:  # noqa: ARG002  Lightning's signature
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Module) -> None:
         """Raises UserError that names the first step whose loss was not finite, on any device."""
         step = -1 if self.bad_step is None else int(trainer.strategy.reduce(self.bad_step, reduce_op="max"))
-        if step >= 0:
+        finite = [torch.isfinite(p.detach()).all() for p in pl_module.trained().values()]
+        if step >= 0 or (finite and not torch.stack(finite).all()):
+            what = f"The loss is not finite at step {step}" if step >= 0 else "What was trained is not finite"
             raise UserError(
-                f"The loss is not finite at step {step}: lower model.optimizer.lr, or compute in --trainer.precision "
-                "32-true or bf16-mixed."
+                f"{what}: lower model.optimizer.lr, or compute in --trainer.precision 32-true or bf16-mixed."
             )
 
 

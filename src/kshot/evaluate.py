@@ -145,9 +145,10 @@ class Evaluation(Callback):
     def on_test_epoch_end(self, trainer: Trainer, pl_module: Module) -> None:
         """Logs the results: of the classes trained on as ``test/acc``, of other test sets as ``test/NAME/acc``."""
         self._close(trainer)
+        several = trainer.world_size > 1
         for number, (name, figures) in enumerate(self.sets.items()):
             prefix = "test" if number == 0 else f"test/{name}"
-            pl_module.log_dict({f"{prefix}/{figure}": value for figure, value in figures.items()}, rank_zero_only=True)
+            pl_module.log_dict({f"{prefix}/{figure}": value for figure, value in figures.items()}, sync_dist=several)
         serve(pl_module, TestSet("", self.trained_on.class_names, self.trained_on.templates))
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:  # noqa: ARG002

@@ -23,6 +23,7 @@ from kshot.checkpoint import (
     FORMAT,
     HEADER,
     TRAINING,
+    AtomicCheckpoints,
     check_origin,
     check_tensors,
     from_first_format,
@@ -35,6 +36,7 @@ from kshot.classifiers.base import closed_form, title_of
 from kshot.data.parts import Batch
 from kshot.errors import UserError
 from kshot.evaluate import Evaluation
+from kshot.layering import check_stored
 from kshot.optim import OptimizerFactory, ScheduleFactory, make_optimizer, make_schedule
 from kshot.templates import DEFAULT_TEMPLATE
 
@@ -91,6 +93,12 @@ class FewShotModule(pl.LightningModule):
         self.run_seed = torch.initial_seed()
         self.split: dict[str, Any] | None = None  # of the data that it runs on, for the header
         self.accuracy = MulticlassAccuracy(max(2, len(class_names)), average="micro")  # of the validation shots
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *rest: Any, **options: Any) -> FewShotModule:
+        """Rebuilds a module from a file to resume from, once its settings name nothing but classes of their kind."""
+        check_stored(AtomicCheckpoints().load_checkpoint(checkpoint_path).get("hyper_parameters", {}), cls)
+        return super().load_from_checkpoint(checkpoint_path, *rest, **options)
 
     def detach(self) -> Backbone:
         """Takes the adapter off, and gives the untouched backbone back; this module is not to be used any more."""

@@ -253,12 +253,6 @@ class Projection(Holder, Castable):
         with torch.autocast(self.weight.device.type, enabled=False):
             return self.effective_weight().detach().to(dtype)
 
-    def fold(self) -> None:
-        """Puts the effective weight in the place of the frozen one, for good, and lets the adapters go."""
-        with torch.no_grad():
-            self.weight = nn.Parameter(self.effective_weight().detach(), requires_grad=False)
-        self.adapters.clear()
-
 
 @dataclass(frozen=True)
 class Slot:
@@ -322,21 +316,18 @@ def merge(model: nn.Module, keep: bool = True) -> None:
     for projection in adapted:
         if projection.held is not None:
             raise UserError("The adapters are merged already: unmerge first.")
-        for layer in projection.layers().values():
-            if not layer.mergeable:
-                method = type(layer).__name__.removesuffix("Layer")
-                raise UserError(f"{method} on {layer.slot.name} depends on its input: no weight expresses it.")
+        for layer in (layer for layer in projection.layers().values() if not layer.mergeable):
+            method = type(layer).__name__.removesuffix("Layer")
+            raise UserError(f"{method} on {layer.slot.name} depends on its input: no weight expresses it.")
     with torch.inference_mode(False), torch.no_grad(), one_pass(model):
         for projection in adapted:
             if keep:
                 projection.held = projection.hold()
-            else:
-                projection.fold()
-    if not keep:
-        for module in list(model.modules()):
-            restore = getattr(module, "restore_library", None)  # of a backbone
-            if restore is not None:
-                restore()
+                continue
+            projection.weight = nn.Parameter(projection.effective_weight(), requires_grad=False)
+            projection.adapters.clear()
+    for module in [] if keep else list(model.modules()):
+        getattr(module, "restore_library", lambda: None)()  # of a backbone
 
 
 def unmerge(model: nn.Module) -> None:

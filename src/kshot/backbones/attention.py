@@ -48,8 +48,7 @@ class Attention(nn.Module):
         qkv: the fused projection with parts q, k, v.
         o: the output projection.
         heads: number of heads.
-        q_norm: norm of each head's queries, or identity; likewise k_norm.
-        k_norm: norm of each head's keys.
+        q_norm: norm of each head's queries, or identity; ``k_norm`` likewise of its keys.
         head_scale: factor a head, (heads, 1, 1), or None.
         inner_norm: norm before the output projection, or identity.
         dropout: of the attention weights, in training.

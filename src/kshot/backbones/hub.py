@@ -14,20 +14,17 @@ from kshot.errors import first_line
 
 
 @contextmanager
-def quiet_hub(timeout: float = 3.0) -> Iterator[None]:
+def quiet_hub() -> Iterator[None]:
     """Loads without the libraries' chatter, and from the cache alone when the hub does not answer.
 
     The libraries retry a dead hub for most of a minute; one connection attempt tells sooner. Behind a proxy the attempt
     would say nothing, so there it is left out.
-
-    Args:
-        timeout: seconds to wait for the hub.
     """
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE
     behind_proxy = any(name in os.environ for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"))
-    constants.HF_HUB_OFFLINE = before or not (behind_proxy or answers(constants.ENDPOINT, timeout))
+    constants.HF_HUB_OFFLINE = before or not (behind_proxy or answers(constants.ENDPOINT))
     try:
         with quiet():
             yield
@@ -48,8 +45,8 @@ def quiet() -> Iterator[None]:
         logging.disable(disabled)
 
 
-def answers(endpoint: str, timeout: float) -> bool:
-    """Whether a connection to a hub's address can be opened."""
+def answers(endpoint: str, timeout: float = 3.0) -> bool:
+    """Whether a connection to a hub's address can be opened, within seconds."""
     address = urlsplit(endpoint)
     try:
         socket.create_connection((address.hostname or "", address.port or 443), timeout=timeout).close()

@@ -58,7 +58,7 @@ class VisionLanguageBackbone(Backbone):
 
     @abstractmethod
     def tokenize(self, texts: Sequence[str]) -> Tensor:
-        """Padded tokens with start and end, (N, context_length), int64; raises UserError for a text that is too long."""
+        """Padded tokens with start and end, (N, context_length), int64; raises UserError for one that is too long."""
 
     @abstractmethod
     def embed_tokens(self, tokens: Tensor) -> Tensor:

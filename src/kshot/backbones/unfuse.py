@@ -87,14 +87,8 @@ def unfuse_timm(blocks: Iterable[nn.Module], tower: str) -> None:
                 setattr(attention, f"{part}_proj", Projection.from_linear(linear, part, place))
         attention.proj = Projection.from_linear(attention.proj, "o", place)
         if type(attention) is TimmAttention and getattr(attention, "gate", None) is None:
-            block.attn = in_place_of(
-                attention,
-                Attention,
-                attention.qkv,
-                attention.proj,
-                dropout=attention.attn_drop.p,
-                output_dropout=attention.proj_drop.p,
-            )
+            drops = attention.attn_drop.p, attention.proj_drop.p
+            block.attn = in_place_of(attention, Attention, attention.qkv, attention.proj, *drops)
         unfuse_mlp(block.get_submodule("mlp"), place, {})
 
 

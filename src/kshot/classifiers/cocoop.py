@@ -87,8 +87,8 @@ class ByGroups(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, classifier: CoCoOp, size: int, label: Tensor, features: Tensor, *trained: Tensor) -> Tensor:
         """The loss, from features, (B, D), and all tensors that it may depend on."""
-        own = features.detach().requires_grad_(features.requires_grad)
-        sources = [own, *trained] if features.requires_grad else list(trained)
+        own = features.detach().requires_grad_()
+        sources = [own, *trained]
         gradients: list[Tensor | None] = [None] * len(sources)
         losses = []
         for start in range(0, len(label), size):
@@ -100,7 +100,7 @@ class ByGroups(torch.autograd.Function):
             for i, found in enumerate(torch.autograd.grad(loss, sources, allow_unused=True)):
                 before = gradients[i]
                 gradients[i] = found if found is None or before is None else before + found
-        ctx.gradients = gradients if features.requires_grad else [None, *gradients]
+        ctx.gradients = gradients
         return torch.stack(losses).sum()
 
     @staticmethod

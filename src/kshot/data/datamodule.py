@@ -149,11 +149,7 @@ class FewShotDataModule(LightningDataModule):
         self._parts: dict[str, Part] = {}
 
     def use_image_size(self, size: int) -> None:
-        """Takes the image size from the backbone.
-
-        Raises:
-            UserError: another one was given.
-        """
+        """Takes the image size from the backbone; raises UserError when another one was given."""
         if self.image_size not in (None, size):
             raise UserError(f"data.image_size is {self.image_size}, the backbone takes {size}: set it on the backbone.")
         self.image_size = size
@@ -164,11 +160,7 @@ class FewShotDataModule(LightningDataModule):
             self._entry.images(self.root, "train", self.draw.train, download=True)
 
     def setup(self, stage: str) -> None:
-        """Opens what a stage needs; a part that is open stays as it is.
-
-        Args:
-            stage: fit (decodes training and validation images), validate (validation images), test or predict (decode
-                nothing in advance).
+        """Opens what a stage needs; a part that is open stays as it is. Training and validation images are decoded.
 
         Raises:
             UserError: ``image_size`` is not set, or images are missing or unreadable.
@@ -193,11 +185,7 @@ class FewShotDataModule(LightningDataModule):
                 self._parts.pop(part, None)
 
     def part(self, part: str) -> Part:
-        """Gives an open part.
-
-        Raises:
-            RuntimeError: it is not open.
-        """
+        """Gives an open part; raises RuntimeError when it is closed."""
         if part not in self._parts:
             stage = {"train": "fit", "val": "validate"}.get(part, part.split("/")[0])
             raise RuntimeError(f"the {part} part opens with setup({stage!r})")
@@ -240,10 +228,7 @@ class FewShotDataModule(LightningDataModule):
     def keep_features(
         self, part: str, features: Tensor | None = None, frozen: Tensor | None = None, free: bool = False
     ) -> None:
-        """Lets the batches of an open part carry features, as ``Part.keep`` does, and perhaps frees its images.
-
-        Features are in the order of ``eval_order_dataloader``.
-        """
+        """``Part.keep`` for features in the order of ``eval_order_dataloader``, and perhaps ``Part.free_images``."""
         self.part(part).keep(features, frozen)
         if free:
             self.part(part).free_images()
@@ -258,18 +243,17 @@ class FewShotDataModule(LightningDataModule):
 
         The same key in one process means the same images, unless their files have changed meanwhile.
         """
-        if part in self.test_parts:
-            origin = self._held_out.origin(part)
-        elif part == "predict":
-            origin = [part, self.part(part).paths]
+        decides: list[Any] = [part, self._known_size(), self.skip_unreadable, str(Path(self.root).resolve())]
+        if part == "predict":
+            decides += self.part(part).paths
         else:
-            source = self._held_out.digests[self.dataset_name], self._entry
-            origin = [part, self.dataset_name, source, self.draw.train if part == "train" else self.draw.val]
+            decides += self._held_out.source_of(part if part in self.test_parts else self.test_parts[0])
+        if part in {"train", "val"}:
+            decides += self.draw.train if part == "train" else self.draw.val
         if part == "train" and self.augment is not None:
             kind = type(self.augment)
             settings = dataclasses.asdict(cast(Any, self.augment))
-            origin += [kind.__module__, kind.__qualname__, settings, self.train_views(), self.split_seed]
-        decides = [*origin, self._known_size(), self.skip_unreadable, str(Path(self.root).resolve())]
+            decides += [kind.__module__, kind.__qualname__, settings, self.train_views(), self.split_seed]
         return hashlib.sha256(repr(decides).encode()).hexdigest()[:16]
 
     @property
@@ -298,11 +282,7 @@ class FewShotDataModule(LightningDataModule):
         }
 
     def write_manifest(self, path: str | Path) -> None:
-        """Writes the manifest of the draw.
-
-        Raises:
-            UserError: the file cannot be written.
-        """
+        """Writes the manifest of the draw; raises UserError when the file cannot be written."""
         write_atomically(Path(path), lambda file: file.write_bytes(self._manifest))
 
     def _known_size(self) -> int:

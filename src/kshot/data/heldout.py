@@ -109,10 +109,10 @@ class HeldOut:
                 opened[part] = Part(source, rows, image_size, name=part, lazy=True, skip_unreadable=skip_unreadable)
         return opened
 
-    def origin(self, part: str) -> list[object]:
-        """Gives in plain data what decides the images of a part."""
+    def source_of(self, part: str) -> tuple[str, str, DatasetEntry]:
+        """Gives name, digest and entry of the data set of a part."""
         name, closed = next((name, closed) for name, closed in self._closed.items() if part in closed.parts)
-        return [part, name, closed.sha256, closed.entry]
+        return name, closed.sha256, closed.entry
 
 
 def point_out_numbers(dataset: str, split: Split, advice: str) -> None:

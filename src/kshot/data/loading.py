@@ -64,11 +64,7 @@ class PartLoader(DataLoader[Batch]):
 
 
 def share(part: Part, trainer: Trainer | None) -> tuple[int, int]:
-    """Gives the rank of this device and the number of devices that share a part.
-
-    Raises:
-        UserError: there are more devices than images.
-    """
+    """Gives rank and number of the devices that share a part; raises UserError when they are more than its images."""
     rank, devices = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
     if len(part) < devices:
         kind = {"train": "training", "val": "validation"}.get(part.name, part.name)

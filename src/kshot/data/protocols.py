@@ -28,11 +28,7 @@ class TestSet(NamedTuple):
 
 
 def check_protocol(protocol: str, targets: Sequence[str] | None) -> None:
-    """Refuses an unknown protocol, and targets where there are none to be, or none where there are.
-
-    Raises:
-        UserError: says which option to set.
-    """
+    """Raises UserError for an unknown protocol, for targets where there are none to be, or none where there are."""
     if protocol not in get_args(ProtocolName):
         raise UserError(f"unknown protocol {protocol!r}. {nearest_first(protocol, get_args(ProtocolName))}")
     if protocol in WITH_TARGETS and not targets:
@@ -68,10 +64,6 @@ def restrict(rows: Sequence[Row], labels: range) -> tuple[Row, ...]:
 
 def as_in_source(target: Split, class_names: Sequence[str]) -> list[str]:
     """Gives the class names of a domain in the source's spelling; case and underscores do not matter.
-
-    Args:
-        target: the domain.
-        class_names: words of the source.
 
     Raises:
         UserError: the source lacks some.

@@ -147,11 +147,7 @@ def _content(path: Path) -> bytes:
 
 
 def parsed_json(content: bytes, path: Path) -> Any:
-    """Parses the content of a file.
-
-    Raises:
-        UserError: it is not JSON.
-    """
+    """Parses the content of a file; raises UserError when it is not JSON."""
     try:
         return json.loads(content)
     except ValueError as error:

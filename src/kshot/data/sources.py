@@ -25,7 +25,7 @@ VAL_PERCENT = 20
 
 @dataclass(frozen=True)
 class DatasetEntry(ABC):
-    """What is known about a data set. A new one is one entry in ``CATALOGUE``.
+    """What is known about a data set. A new one is one table in ``data_splits/catalogue.toml``.
 
     Attributes:
         split: file in ``data_splits/``; empty where the source has its own parts.
@@ -72,16 +72,14 @@ class ImageFiles(DatasetEntry):
     """
 
     folder: str = "."
-    aliases: tuple[str, ...] = ()
+    aliases: Sequence[str] = ()
     url: str = ""
     torchvision: str = ""
 
     def images(self, root: str | Path, part: str, rows: Sequence[Row], download: bool = False) -> ImageSource:
         """Takes the first folder that has the first image, or, so that the message names the image, that exists."""
-        candidates, sample = (
-            [Path(root, folder) for folder in (f"{self.folder}/{self.image_root}", *self.aliases)],
-            rows[0].path,
-        )
+        candidates = [Path(root, below) for below in (f"{self.folder}/{self.image_root}", *self.aliases)]
+        sample = rows[0].path
         having = [folder for folder in candidates if (folder / sample).is_file()]
         if not having and download and self.torchvision:
             open_torchvision(self.torchvision, Path(root), self.url, download=True)
@@ -112,7 +110,7 @@ class TorchvisionArrays(DatasetEntry):
     url: str
     by_split: bool = False
     labels: str = "targets"
-    class_names: tuple[str, ...] = ()
+    class_names: Sequence[str] = ()
     folder: str = "."
 
     def arguments(self, array: str) -> dict[str, Any]:
@@ -133,7 +131,7 @@ class TorchvisionArrays(DatasetEntry):
             values = getattr(dataset, self.labels)
             labels = np.asarray([v[1] for v in values] if self.labels == "_samples" else values, dtype="<i8")
             digest.update(labels.tobytes())
-            names = names or tuple(dataset.classes)
+            names = names or dataset.classes
             rows[array] = [Row(str(i), int(label), names[label]) for i, label in enumerate(labels)]
         parts = stratify(rows["train"], (VAL_PERCENT, 0)) | {"test": rows["test"]}
         file = f"torchvision.datasets.{self.torchvision}"
@@ -170,10 +168,10 @@ def open_torchvision(name: str, root: Path, url: str, download: bool, **argument
         ) from None
 
 
-def _digits() -> np.ndarray:
+def _digits() -> Any:
     from sklearn.datasets import load_digits
 
-    return np.asarray(load_digits().images)
+    return load_digits().images
 
 
 def _grey_levels_16(values: np.ndarray) -> Image.Image:

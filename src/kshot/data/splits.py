@@ -69,11 +69,7 @@ def listed(names: Sequence[str]) -> str:
 
 
 def check_distinct(class_names: Sequence[str], where: str) -> None:
-    """Refuses class names that read the same in a prompt, ignoring case: the logits of two such classes would be equal.
-
-    Raises:
-        UserError: two names read the same.
-    """
+    """Raises UserError for names that read the same in a prompt, but for case: the logits of both would be equal."""
     seen: dict[str, str] = {}
     for name in class_names:
         words = display_name(name).casefold()
@@ -83,10 +79,9 @@ def check_distinct(class_names: Sequence[str], where: str) -> None:
 
 
 def check_path(path: str, where: str) -> None:
-    """Refuses paths that could leave the image root, or that mean different things on different systems.
+    """Raises UserError for paths that could leave the image root, or mean different things on different systems.
 
-    Raises:
-        UserError: the path is empty or absolute, or holds ``..``, a backslash, a drive letter or a control character.
+    These are empty or absolute ones, and those with ``..``, a backslash, a drive letter or a control character.
     """
     if not path or path.startswith("/") or ".." in path.split("/") or re.match(r"[A-Za-z]:|.*[\\\x00-\x1f]", path):
         raise UserError(f"{where}: {path!r} must be a relative path with '/', without '..' and backslashes")
