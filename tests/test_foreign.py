@@ -335,7 +335,7 @@ def backbone_of(text: int, image: int):
 def test_positions_are_those_of_the_released_code(position, blocks, encoder):
     chosen = {"both": ["text", "image"], "text": ["text"], "vision": ["image"]}[encoder]
     released = clip_lora_file(len(chosen) * len(blocks), "qv", encoder=encoder, position=position)
-    found = slots_of("f", released["weights"], released["metadata"], backbone_of(12, 12))
+    found = slots_of(released["weights"], released["metadata"], backbone_of(12, 12))
     assert list(found) == [f"{tower}.{b}.{p}" for tower in chosen for b in blocks for p in "qv"]
     assert found[f"{chosen[-1]}.{blocks[-1]}.v"] is list(released["weights"].values())[-1]["v_proj"]
 
@@ -343,7 +343,7 @@ def test_positions_are_those_of_the_released_code(position, blocks, encoder):
 @pytest.mark.parametrize("vision", [24, 21])
 def test_all_blocks_of_vit_l_are_24_or_the_21_that_the_released_code_adapts(vision):
     released = clip_lora_file(12 + vision, "q")
-    found = list(slots_of("f", released["weights"], released["metadata"], backbone_of(12, 24)))
+    found = list(slots_of(released["weights"], released["metadata"], backbone_of(12, 24)))
     assert len(found) == 12 + vision
     assert (found[11], found[12], found[-1]) == ("text.11.q", "image.0.q", f"image.{vision - 1}.q")
 
@@ -368,7 +368,7 @@ def test_all_blocks_of_vit_l_are_24_or_the_21_that_the_released_code_adapts(visi
 def test_blocks_that_a_backbone_lacks_are_refused(sizes, layers, metadata, message):
     released = clip_lora_file(layers, **metadata)
     with pytest.raises(UserError, match=message):
-        slots_of("f", released["weights"], released["metadata"], backbone_of(*sizes))
+        slots_of(released["weights"], released["metadata"], backbone_of(*sizes))
 
 
 # ---------------------------------------------------------------------------------------------------- refusals

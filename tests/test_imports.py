@@ -14,7 +14,7 @@ MODULES = sorted(ROOT.rglob("*.py"))
 
 # Parts of the package from the ground up: each imports only what stands before it, or lies in itself.
 ORDER = (
-    "errors", "templates", "files", "products", "holding", "slots", "layers", "backbones", "adapters", "classifiers",
+    "errors", "lean", "templates", "files", "products", "holding", "slots", "layers", "backbones", "adapters", "classifiers",
     "config", "places", "layering", "data", "optim", "features", "prepare", "callbacks", "checkpoint", "evaluate", "module", "run", "foreign",
 )  # fmt: skip
 LIGHT = set(ORDER[: ORDER.index("classifiers") + 1])  # plain torch: no trainer, no command line
@@ -104,3 +104,11 @@ def test_methods_load_without_the_trainer():
     modules = loaded_by("import kshot.adapters, kshot.classifiers, kshot.backbones")
     assert "torch" in modules
     assert modules & {"lightning", "pytorch_lightning", "jsonargparse"} == set()
+
+
+def test_a_run_loads_no_library_that_it_does_not_need(tmp_path):
+    command = ["fit", "--config", "clip_16shot.yaml", "--data.shots", "1", "--trainer.max_epochs", "1"]
+    command += ["--trainer.enable_progress_bar", "false", "--run.root", str(tmp_path)]
+    modules = loaded_by(f"from kshot.cli import main\nmain({command!r})")
+    assert {"open_clip", "lightning"} <= modules
+    assert modules & {"transformers", "matplotlib", "scipy", "sklearn"} == set()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import lightning
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from safetensors import safe_open
@@ -29,26 +30,19 @@ class AtomicCheckpoints(TorchCheckpointIO):
     """Lightning's checkpoint files, written atomically, and safetensors files read as checkpoints of weights."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Writes a checkpoint."""
         del storage_options
         write_atomically(Path(path), lambda file: torch.save(checkpoint, file))
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
-        """Reads a checkpoint without ever unpickling code.
-
-        Raises:
-            UserError: no such file, or not a checkpoint.
-        """
+        """Reads a checkpoint without ever unpickling code; raises UserError for no such file, or not a checkpoint."""
         del weights_only
         file = Path(path)
         if not file.is_file():
             raise UserError(f"There is no checkpoint {file}.")
         try:
             if file.suffix == ".safetensors":
-                import lightning.pytorch as pl
-
                 tensors, header = read_tensors(file)
-                return {"state_dict": tensors, HEADER: header, "pytorch-lightning_version": pl.__version__}
+                return {"state_dict": tensors, HEADER: header, "pytorch-lightning_version": lightning.__version__}
             loaded: dict[str, Any] = torch.load(file, map_location=map_location or "cpu", weights_only=True)
         except UserError:
             raise
@@ -64,11 +58,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Reads what :func:`write_tensors` wrote.
-
-    Raises:
-        UserError: the file holds no such description.
-    """
+    """Reads what :func:`write_tensors` wrote; raises UserError when the file holds no such description."""
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
         if HEADER not in metadata:
@@ -77,11 +67,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def packed(module: Any) -> dict[str, Tensor]:
-    """What was tuned as the small file holds it: methods may store fewer bits, or leave out what is zero.
-
-    Args:
-        module: a :class:`~kshot.module.FewShotModule`, as in the functions below.
-    """
+    """What a FewShotModule tuned, as the small file holds it: methods may store fewer bits, or leave out zeros."""
     state: dict[str, Tensor] = module.tuned_state()
     for name, layer in named_layers(module).items():
         stored = layer.stored()
@@ -107,15 +93,26 @@ def named_layers(module: Any) -> dict[str, AdapterLayer]:
 
 
 def round_trip(module: Any) -> bool:
-    """Gives a module the tensors that its small file holds, so that what is tested is what is kept.
-
-    Returns:
-        Whether a tensor changed by it.
-    """
+    """Gives a module the tensors that its small file holds, so that these are tested; whether that changed any."""
     before = {name: tensor.clone() for name, tensor in module.tuned_state().items()}
     after = unpacked(packed(module), module)
     module.load_state_dict(after, strict=False)
     return any(not torch.equal(before[name], tensor.to(before[name])) for name, tensor in after.items())
+
+
+def accept(checkpoint: dict[str, Any], module: Any) -> None:
+    """Makes a checkpoint one of this module, which takes on the shapes that training decided.
+
+    Raises:
+        UserError: it is one of another backbone, method, basis or task.
+    """
+    check_origin(checkpoint.get(HEADER, {}), module.header())
+    from_first_format(checkpoint, module.classifier)
+    saved = checkpoint["state_dict"] = unpacked(checkpoint["state_dict"], module)
+    take_on_rows(saved, module)
+    check_tensors(saved, module.tuned_state())
+    for shared, state in zip(module.shared, checkpoint.get(TRAINING, []), strict=False):  # none in the small file
+        shared.load_state_dict(state, strict=False)
 
 
 def take_on_rows(saved: Mapping[str, Tensor], module: Any) -> None:
@@ -124,8 +121,7 @@ def take_on_rows(saved: Mapping[str, Tensor], module: Any) -> None:
         there = saved.get(name)
         if there is not None and tensor.ndim and not len(tensor) and there.shape[1:] == tensor.shape[1:]:
             owner, _, own = name.rpartition(".")
-            holder: nn.Module = module.get_submodule(owner)
-            getattr(holder, own).data = tensor.new_zeros(there.shape)
+            getattr(module.get_submodule(owner), own).data = tensor.new_zeros(there.shape)
 
 
 def training_state(shared: nn.Module) -> dict[str, Tensor]:
@@ -135,11 +131,7 @@ def training_state(shared: nn.Module) -> dict[str, Tensor]:
 
 
 def check_resumable(checkpoint: Mapping[str, Any], path: Any) -> None:
-    """Refuses a checkpoint that a fit cannot go on from.
-
-    Raises:
-        UserError: it holds weights only, or was written by an earlier version, whose optimizer had other groups.
-    """
+    """Raises UserError for weights alone, and for a file of an earlier version, whose optimizer had other groups."""
     if "optimizer_states" not in checkpoint:
         raise UserError(f"{path} holds weights only; to resume, give checkpoints/last.ckpt of a run.")
     written = checkpoint.get(HEADER, {}).get("format", 1)
@@ -164,11 +156,7 @@ def from_first_format(checkpoint: dict[str, Any], classifier: Classifier) -> Non
 
 
 def check_origin(header: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    """Refuses a checkpoint of another backbone, method, setting, frozen basis or task.
-
-    Raises:
-        UserError: says what differs.
-    """
+    """Raises UserError for a checkpoint of another backbone, method, setting, frozen basis or task: what differs."""
     if header.get("backbone_sha256") != own["backbone_sha256"]:
         theirs = str(header.get("backbone_sha256"))[:12]
         raise UserError(
@@ -185,39 +173,34 @@ def check_origin(header: Mapping[str, Any], own: Mapping[str, Any]) -> None:
             "data set that it was trained on, and set --data.protocol cross-dataset --data.targets '[NAME]'."
         )
     for key, what in (("adapter", "adapter"), ("frozen", "frozen basis")):
-        if header.get(key) is not None:
-            difference = first_difference(header[key], json.loads(json.dumps(own[key])))
-            if difference is not None:
-                where, there, here = difference
-                raise UserError(f"The checkpoint's {what} has {where} {there}, and the config's has {here}.")
+        there = header.get(key)
+        found = None if there is None else first_difference(there, json.loads(json.dumps(own[key])))
+        if found is not None:
+            raise UserError(f"The checkpoint's {what} has {found[0]} {found[1]}, and the config's has {found[2]}.")
 
 
 def first_difference(there: Any, here: Any, where: str = "") -> tuple[str, Any, Any] | None:
     """Where two pieces of plain data differ first, and how; floats may differ by a thousandth."""
     if isinstance(there, dict) and isinstance(here, dict):
-        for key in sorted((there.keys() | here.keys()) - INDIFFERENT):
-            found = first_difference(there.get(key), here.get(key), f"{where}.{key}".lstrip("."))
-            if found is not None:
-                return found
-        return None
-    if isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
-        return next(filter(None, (first_difference(a, b, where) for a, b in zip(there, here, strict=True))), None)
-    if isinstance(there, float) and isinstance(here, float) and math.isclose(there, here, rel_tol=1e-3, abs_tol=1e-3):
-        return None
-    return None if there == here else (where, there, here)
+        keys = sorted((there.keys() | here.keys()) - INDIFFERENT)
+        pairs = [(there.get(key), here.get(key), f"{where}.{key}".lstrip(".")) for key in keys]
+    elif isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
+        pairs = [(a, b, where) for a, b in zip(there, here, strict=True)]
+    else:
+        floats = isinstance(there, float) and isinstance(here, float)
+        same = math.isclose(there, here, rel_tol=1e-3, abs_tol=1e-3) if floats else there == here
+        return None if same else (where, there, here)
+    return next(filter(None, (first_difference(*pair) for pair in pairs)), None)
+
+
+def counted(names: Mapping[str, Sequence[str]]) -> list[str]:
+    """How many names there are of each kind, and which the first is: ``3 missing, such as a``."""
+    return [f"{len(some)} {kind}, such as {some[0]}" for kind, some in names.items() if some]
 
 
 def check_tensors(saved: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    """Refuses tensors that are missing, unknown or of another shape.
-
-    Raises:
-        UserError: names one of each.
-    """
-    reasons = [
-        f"{len(names)} {word}, such as {names[0]}"
-        for word, names in (("missing", sorted(wanted.keys() - saved)), ("unknown", sorted(saved.keys() - wanted)))
-        if names
-    ]
+    """Raises UserError for tensors that are missing, unknown or of another shape, and names one of each."""
+    reasons = counted({"missing": sorted(wanted.keys() - saved), "unknown": sorted(saved.keys() - wanted)})
     for name in sorted(saved.keys() & wanted.keys()):
         if saved[name].shape != wanted[name].shape:
             reasons.append(f"{name} is {tuple(saved[name].shape)} there and {tuple(wanted[name].shape)} here")

@@ -13,14 +13,10 @@ from kshot.errors import UserError, first_line
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes beside a file and renames, so that the file is either the old one or the new one.
+    """Writes beside a file and renames, so that the file is either the old one or the new one; makes its folders.
 
-    Args:
-        path: the file; folders above it are made.
-        write: writes all of it to the path that it is given.
-
-    Raises:
-        UserError: the disk refused; what was there before is untouched.
+    ``write`` writes all of it to the path that it is given. Raises UserError when the disk refuses; what was there
+    before is untouched then.
     """
     beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -41,11 +37,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def packaged_folder(name: str) -> Path:
-    """A folder that kshot carries: inside the package in a wheel, in the repository's root in a checkout.
-
-    Args:
-        name: ``configs`` or ``data_splits``.
-    """
+    """Where configs or data_splits lie: inside the package in a wheel, in the repository's root in a checkout."""
     package = Path(__file__).resolve().parent
     installed = package / name
     return installed if installed.is_dir() else package.parents[1] / name
@@ -54,10 +46,7 @@ def packaged_folder(name: str) -> Path:
 def cache_folder() -> Path:
     """Where to keep what can be computed again: ``$KSHOT_CACHE``, or ``kshot`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
 
-    An empty variable counts as unset here; the folder need not exist.
-
-    Raises:
-        RuntimeError: a home folder is needed, and the user has none.
+    An empty variable counts as unset; the folder need not exist. Raises RuntimeError for a user without a home folder.
     """
     own, shared = os.environ.get("KSHOT_CACHE"), os.environ.get("XDG_CACHE_HOME")
     return Path(own or Path(shared or "~/.cache", "kshot")).expanduser()

@@ -20,14 +20,12 @@ from torch import Tensor
 from kshot.adapters import LoRA
 from kshot.backbones.base import Backbone
 from kshot.backbones.language import require_prompts
-from kshot.checkpoint import named_layers
+from kshot.checkpoint import counted, named_layers
 from kshot.classifiers import CoOp, KgCoOp
 from kshot.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from kshot.module import FewShotModule
-
-# ---------------------------------------------------------------------------------------------------- reading
 
 
 class Inert:
@@ -63,7 +61,6 @@ class TensorPickle:
 
     @staticmethod
     def load(file: Any, **options: Any) -> Any:
-        """Reads one object."""
         return TensorUnpickler(file, **options).load()
 
 
@@ -92,82 +89,73 @@ def read_released(path: Path) -> tuple[Any, str]:
     return contents, hashlib.sha256(data).hexdigest()
 
 
-# ---------------------------------------------------------------------------------------------------- translating
-
-
 def released_tensors(path: Path, model: FewShotModule) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """What a released file holds for the model of a config.
+    """What a released file holds for the model of a config: tensors in float32, by their names in the model.
 
-    Args:
-        path: a file of CoOp (``state_dict`` with ``ctx``, or that dictionary alone) or of CLIP-LoRA (``weights`` and
-            ``metadata``).
-        model: whose tensors they are to be.
-
-    Returns:
-        The tensors in float32, by their names in the model, and the file's name and SHA-256 for the header.
+    It is a file of CoOp (``state_dict`` with ``ctx``, or that dictionary alone) or of CLIP-LoRA (``weights`` and
+    ``metadata``). With the tensors come its name and SHA-256, for the header.
 
     Raises:
         UserError: it is no such file, or belongs to another backbone, method or setting than the config's.
     """
     contents, sha256 = read_released(path)
-    contents = contents if isinstance(contents, dict) else {}
-    state = contents.get("state_dict", contents)
-    if isinstance(contents.get("weights"), dict) and isinstance(contents.get("metadata"), dict):
-        tensors = clip_lora_tensors(path.name, contents["weights"], contents["metadata"], model)
-    elif isinstance(state, dict) and "ctx" in state:
-        tensors = coop_tensors(path.name, state, model)
-    else:
-        keys = ", ".join(map(str, list(state if isinstance(state, dict) else contents)[:6])) or "nothing of that kind"
-        raise UserError(
-            f"{path.name} is neither a file of CoOp (state_dict with ctx) nor of CLIP-LoRA (weights, metadata): it "
-            f"holds {keys}."
-        )
+    try:
+        tensors = translated(contents if isinstance(contents, dict) else {}, model)
+    except UserError as error:
+        raise UserError(f"{path.name}: {error}") from None
     return tensors, {"file": path.name, "sha256": sha256}
 
 
-def coop_tensors(file: str, state: Mapping[str, Any], model: FewShotModule) -> dict[str, Tensor]:
-    """CoOp's context, (M, d) or (C, M, d); where the class name stood in training, a file does not say.
+def translated(contents: Mapping[str, Any], model: FewShotModule) -> dict[str, Tensor]:
+    """The tensors by kind of file; what this and the functions below refuse is about the file of the contents."""
+    state = contents.get("state_dict", contents)
+    if isinstance(contents.get("weights"), dict) and isinstance(contents.get("metadata"), dict):
+        return clip_lora_tensors(contents["weights"], contents["metadata"], model)
+    if isinstance(state, dict) and "ctx" in state:
+        return coop_tensors(state, model)
+    keys = ", ".join(map(str, list(state if isinstance(state, dict) else contents)[:6])) or "nothing of that kind"
+    raise UserError(f"neither of CoOp (state_dict with ctx) nor of CLIP-LoRA (weights, metadata): it holds {keys}.")
 
-    Raises:
-        UserError: see :func:`released_tensors`.
-    """
+
+def coop_tensors(state: Mapping[str, Any], model: FewShotModule) -> dict[str, Tensor]:
+    """CoOp's context, (M, d) or (C, M, d); where the class name stood in training, a file does not say."""
     classifier = model.classifier
     others = [key for key in state if key not in ("ctx", "token_prefix", "token_suffix")]
     if others or not isinstance(classifier, CoOp) or type(classifier) not in (CoOp, KgCoOp):
-        what = f"also holds {others[0]}, so it is none of CoOp" if others else "holds a context of CoOp"
+        what = f"it also holds {others[0]}, so it is none of CoOp" if others else "it holds a context of CoOp"
         raise UserError(
-            f"{file} {what}, and the config's classifier is {type(classifier).__name__}: CoOp's files go with "
-            "--config recipes/coop.yaml."
+            f"{what}, and the config's classifier is {type(classifier).__name__}: CoOp's files go with --config "
+            "recipes/coop.yaml."
         )
-    context, own = checked(file, "ctx", state["ctx"]), classifier.context
+    context = checked("ctx", state["ctx"])
     text = require_prompts(model.backbone, type(classifier).__name__)
-    specific = context.ndim == 3
     if context.ndim not in (2, 3):
-        raise UserError(f"{file}: ctx is {tuple(context.shape)}, which is no context of CoOp.")
+        raise UserError(f"ctx is {tuple(context.shape)}, which is no context of CoOp.")
+    specific, (length, width) = context.ndim == 3, context.shape[-2:]
+    own_length, own_width = classifier.context.shape[-2:]
     if specific != classifier.class_specific:
         raise UserError(
-            f"{file}: ctx is {tuple(context.shape)}, {'one context a class' if specific else 'one for all classes'}: "
-            f"set --model.classifier.class_specific {str(specific).lower()}."
+            f"ctx is {tuple(context.shape)}, {'one context a class' if specific else 'one for all classes'}: set "
+            f"--model.classifier.class_specific {str(specific).lower()}."
         )
-    if context.shape[-1] != own.shape[-1]:
+    if width != own_width:
         raise UserError(
-            f"{file}: ctx is of a text tower {context.shape[-1]} wide, and that of {text.name} is {own.shape[-1]} "
-            "wide: name the backbone that it was trained with."
+            f"ctx is of a text tower {width} wide, and that of {text.name} is {own_width} wide: name the backbone "
+            "that it was trained with."
         )
-    if context.shape[-2] != own.shape[-2]:
+    if length != own_length:
         raise UserError(
-            f"{file}: ctx has {context.shape[-2]} context tokens, and the config {own.shape[-2]}: set "
-            f"--model.classifier.context_length {context.shape[-2]} --model.classifier.init_words null."
+            f"ctx has {length} context tokens, and the config {own_length}: set --model.classifier.context_length "
+            f"{length} --model.classifier.init_words null."
         )
-    if context.shape != own.shape:
-        raise UserError(f"{file}: ctx is of {len(context)} classes, and the config of {len(own)}.")
-    names = model.classifier.task.class_names
-    tokens = text.tokenize([f"{'X ' * own.shape[-2]}{name}." for name in names])
-    length = 1 + own.shape[-2]
+    names = classifier.task.class_names
+    if specific and len(context) != len(names):
+        raise UserError(f"ctx is of {len(context)} classes, and the config of {len(names)}.")
+    tokens = text.tokenize([f"{'X ' * length}{name}." for name in names])
     if not alike(state.get("token_prefix"), text, tokens[:1, :1]):
-        raise UserError(f"{file} was trained with other weights than {text.name}: their start tokens differ.")
-    if specific and not alike(state.get("token_suffix"), text, tokens[:, length:]):
-        raise UserError(f"{file} holds a context for each of {len(names)} classes, but not for those of the config.")
+        raise UserError(f"it was trained with other weights than {text.name}: their start tokens differ.")
+    if specific and not alike(state.get("token_suffix"), text, tokens[:, 1 + length :]):
+        raise UserError(f"it holds a context for each of {len(names)} classes, but not for those of the config.")
     return {"classifier.context": context}
 
 
@@ -192,73 +180,59 @@ PARTS = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "proj": "o"}
 
 
 def clip_lora_tensors(
-    file: str, weights: Mapping[str, Any], metadata: Mapping[str, Any], model: FewShotModule
+    weights: Mapping[str, Any], metadata: Mapping[str, Any], model: FewShotModule
 ) -> dict[str, Tensor]:
-    """CLIP-LoRA's factors, A (r, in) and B (out, r) of each projection, whose change is α/√r B A.
-
-    Raises:
-        UserError: see :func:`released_tensors`.
-    """
+    """CLIP-LoRA's factors, A (r, in) and B (out, r) of each projection, whose change is α/√r B A."""
     rank, alpha = metadata.get("r"), metadata.get("alpha")
     if not isinstance(rank, int) or not isinstance(alpha, int | float) or rank < 1:
-        raise UserError(f"{file} is no file of CLIP-LoRA: its metadata give r {rank!r} and alpha {alpha!r}.")
-    adapter, needs = model.adapter, f"--model.adapter.rank {rank} --model.adapter.alpha {alpha:g}"
-    needs = f"--model.adapter LoRA {needs} --model.adapter.rank_stabilised true"
+        raise UserError(f"no file of CLIP-LoRA: its metadata give r {rank!r} and alpha {alpha!r}.")
+    adapter, needs = model.adapter, f"--model.adapter LoRA --model.adapter.rank {rank} --model.adapter.alpha {alpha:g} "
+    needs += "--model.adapter.rank_stabilised true"
     if type(adapter) is not LoRA:
         here = "no adapter" if adapter is None else type(adapter).__name__
-        raise UserError(f"{file} holds factors of LoRA, and the config has {here}: set {needs}.")
+        raise UserError(f"it holds factors of LoRA, and the config has {here}: set {needs}.")
     scale = alpha / math.sqrt(rank)
     if adapter.rank != rank or not math.isclose(adapter.scale, scale, rel_tol=1e-6):
         raise UserError(
-            f"{file} has rank {rank} and scale {scale:.4g}, and the config's LoRA has rank {adapter.rank} and scale "
+            f"it has rank {rank} and scale {scale:.4g}, and the config's LoRA has rank {adapter.rank} and scale "
             f"{adapter.scale:.4g}: set {needs}."
         )
-    found = slots_of(file, weights, metadata, model.backbone)
+    found = slots_of(weights, metadata, model.backbone)
     layers = {layer.slot.name: (name, layer) for name, layer in named_layers(model).items()}
-    reasons = [
-        f"{len(names)} that {whose} alone, such as {names[0]}"
-        for whose, names in (
-            ("the file adapts", [name for name in found if name not in layers]),
-            ("the config adapts", [name for name in layers if name not in found]),
-        )
-        if names
-    ]
+    reasons = counted(
+        {
+            "that the file adapts alone": [name for name in found if name not in layers],
+            "that the config adapts alone": [name for name in layers if name not in found],
+        }
+    )
     if reasons:
         targets = json.dumps(targets_of(found, model.backbone))
-        raise UserError(
-            f"{file} adapts other slots than the config: {'; '.join(reasons)}: set --model.targets '{targets}'."
-        )
+        raise UserError(f"the adapted slots differ: {'; '.join(reasons)}: set --model.targets '{targets}'.")
     tensors = {}
     for slot, factors in found.items():
         name, layer = layers[slot]
         for letter, key in (("A", "w_lora_A"), ("B", "w_lora_B")):
-            factor = checked(file, f"{key} of {slot}", factors.get(key) if isinstance(factors, dict) else None)
+            factor = checked(f"{key} of {slot}", factors.get(key) if isinstance(factors, dict) else None)
             own = layer.get_parameter(letter)
             if factor.shape != own.shape:
                 raise UserError(
-                    f"{file}: {key} of {slot} is {tuple(factor.shape)}, and {model.backbone.name} takes "
-                    f"{tuple(own.shape)}: name the backbone that it was trained with."
+                    f"{key} of {slot} is {tuple(factor.shape)}, and {model.backbone.name} takes {tuple(own.shape)}: "
+                    "name the backbone that it was trained with."
                 )
             tensors[f"{name}.{letter}"] = factor
     return tensors
 
 
-def slots_of(file: str, weights: Mapping[str, Any], metadata: Mapping[str, Any], backbone: Backbone) -> dict[str, Any]:
-    """What CLIP-LoRA saved, by the names of a backbone's slots: it numbers the adapted blocks, text tower first.
-
-    Raises:
-        UserError: a position that means nothing here, or another number of blocks.
-    """
+def slots_of(weights: Mapping[str, Any], metadata: Mapping[str, Any], backbone: Backbone) -> dict[str, Any]:
+    """What CLIP-LoRA saved, by the names of a backbone's slots: it numbers the adapted blocks, text tower first."""
     encoder, position = str(metadata.get("encoder")), str(metadata.get("position"))
     if encoder not in TOWERS or (position != "all" and position not in POSITIONS):
-        raise UserError(
-            f"{file} is no file of CLIP-LoRA: its metadata give encoder {encoder!r}, position {position!r}."
-        )
+        raise UserError(f"no file of CLIP-LoRA: its metadata give encoder {encoder!r}, position {position!r}.")
     blocks = {tower: blocks_of(tower, backbone) for tower in TOWERS[encoder]}
     unknown = [tower for tower, number in blocks.items() if number not in SIZES[tower]]
     if position != "all" and unknown:
         raise UserError(
-            f"{file} adapts the blocks {position!r}, which CLIP-LoRA defines for towers of 12 blocks (and ViT-L/14), "
+            f"it adapts the blocks {position!r}, which CLIP-LoRA defines for towers of 12 blocks (and ViT-L/14), "
             f"and the {unknown[0]} tower of {backbone.name} has {blocks[unknown[0]]}."
         )
     if position == "all" and blocks.get("image") == 24 and len(weights) == sum(blocks.values()) - 3:
@@ -268,14 +242,14 @@ def slots_of(file: str, weights: Mapping[str, Any], metadata: Mapping[str, Any],
     ]
     if list(weights) != [f"layer_{i}" for i in range(len(chosen))]:
         raise UserError(
-            f"{file} adapts {len(weights)} blocks, and encoder {encoder!r}, position {position!r} of {backbone.name} "
+            f"it adapts {len(weights)} blocks, and encoder {encoder!r}, position {position!r} of {backbone.name} "
             f"are {len(chosen)}: name the backbone that it was trained with."
         )
     found = {}
     for (tower, block), layer in zip(chosen, weights.values(), strict=True):
         for key, factors in (layer if isinstance(layer, dict) else {}).items():
             if key not in PARTS:
-                raise UserError(f"{file} is no file of CLIP-LoRA: it adapts {key!r}, none of {', '.join(PARTS)}.")
+                raise UserError(f"no file of CLIP-LoRA: it adapts {key!r}, none of {', '.join(PARTS)}.")
             found[f"{tower}.{block}.{PARTS[key]}"] = factors
     return found
 
@@ -296,14 +270,10 @@ def targets_of(slots: Collection[str], backbone: Backbone) -> list[str]:
     return patterns
 
 
-def checked(file: str, name: str, value: Any) -> Tensor:
-    """A tensor of a file in float32.
-
-    Raises:
-        UserError: it is none of finite floating-point numbers.
-    """
+def checked(name: str, value: Any) -> Tensor:
+    """A tensor of a file in float32; raises UserError when it is none of finite floating-point numbers."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
-        raise UserError(f"{file}: {name} is no tensor of floating-point numbers.")
+        raise UserError(f"{name} is no tensor of floating-point numbers.")
     if not torch.isfinite(value).all():
-        raise UserError(f"{file}: {name} holds values that are not finite.")
+        raise UserError(f"{name} holds values that are not finite.")
     return value.detach().float().clone()

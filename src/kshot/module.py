@@ -19,18 +19,7 @@ from kshot import __version__
 from kshot.adapters.base import Adapter, Layers, Shared, derived_seed
 from kshot.backbones import Backbone
 from kshot.callbacks import FiniteLoss, Merged, Preparation, WeightAverage
-from kshot.checkpoint import (
-    FORMAT,
-    HEADER,
-    TRAINING,
-    AtomicCheckpoints,
-    check_origin,
-    check_tensors,
-    from_first_format,
-    take_on_rows,
-    training_state,
-    unpacked,
-)
+from kshot.checkpoint import FORMAT, HEADER, TRAINING, AtomicCheckpoints, accept, training_state
 from kshot.classifiers import Classifier, ClassifierFactory, Task, TextPrompt
 from kshot.classifiers.base import closed_form, title_of
 from kshot.data.parts import Batch
@@ -296,10 +285,4 @@ class FewShotModule(pl.LightningModule):
         warnings.filterwarnings(
             "ignore", message="Found keys that are in the model state dict but not in the checkpoint"
         )
-        check_origin(checkpoint.get(HEADER, {}), self.header())
-        from_first_format(checkpoint, self.classifier)
-        saved = checkpoint["state_dict"] = unpacked(checkpoint["state_dict"], self)
-        take_on_rows(saved, self)
-        check_tensors(saved, self.tuned_state())
-        for shared, state in zip(self.shared, checkpoint.get(TRAINING, []), strict=False):  # none in the small file
-            shared.load_state_dict(state, strict=False)
+        accept(checkpoint, self)

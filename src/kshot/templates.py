@@ -19,11 +19,7 @@ IMAGENET_7 = (
 
 
 def check_templates(templates: Sequence[str]) -> tuple[str, ...]:
-    """Gives the sentences back, if each has one place for the class name.
-
-    Raises:
-        UserError: there is no sentence, or one has not ``{}`` exactly once, or other braces.
-    """
+    """Gives the sentences back; raises UserError when there is none, or one has not one ``{}``, or other braces."""
     if not templates:
         raise UserError("templates: there must be a sentence, with {} where the class name goes")
     for sentence in templates:
@@ -34,10 +30,7 @@ def check_templates(templates: Sequence[str]) -> tuple[str, ...]:
 
 
 def named_templates(templates: Sequence[str] | str) -> tuple[str, ...]:
-    """Sentences as they are given, or those of a named ensemble.
-
-    Args:
-        templates: sentences, or one, or ``imagenet7`` (CoOp's), ``imagenet60`` (PromptSRC's), ``imagenet80`` (CLIP's).
+    """Sentences as they are given, or ``imagenet7`` (CoOp's), ``imagenet60`` (PromptSRC's), ``imagenet80`` (CLIP's).
 
     Raises:
         UserError: no ensemble of that name, no sentence, or one without a place for the class name.
@@ -47,10 +40,8 @@ def named_templates(templates: Sequence[str] | str) -> tuple[str, ...]:
     if templates == "imagenet7":
         return IMAGENET_7
     if templates not in ("imagenet60", "imagenet80"):
-        raise UserError(
-            f"templates: {templates!r} has no {{}} for the class name, nor is it an ensemble. "
-            f"{nearest_first(templates, ['imagenet7', 'imagenet60', 'imagenet80'])}"
-        )
+        known = nearest_first(templates, ["imagenet7", "imagenet60", "imagenet80"])
+        raise UserError(f"templates: {templates!r} has no {{}} for the class name, nor is it an ensemble. {known}")
     from open_clip import OPENAI_IMAGENET_TEMPLATES
 
     sentences = tuple(str(template("{}")) for template in OPENAI_IMAGENET_TEMPLATES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -16,6 +17,7 @@ from kshot.backbones.language import VisionLanguageBackbone
 from kshot.backbones.timm import prompt_shape, prompted_features
 from kshot.backbones.unfuse import unfuse_open_clip, unfuse_timm
 from kshot.errors import UserError, first_line, nearest_first
+from kshot.lean import without
 
 WEIGHTS = Path(__file__).parents[1] / "weights"  # model folders that kshot carries
 
@@ -45,8 +47,7 @@ class OpenClip(VisionLanguageBackbone):
         image_size: int | None = None,
         text_memory_gb: float | None = None,
     ) -> None:
-        import open_clip
-
+        open_clip = loaded_open_clip()
         if text_memory_gb is not None and text_memory_gb <= 0:
             raise UserError(f"text_memory_gb is {text_memory_gb}, and must be positive; null takes a quarter of all.")
         source = resolve(model)
@@ -54,6 +55,8 @@ class OpenClip(VisionLanguageBackbone):
         with quiet() if is_local(source, pretrained) else quiet_hub():
             try:
                 config = open_clip.get_model_config(source)
+                if "hf_model_name" in config["text_cfg"]:
+                    loaded_open_clip(with_transformers=True)
                 patch = config["vision_cfg"].get("patch_size")
                 if image_size is not None and patch is not None:
                     check_image_size(image_size, patch, model)
@@ -219,9 +222,19 @@ class OpenClip(VisionLanguageBackbone):
         return cast(Tensor, projection(pooled) if isinstance(projection, nn.Linear) else pooled @ projection)
 
 
+def loaded_open_clip(with_transformers: bool = False) -> Any:
+    """The library, without the seconds that transformers take to load where no text tower is one of theirs."""
+    with without("transformers"):
+        library = importlib.import_module("open_clip")
+    towers = importlib.import_module("open_clip.hf_model")
+    if with_transformers and towers.transformers is None:
+        importlib.reload(towers)
+    return library
+
+
 def resolve(model: str) -> str:
     """The name under which open_clip finds a model, ``local-dir:`` for folders; raises UserError if there is none."""
-    import open_clip
+    open_clip = loaded_open_clip()
 
     if model.startswith("hf-hub:"):
         return model
@@ -250,7 +263,7 @@ def is_local(source: str, pretrained: str | None) -> bool:
 
 def check_weights_named(model: str, source: str, pretrained: str | None) -> None:
     """Raises UserError unless exactly one source of weights is named and its activation fits."""
-    import open_clip
+    open_clip = loaded_open_clip()
 
     if source.startswith(("hf-hub:", "local-dir:")):
         if pretrained is not None:
@@ -289,7 +302,7 @@ def weights_error(model: str, pretrained: str | None, error: Exception) -> UserE
 
 def tokenizer_of(source: str, config: dict[str, Any]) -> Any:
     """The tokenizer of a resolved model; a relative ``bpe_path`` in a model folder means a file in that folder."""
-    import open_clip
+    open_clip = loaded_open_clip()
 
     path = config.get("text_cfg", {}).get("tokenizer_kwargs", {}).get("bpe_path")
     if path is None or not source.startswith("local-dir:"):

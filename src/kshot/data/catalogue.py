@@ -13,12 +13,8 @@ from kshot.files import packaged_folder
 _KINDS: dict[str, type[DatasetEntry]] = {"files": ImageFiles, "arrays": TorchvisionArrays, "digits": SklearnDigits}
 
 
-def _catalogue() -> dict[str, DatasetEntry]:
-    tables = tomllib.loads((packaged_folder("data_splits") / "catalogue.toml").read_text("utf-8"))
-    return {name: _KINDS[table.pop("kind")](**table) for name, table in tables.items()}
-
-
-CATALOGUE = _catalogue()
+_TABLES = tomllib.loads((packaged_folder("data_splits") / "catalogue.toml").read_text("utf-8"))
+CATALOGUE = {name: _KINDS[table.pop("kind")](**table) for name, table in _TABLES.items()}
 
 
 def load_split(
@@ -34,9 +30,6 @@ def load_split(
         root: the data root.
         class_names: names in label order instead of the source's, which may read the same then.
         download: fetch array data sets that are missing; their labels are in the same files as the images.
-
-    Returns:
-        The split, and the entry that opens its images.
 
     Raises:
         UserError: there is no such data set, it breaks a rule of its reader, or names are not as many as the classes or

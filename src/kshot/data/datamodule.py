@@ -272,11 +272,7 @@ class FewShotDataModule(LightningDataModule):
             "dataset": self.dataset_name,
             "protocol": self.protocol,
             "targets": {name: sha256 for name, sha256 in digests.items() if name != self.dataset_name},
-            "sampler": self.draw.sampler,
-            "shots": self.draw.shots,
-            "val_shots": self.draw.val_shots,
-            "seed": self.draw.seed,
-            "digest": self.draw.digest,
+            **{key: getattr(self.draw, key) for key in ("sampler", "shots", "val_shots", "seed", "digest")},
             "source_sha256": digests[self.dataset_name],
             "counts": {"train": len(self.draw.train), "val": len(self.draw.val), "test": self._held_out.count},
         }

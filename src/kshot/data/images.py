@@ -17,13 +17,10 @@ from kshot.errors import UserError
 
 
 class UnreadableImageError(UserError):
-    """An image that cannot be opened; the message names it.
-
-    A DataLoader worker re-raises an exception from the text of its traceback. Its last line is the message, which has
-    to stay one line.
-    """
+    """An image that cannot be opened; the message names it."""
 
     def __init__(self, message: str) -> None:
+        # A DataLoader worker raises it again from the text of its traceback; the message has to stay one line.
         last = message.rstrip().rsplit("\n", 1)[-1]
         super().__init__(last.removeprefix(f"{__name__}.{type(self).__name__}: "))
 
@@ -33,11 +30,7 @@ class ImageSource(ABC):
 
     @abstractmethod
     def open(self, path: str) -> Image.Image:
-        """Decodes one image to 8-bit RGB.
-
-        Raises:
-            UnreadableImageError: the file does not exist, is truncated or is no image.
-        """
+        """Decodes one image to 8-bit RGB; raises UnreadableImageError for what is missing, truncated or no image."""
 
     def check(self, path: str) -> None:
         """Finds out as cheaply as possible whether ``open`` would succeed, and raises as it does."""
@@ -74,16 +67,10 @@ class FileImages(ImageSource):
 
 
 class ArrayImages(ImageSource):
-    """Images that a sequence holds by index.
-
-    Args:
-        load: opens the sequence.
-        convert: from an item of it to an image.
-    """
+    """Images that a sequence holds by index: ``load`` opens it, and ``convert`` makes an image of an item."""
 
     def __init__(self, load: Callable[[], Sequence[Any]], convert: Callable[[Any], Image.Image]) -> None:
-        self.load = load
-        self.convert = convert
+        self.load, self.convert = load, convert
         self.items: Sequence[Any] | None = load()
 
     def open(self, path: str) -> Image.Image:
@@ -110,18 +97,16 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def evaluation_transform(image_size: int) -> Callable[[Image.Image], Tensor]:
-    """Makes CLIP's preprocessing: shorter side to ``image_size`` (bicubic, antialiased), centre crop, no normalisation.
+    """Makes CLIP's preprocessing, a picklable function from an image to a uint8 tensor (3, image_size, image_size).
 
-    Normalising is left to the backbone, which owns mean and deviation. The image is converted to RGB first: the result
-    is the same for RGB and greyscale, and palette images get resized in colours instead of palette indices.
-
-    Returns:
-        A picklable function from a PIL image to a uint8 tensor (3, image_size, image_size).
+    That is: shorter side to ``image_size`` (bicubic, antialiased), centre crop; normalising is left to the backbone,
+    which owns mean and deviation. The image is converted to RGB first: the result is the same for RGB and greyscale,
+    and palette images get resized in colours instead of palette indices.
     """
     from torchvision.transforms import v2
 
-    resize = v2.Resize(image_size, v2.InterpolationMode.BICUBIC)
-    transform: Callable[[Image.Image], Tensor] = v2.Compose([to_rgb, resize, v2.CenterCrop(image_size), to_tensor])
+    resize, crop = v2.Resize(image_size, v2.InterpolationMode.BICUBIC), v2.CenterCrop(image_size)
+    transform: Callable[[Image.Image], Tensor] = v2.Compose([to_rgb, resize, crop, to_tensor])
     return transform
 
 
@@ -144,15 +129,9 @@ class Augment(ABC):
 
     @abstractmethod
     def __call__(self, image: Image.Image, image_size: int, stream: random.Random) -> Tensor:
-        """Makes one view of an image.
+        """Makes one view, a uint8 tensor (3, image_size, image_size), of an RGB image of any size.
 
-        Args:
-            image: RGB, of any size.
-            image_size: side of the view in pixels.
-            stream: the only source of randomness; seeded by the caller from (seed, index, view).
-
-        Returns:
-            A uint8 tensor (3, image_size, image_size).
+        The stream is the only source of randomness; the caller seeds it from (seed, index, view).
         """
 
 

@@ -19,13 +19,8 @@ class EpochSampler(Sampler[Key]):
     At every step the devices together take the batch that one device with their joint batch size would take. A last
     short one of these is dropped, unless it is the only one, which the devices then share as evenly as it goes.
 
-    Args:
-        positions: of the images.
-        seed: of the order.
-        views: number of views that repeat; 0: a new view in every epoch.
-        batch_size: images of one device at a step.
-        rank: of this device.
-        devices: how many there are.
+    A key is a position and the number of a view; 0 ``views`` give a new view in every epoch. ``batch_size`` is that
+    of one device.
     """
 
     def __init__(
@@ -78,8 +73,7 @@ def share(part: Part, trainer: Trainer | None) -> tuple[int, int]:
 def halves(labels: Tensor, class_names: Sequence[str], seed: int) -> tuple[list[int], list[int]]:
     """Divides the positions of labels, (N,), so that each half has half of every class; the first has the odd ones.
 
-    Raises:
-        UserError: a class has one image, so that there is nothing to divide.
+    Raises UserError for a class with one image.
     """
     parts: tuple[list[int], list[int]] = ([], [])
     for label, name in enumerate(class_names):

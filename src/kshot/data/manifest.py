@@ -10,7 +10,6 @@ from kshot.data.splits import Row, Split, json_rows
 from kshot.errors import UserError
 
 SCHEMA = "fewshot-manifest/1"
-GENERATOR = "python-random-mt19937"
 _TYPES = {
     **dict.fromkeys(("dataset", "protocol", "digest"), str),
     **dict.fromkeys(("source", "sampler", "image_root", "counts"), dict),
@@ -29,7 +28,7 @@ def manifest_bytes(split: Split, draw: FewShotDraw) -> bytes:
         "protocol": draw.sampler,
         "source": {"file": split.file, "sha256": split.sha256},
         "sampler": {
-            "name": GENERATOR,
+            "name": "python-random-mt19937",
             "seed": draw.seed,
             "shots": draw.shots,
             "val_shots": draw.val_shots,
@@ -53,10 +52,6 @@ def read_manifest(path: str | Path, split: Split) -> FewShotDraw:
     """Reads a manifest and checks it against the split that it was drawn from.
 
     The rows in the file count, not the sampler: Python promises the same ``random.sample`` for no two versions.
-
-    Args:
-        path: the manifest.
-        split: the data set that the run is about.
 
     Raises:
         UserError: no such file, not a manifest, made from another source, edited since it was written, or with rows

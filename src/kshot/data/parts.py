@@ -3,6 +3,7 @@
 import random
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, InitVar, dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,6 +37,7 @@ class Batch(NamedTuple):
     frozen: Tensor | None = None
 
 
+@dataclass(eq=False, repr=False)
 class Part(Dataset[Batch]):
     """Images with labels, and the features that are kept of them.
 
@@ -48,13 +50,11 @@ class Part(Dataset[Batch]):
     saves decoding in every epoch.
 
     Args:
-        source: opens the rows.
-        rows: the part.
+        source: opens the images of the rows.
         image_size: side of the images in pixels.
         name: of the part, for messages.
         augment: makes the views; None for the evaluation transform.
         views: number of different views of an image that repeat; 0 for endless.
-        seed: of the views.
         lazy: decode images when they are asked for, and keep none: for parts that are read once.
         skip_unreadable: leave out what cannot be read instead of raising. All is read in advance for it, since a batch
             must not come out short.
@@ -71,37 +71,28 @@ class Part(Dataset[Batch]):
         UserError: none can.
     """
 
-    features: Tensor | None = None
-    frozen: Tensor | None = None
+    source: ImageSource
+    rows: InitVar[Sequence[Row]]
+    image_size: int
+    _: KW_ONLY
+    name: str = "train"
+    augment: Augment | None = None
+    views: int = 1
+    seed: int = 1
+    lazy: bool = False
+    skip_unreadable: InitVar[bool] = False
+    arrays: list[np.ndarray] = field(default_factory=list, init=False)
+    features: Tensor | None = field(default=None, init=False)
+    frozen: Tensor | None = field(default=None, init=False)
 
-    def __init__(
-        self,
-        source: ImageSource,
-        rows: Sequence[Row],
-        image_size: int,
-        *,
-        name: str = "train",
-        augment: Augment | None = None,
-        views: int = 1,
-        seed: int = 1,
-        lazy: bool = False,
-        skip_unreadable: bool = False,
-    ) -> None:
-        self.source = source
-        self.image_size = image_size
-        self.name = name
-        self.augment = augment
-        self.views = views
-        self.seed = seed
-        self.lazy = lazy
-        self.transform = evaluation_transform(image_size)
-        self.arrays: list[np.ndarray] = []
+    def __post_init__(self, rows: Sequence[Row], skip_unreadable: bool) -> None:
+        self.transform = evaluation_transform(self.image_size)
         kept = rows
-        if not lazy:
+        if not self.lazy:
             kept = _readable(rows, lambda path: self.arrays.append(self._decoded(path)), skip_unreadable)
-            source.close()
+            self.source.close()
         elif skip_unreadable:
-            kept = _readable(rows, source.check, skip_unreadable)
+            kept = _readable(rows, self.source.check, skip_unreadable)
         self.paths = [row.path for row in kept]
         self.labels = torch.tensor([row.label for row in kept], dtype=torch.int64)
         self.skipped = len(rows) - len(kept)
@@ -119,12 +110,8 @@ class Part(Dataset[Batch]):
     def keep(self, features: Tensor | None = None, frozen: Tensor | None = None) -> None:
         """Lets batches carry features: of this run in the place of images, of the untouched backbone beside them.
 
-        Args:
-            features: (V, N, D) float on the CPU; None leaves them as they are.
-            frozen: likewise.
-
-        Raises:
-            ValueError: the shape is another one, or the views are endless.
+        Both are (V, N, D) on the CPU; None leaves them as they are. Raises ValueError for another shape, and for
+        endless views.
         """
         for given in (features, frozen):
             if given is not None and (given.ndim, *given.shape[:2]) != (3, self.views or -1, len(self)):

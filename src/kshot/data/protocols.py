@@ -43,10 +43,8 @@ def check_protocol(protocol: str, targets: Sequence[str] | None) -> None:
 def class_groups(protocol: ProtocolName, split: Split) -> dict[str, range]:
     """Names the test sets of a data set with the labels of each; the first of the source are the ones trained on.
 
-    Base-to-new takes the first ⌈C/2⌉ of the C labels for the base, and the others are new.
-
-    Raises:
-        UserError: there are too few classes for two halves.
+    Base-to-new takes the first ⌈C/2⌉ of the C labels for the base, and the others are new. Raises UserError when there
+    is one class, and so no two halves.
     """
     classes = len(split.class_names)
     if protocol != "base-to-new":
@@ -63,11 +61,7 @@ def restrict(rows: Sequence[Row], labels: range) -> tuple[Row, ...]:
 
 
 def as_in_source(target: Split, class_names: Sequence[str]) -> list[str]:
-    """Gives the class names of a domain in the source's spelling; case and underscores do not matter.
-
-    Raises:
-        UserError: the source lacks some.
-    """
+    """Gives a domain's class names as the source spells them, whatever their case; raises UserError for others."""
     spelling = {name.casefold(): name for name in class_names}
     names = [display_name(name) for name in target.class_names]
     if foreign := [name for name in names if name.casefold() not in spelling]:

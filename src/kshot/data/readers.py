@@ -70,11 +70,7 @@ def split_from_folder(root: str | Path) -> Split:
     if not root.is_dir():
         raise UserError(f"{root}: {'not a folder' if root.exists() else 'no such folder'}")
     # A class may be called "train" as well: only a folder of folders is a part.
-    folders = {
-        _PART_SPELLINGS[folder.name]: folder
-        for folder in _folders(root)
-        if folder.name in _PART_SPELLINGS and _folders(folder)
-    }
+    folders = {_PART_SPELLINGS[p.name]: p for p in _folders(root) if p.name in _PART_SPELLINGS and _folders(p)}
     if lacking := [part for part in ("train", "test") if part not in folders and folders]:
         have = listed(sorted(folder.name for folder in folders.values()))
         raise UserError(f"{root}: has {have} but no {lacking[0]!r} folder; without parts give root/class/images")

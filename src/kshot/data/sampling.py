@@ -4,6 +4,7 @@ import hashlib
 import math
 import random
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -18,16 +19,9 @@ VAL_SHOTS = 4  # CoOp's cap on validation shots
 
 @dataclass(frozen=True)
 class FewShotDraw:
-    """The images of one run.
+    """The images of one run: rows in the order of drawing, and the ``draw_digest`` of these.
 
-    Attributes:
-        train: training rows, in the order of drawing.
-        val: validation rows.
-        shots: training images per class, None for all.
-        val_shots: validation images per class, None for all.
-        seed: of the draw.
-        sampler: name of the rule.
-        digest: ``sha256:`` and the digest of ``draw_digest``.
+    ``shots`` and ``val_shots`` are training and validation images per class, None for all.
     """
 
     train: tuple[Row, ...]
@@ -111,12 +105,8 @@ def draw(
 ) -> FewShotDraw:
     """Draws the training and validation images of a run.
 
-    Args:
-        split: where from.
-        shots: training images per class, None for all images of both parts, or for percent:P.
-        seed: of the draw.
-        sampler: a name in ``SAMPLERS``, or percent:P for P % of the images of every class, rounded, at least one.
-        allow_fewer: take all images of a class that has fewer than ``shots``.
+    Without ``shots`` these are all images of both parts, or P % of the images of every class, rounded, at least one, by
+    the sampler percent:P. With ``allow_fewer`` a class that has fewer than ``shots`` gives all that it has.
 
     Raises:
         UserError: ``shots`` is below 1 or given with a percentage, the sampler is unknown, or a class has fewer images
@@ -151,12 +141,8 @@ def _percentage(sampler: str) -> tuple[str, Fraction]:
 def _check_shots(split: Split, shots: int, allow_fewer: bool) -> None:
     if shots < 1:
         raise UserError(f"shots must be at least 1, or null for all images, not {shots}")
-    groups = by_label(split.train)
-    short = [
-        f"{display_name(name)!r} has {len(groups.get(label, ()))}"
-        for label, name in enumerate(split.class_names)
-        if len(groups.get(label, ())) < shots
-    ]
+    sizes = Counter(row.label for row in split.train)
+    short = [f"{display_name(n)!r} has {sizes[i]}" for i, n in enumerate(split.class_names) if sizes[i] < shots]
     if short and not allow_fewer:
         more = f", and {len(short) - 5} more classes have too few" if len(short) > 5 else ""
         raise UserError(

@@ -3,8 +3,9 @@
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -20,61 +21,63 @@ from kshot.files import packaged_folder
 from kshot.templates import DEFAULT_TEMPLATE
 
 ARRAYS = {"train": "train", "val": "train", "test": "test"}  # which array of a torchvision data set a part indexes
-VAL_PERCENT = 20
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DatasetEntry(ABC):
     """What is known about a data set. A new one is one table in ``data_splits/catalogue.toml``.
 
     Attributes:
         split: file in ``data_splits/``; empty where the source has its own parts.
-        image_root: folder below the data set's to which the paths of the split refer.
+        folder: of the data set, below the data root.
+        image_root: folder below that to which the paths of the split refer.
+        url: where a user finds the files.
+        torchvision: data set class in torchvision that downloads the same files, if there is one.
         template: sentence for a class name.
     """
 
-    split: str = field(default="", kw_only=True)
-    image_root: str = field(default=".", kw_only=True)
-    template: str = field(default=DEFAULT_TEMPLATE, kw_only=True)
+    split: str = ""
+    folder: str = "."
+    image_root: str = "."
+    url: str = ""
+    torchvision: str = ""
+    template: str = DEFAULT_TEMPLATE
 
     def read_split(self, name: str, root: Path, download: bool) -> Split:  # noqa: ARG002  arrays lie below the root
-        """Reads the split under the name of the data set.
-
-        Raises:
-            UserError: labels that come with the images are not there.
-        """
+        """Reads the split, which gets the name; raises UserError when labels that come with the images are missing."""
         return read_split_zhou(packaged_folder("data_splits") / self.split, name, self.image_root)
 
     @abstractmethod
     def images(self, root: str | Path, part: str, rows: Sequence[Row], download: bool = False) -> ImageSource:
-        """Opens the images of a part: train, val or test.
+        """Opens the images of a part: train, val or test; the first of its rows tells which folder is the right one.
 
-        Args:
-            root: the data root.
-            part: of the split.
-            rows: of the part; the first tells which candidate folder is the right one.
-            download: fetch what is missing, where torchvision can.
-
-        Raises:
-            UserError: the images are not there.
+        With ``download`` torchvision fetches what is missing, if it can. Raises UserError when images are not there.
         """
 
+    def from_torchvision(self, root: str | Path, download: bool, **arguments: Any) -> Any:
+        """Opens torchvision's data set; raises UserError when it is not there, or cannot be downloaded."""
+        from torchvision import datasets
 
-@dataclass(frozen=True)
+        name, where = self.torchvision, repr(str(root))
+        try:
+            return getattr(datasets, name)(Path(root), download=download, **arguments)
+        except (RuntimeError, OSError) as error:
+            reason = " ".join(str(error).split())
+            if download:
+                raise UserError(f"{name} could not be downloaded to {where} from {self.url}: {reason}") from None
+            offer = f"it comes from {self.url}, or with --data.download true"
+            raise UserError(f"no {name} in {where}: {offer} ({reason})") from None
+
+
+@dataclass(frozen=True, kw_only=True)
 class ImageFiles(DatasetEntry):
     """Image files as their authors distribute them.
 
     Attributes:
-        folder: of the data set, below the data root.
         aliases: other folders below the data root to which paths may refer, such as torchvision's.
-        url: where a user finds the files.
-        torchvision: data set class in torchvision that downloads the same files, if there is one.
     """
 
-    folder: str = "."
     aliases: Sequence[str] = ()
-    url: str = ""
-    torchvision: str = ""
 
     def images(self, root: str | Path, part: str, rows: Sequence[Row], download: bool = False) -> ImageSource:
         """Takes the first folder that has the first image, or, so that the message names the image, that exists."""
@@ -82,7 +85,7 @@ class ImageFiles(DatasetEntry):
         sample = rows[0].path
         having = [folder for folder in candidates if (folder / sample).is_file()]
         if not having and download and self.torchvision:
-            open_torchvision(self.torchvision, Path(root), self.url, download=True)
+            self.from_torchvision(root, download=True)
             having = [folder for folder in candidates if (folder / sample).is_file()]
         folder = next(iter(having or filter(Path.is_dir, candidates)), None)
         if folder is None:
@@ -93,33 +96,27 @@ class ImageFiles(DatasetEntry):
         return FileImages(folder)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TorchvisionArrays(DatasetEntry):
     """A torchvision data set with fixed training and test arrays; 20 % of the training images are for validation.
 
     Attributes:
-        torchvision: name of the data set class.
-        url: where it comes from.
         by_split: whether the argument that chooses an array is ``split``, not ``train``.
         labels: attribute with the labels; ``_samples`` holds (path, label) pairs.
         class_names: in label order; empty: those of the data set.
-        folder: below the data root.
     """
 
-    torchvision: str
-    url: str
     by_split: bool = False
     labels: str = "targets"
     class_names: Sequence[str] = ()
-    folder: str = "."
 
     def arguments(self, array: str) -> dict[str, Any]:
         """Gives the arguments that choose the training or the test array."""
         return {"split": array} if self.by_split else {"train": array == "train"}
 
-    def open(self, root: Path, array: str, download: bool) -> Any:
-        """Opens the training or the test array as a sequence of (PIL image, label), as ``open_torchvision`` does."""
-        return open_torchvision(self.torchvision, root / self.folder, self.url, download, **self.arguments(array))
+    def open(self, root: str | Path, array: str, download: bool) -> Any:
+        """Opens the training or the test array as a sequence of (PIL image, label)."""
+        return self.from_torchvision(Path(root, self.folder), download, **self.arguments(array))
 
     def read_split(self, name: str, root: Path, download: bool) -> Split:
         """Makes the split; its digest is that of the training and then the test labels as little-endian int64."""
@@ -133,15 +130,14 @@ class TorchvisionArrays(DatasetEntry):
             digest.update(labels.tobytes())
             names = names or dataset.classes
             rows[array] = [Row(str(i), int(label), names[label]) for i, label in enumerate(labels)]
-        parts = stratify(rows["train"], (VAL_PERCENT, 0)) | {"test": rows["test"]}
+        parts = stratify(rows["train"], (20, 0)) | {"test": rows["test"]}
         file = f"torchvision.datasets.{self.torchvision}"
         return make_split(name, parts, file=file, sha256=digest.hexdigest(), image_root=ARRAYS, item_kind="index")
 
     def images(self, root: str | Path, part: str, rows: Sequence[Row], download: bool = False) -> ImageSource:  # noqa: ARG002
-        return ArrayImages(partial(self.open, Path(root), ARRAYS[part], download), itemgetter(0))
+        return ArrayImages(partial(self.open, root, ARRAYS[part], download), itemgetter(0))
 
 
-@dataclass(frozen=True)
 class SklearnDigits(DatasetEntry):
     """The 1,797 handwritten digits of 8 x 8 pixels that come with scikit-learn; every part indexes all of them."""
 
@@ -149,29 +145,12 @@ class SklearnDigits(DatasetEntry):
         return ArrayImages(_digits, _grey_levels_16)
 
 
-def open_torchvision(name: str, root: Path, url: str, download: bool, **arguments: Any) -> Any:
-    """Opens a torchvision data set by the name of its class; the URL is for the message.
-
-    Raises:
-        UserError: it is not there, or cannot be downloaded.
-    """
-    from torchvision import datasets
-
-    try:
-        return getattr(datasets, name)(root, download=download, **arguments)
-    except (RuntimeError, OSError) as error:
-        reason = " ".join(str(error).split())
-        if download:
-            raise UserError(f"{name} could not be downloaded to {str(root)!r} from {url}: {reason}") from None
-        raise UserError(
-            f"no {name} in {str(root)!r}: it comes from {url}, or with --data.download true ({reason})"
-        ) from None
-
-
 def _digits() -> Any:
-    from sklearn.datasets import load_digits
-
-    return load_digits().images
+    """The images, (1797, 8, 8), as ``sklearn.datasets.load_digits`` gives them, which would load all of SciPy."""
+    package = find_spec("sklearn")
+    assert package is not None, "scikit-learn is a dependency"
+    file = Path((package.submodule_search_locations or [""])[0], "datasets", "data", "digits.csv.gz")
+    return np.loadtxt(file, delimiter=",")[:, :-1].reshape(-1, 8, 8)
 
 
 def _grey_levels_16(values: np.ndarray) -> Image.Image:

@@ -31,13 +31,10 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Split:
-    """Who belongs where, and the digest of the source that says so.
+    """Who belongs where, and the digest of the source that says so. There may be no validation rows.
 
     Attributes:
         name: id of the data set.
-        train: rows that shots are drawn from.
-        val: rows that validation shots are drawn from; may be empty.
-        test: rows for evaluation only.
         class_names: name of label 0, 1, ... as the source writes them.
         file: name of the source, without ``.gz``.
         sha256: hexadecimal digest of the source's uncompressed bytes.
@@ -79,9 +76,9 @@ def check_distinct(class_names: Sequence[str], where: str) -> None:
 
 
 def check_path(path: str, where: str) -> None:
-    """Raises UserError for paths that could leave the image root, or mean different things on different systems.
+    """Raises UserError for a path that is empty or absolute, or has ``..``, a backslash, drive or control character.
 
-    These are empty or absolute ones, and those with ``..``, a backslash, a drive letter or a control character.
+    Such a path could leave the image root, or mean different things on different systems.
     """
     if not path or path.startswith("/") or ".." in path.split("/") or re.match(r"[A-Za-z]:|.*[\\\x00-\x1f]", path):
         raise UserError(f"{where}: {path!r} must be a relative path with '/', without '..' and backslashes")
@@ -145,12 +142,8 @@ def stratify(rows: Sequence[Row], percents: tuple[int, int], seed: int = STRATIF
 
     Each class is shuffled by its own stream, so that the parts of a class do not depend on which other classes there
     are. Sizes per class: the percentage rounded down for validation; rounded, but at least 1 unless the percentage is
-    0, for test; the rest for training. The rows keep their order within a part.
-
-    Args:
-        rows: images of all classes, sorted where a split should not depend on their order.
-        percents: of validation and of test.
-        seed: of the streams.
+    0, for test; the rest for training. The rows keep their order within a part; sorted ones give a split that does not
+    depend on their order.
 
     Raises:
         UserError: a class has too few images to have one for training and one for testing.
