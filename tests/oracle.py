@@ -118,7 +118,7 @@ def step(
 
 
 def agree(backbone: Ours, model: Any, tolerance: float = 1e-7) -> None:
-    """Compares outputs and input gradients in float64; those of parameters are left on both for the caller to compare."""
+    """Compares outputs and input gradients in float64; those of parameters are left on both for the caller."""
     for module in (backbone, model):
         for parameter in module.parameters():
             parameter.grad = None

@@ -95,6 +95,7 @@ class TestSplitFile:
             ("s.json", b'{"train": [], "val": []}', "one object with the lists"),
             ("s.json.gz", b"{}", "not a gzip file"),
             ("s.json.gz", gzip.compress(b'{"train": []}' * 50, mtime=0)[:-12], "not a gzip file"),
+            ("s.json.gz", gzip.compress(b"", mtime=0)[:10] + b"\xff" * 20, "not a gzip file"),
         ],
     )
     def test_refuses_other_files(self, tmp_path, name, content, message):
