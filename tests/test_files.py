@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import kshot.files
 from kshot import files as module
 from kshot.errors import UserError
 from kshot.files import cache_folder, packaged_folder, write_atomically
@@ -148,3 +149,24 @@ class TestCacheFolder:
         for name, value in ({"HOME": "/home/me"} | variables).items():
             monkeypatch.setenv(name, value)
         assert cache_folder() == Path(expected)
+
+
+def test_memory_of_the_machine_may_be_unknown(monkeypatch, tmp_path):
+    assert kshot.files.memory_of_machine() > 10**8
+    monkeypatch.setattr(kshot.files, "Path", lambda *_: tmp_path / "missing")
+    for unknown in (lambda name: -1 if name == "SC_PHYS_PAGES" else 4096, lambda name: int("no such name")):
+        monkeypatch.setattr(kshot.files.os, "sysconf", unknown)
+        assert kshot.files.memory_of_machine() is None
+    monkeypatch.delattr(kshot.files.os, "sysconf")
+    assert kshot.files.memory_of_machine() is None
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        *((0, "0 bytes"), (999, "999 bytes"), (1000, "1 kB"), (999_600, "1 MB"), (2_540_000_000, "2.54 GB")),
+        *((604e9, "604 GB"), (1.5e15, "1.5 PB"), (4e21, "4,000 EB")),
+    ],
+)
+def test_amounts(size, text):
+    assert kshot.files.amount(size) == text

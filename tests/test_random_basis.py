@@ -14,7 +14,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kshot import files
 from kshot.adapters import random_basis
 from kshot.adapters.random_basis import (
     GENERATOR,
@@ -421,24 +420,3 @@ def test_memory_is_not_checked_where_it_is_unknown(monkeypatch):
         require_memory(2**70, "NOLA", "lower bases or rank")
     monkeypatch.setattr(random_basis, "memory_of_machine", lambda: None)
     require_memory(2**70, "NOLA", "lower bases or rank")
-
-
-def test_memory_of_the_machine_may_be_unknown(monkeypatch, tmp_path):
-    assert files.memory_of_machine() > 10**8
-    monkeypatch.setattr(files, "Path", lambda *_: tmp_path / "missing")
-    for unknown in (lambda name: -1 if name == "SC_PHYS_PAGES" else 4096, lambda name: int("no such name")):
-        monkeypatch.setattr(files.os, "sysconf", unknown)
-        assert files.memory_of_machine() is None
-    monkeypatch.delattr(files.os, "sysconf")
-    assert files.memory_of_machine() is None
-
-
-@pytest.mark.parametrize(
-    ("size", "text"),
-    [
-        *((0, "0 bytes"), (999, "999 bytes"), (1000, "1 kB"), (999_600, "1 MB"), (2_540_000_000, "2.54 GB")),
-        *((604e9, "604 GB"), (1.5e15, "1.5 PB"), (4e21, "4,000 EB")),
-    ],
-)
-def test_amounts(size, text):
-    assert files.amount(size) == text

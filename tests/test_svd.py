@@ -218,12 +218,6 @@ class TestCache:
         check(svd_of(weight), weight)
         assert not module._memory
 
-    def test_a_change_in_place_is_noticed(self):
-        weight = torch.randn(10, 10)
-        torch.nn.Parameter(svd_of(weight).u[:, :2], requires_grad=False).add_(1)
-        with pytest.raises(AssertionError, match="clone"):
-            svd_of(weight)
-
     def test_disk(self, cache, counted):
         weight = torch.randn(BIG)
         first = svd_of(weight)
