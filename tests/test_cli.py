@@ -91,13 +91,16 @@ def test_every_experiment_runs_with_a_small_backbone(config, tmp_path):
 WITHOUT_GRADIENT = {"zero_shot", "class_mean", "tip_adapter", "lp_plus_plus", "linear_probe_lbfgs"}
 
 
+FEW = ["--trainer.limit_test_batches", "1"]  # 128 scans
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_layers_over_the_default(method, tmp_path):
-    directory = fit(tmp_path, "--config", method, "--trainer.max_epochs", "2")
+    directory = fit(tmp_path, "--config", method, "--trainer.max_epochs", "2", *FEW)
     assert directory.parent.name == f"clip_16shot+{Path(method).stem}"
     result = json.loads((directory / "result.json").read_text())
     assert 0 < result["acc"] <= 1
-    assert result["zero_shot_acc"] > 0.6
+    assert result["zero_shot_acc"] > 0.55
     assert (result["trainable_parameters"] > 0) == (Path(method).stem not in WITHOUT_GRADIENT)
     if Path(method).stem != "zero_shot":
         assert run_test(directory, tmp_path / "tested")["acc"] == result["acc"]
@@ -106,15 +109,16 @@ def test_every_method_layers_over_the_default(method, tmp_path):
 WEIGHT_TUNING = [m for m in METHODS if "adapter: null" not in (FOLDER / m).read_text()]
 
 
-@pytest.mark.parametrize("head", ["LinearProbe", "NearestClassMean"])
-@pytest.mark.parametrize("method", WEIGHT_TUNING)
+@pytest.mark.parametrize(
+    ("method", "head"), [(m, ("LinearProbe", "NearestClassMean")[i % 2]) for i, m in enumerate(WEIGHT_TUNING)]
+)
 def test_every_weight_tuning_method_layers_over_an_image_backbone(method, head, tmp_path):
     trainable = ["--model.classifier.trainable", "true"] if head == "NearestClassMean" else []
     main(
         [
             *["fit", "--config", "dinov2_vits14_16shot.yaml", "--config", method, *QUICK, *TINY_VIT],
             *["--model.backbone.image_size", "null", "--model.classifier", head, *trainable],
-            *["--run.root", str(tmp_path), "--trainer.max_epochs", "3"],  # steps: enough for AdaLoRA to prune in
+            *["--run.root", str(tmp_path), *FEW, "--trainer.max_epochs", "3"],  # steps: enough for AdaLoRA to prune in
         ]
     )
     (directory,) = tmp_path.glob("*/*")
@@ -130,7 +134,7 @@ NO_TEXT_NEEDED = {"class_mean", "linear_probe", "linear_probe_lbfgs", "vpt"}
 @pytest.mark.parametrize("method", [m for m in METHODS if m not in WEIGHT_TUNING])
 def test_every_other_method_runs_on_an_image_backbone_or_says_why_not(method, tmp_path, capsys):
     arguments = ["fit", "--config", "dinov2_vits14_16shot.yaml", "--config", method, *QUICK, *TINY_VIT]
-    arguments += ["--model.backbone.image_size", "null", "--run.root", str(tmp_path), "--trainer.max_epochs", "1"]
+    arguments += ["--model.backbone.image_size", "null", "--run.root", str(tmp_path), *FEW, "--trainer.max_epochs", "1"]
     if Path(method).stem in NO_TEXT_NEEDED:
         main(arguments)
         (directory,) = tmp_path.glob("*/*")
@@ -568,7 +572,7 @@ REFUSALS = {
     "--config methods/coop.yaml --model.classifier.init_words photo": "give one of the two",
     "--config methods/coop.yaml --model.classifier.context_length 60": "the class 'zero' has 1 tokens, and with 60",
     "--config methods/coop.yaml --model.classifier.class_specific true --data.protocol base-to-new": "class-specific",
-    "--config methods/promptsrc.yaml --model.classifier.depth 9": "the image tower has 6 blocks: give 1 to 6",
+    "--config methods/promptsrc.yaml --model.classifier.depth 9": "the text tower has 3 blocks: give 1 to 3",
     "--config methods/maple.yaml --model.classifier.context_length 5": "give one of the two",
     "--config methods/dept.yaml --model.classifier.base LinearProbe": "DePT needs a base that learns prompts",
     "--config methods/dept.yaml --model.classifier.balance 2": "balance is 2.0, and must lie in [0, 1]",
@@ -673,6 +677,7 @@ def test_a_pickle_is_not_executed(capsys, tmp_path):
 # ---------------------------------------------------------------------------------------------------- as a user
 
 
+@pytest.mark.slow  # .ci/run runs it by itself
 def test_the_readme_command_ends_with_the_table(tmp_path):
     command = [sys.executable, "main.py", "fit", "--config", "clip_16shot.yaml", "--run.root", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
@@ -686,14 +691,15 @@ def test_the_readme_command_ends_with_the_table(tmp_path):
 
 
 TWO = ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp", *QUICK]
+TWO[TWO.index("--trainer.enable_progress_bar") + 1] = "true"  # a bar on the first device alone asks for means
 
 
 @pytest.mark.parametrize("launcher", [[], ["-m", "torch.distributed.run", "--nproc_per_node", "2"]])
 def test_several_processes_leave_one_run_and_one_table(launcher, tmp_path):
-    arguments = [*FIT, *TWO, "--run.root", str(tmp_path)]
+    arguments = [*FIT, *TWO, "--model.targets", '["image.5.*"]', "--run.root", str(tmp_path)]
     done = subprocess.run(
         [sys.executable, *launcher, str(ROOT / "main.py"), *arguments], cwd=tmp_path, capture_output=True, text=True,
-        timeout=300,
+        timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("adapted accuracy") == 1
@@ -722,13 +728,6 @@ def test_methods_run_on_a_gpu(method, tmp_path):
     result = json.loads((directory / "result.json").read_text())
     assert result["device"] != "cpu"
     assert result["acc"] > 0.5
-
-
-def test_the_readme_test_command_collects():
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "--collect-only", "-q"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout[-2000:]
 
 
 def test_an_unknown_command_names_those_there_are(capsys):

@@ -10,11 +10,11 @@ import torch
 from kshot.adapters import DoRA, HydraLoRA, LoRA, PiSSA
 from kshot.backbones import OpenClip
 from kshot.classifiers import CoOp, LinearProbe, NearestClassMean, TextPrompt
-from kshot.commands import planned_steps
-from kshot.data import Batch
 from kshot.errors import UserError
 from kshot.module import FewShotModule
 from kshot.optim import DasslCosine, WarmupCosine
+from kshot.prepare import planned_steps, try_step
+from kshot.run import make_trainer
 
 NAMES = ["zero", "one", "two"]
 
@@ -173,19 +173,18 @@ def test_bad_settings_of_a_schedule_get_one_line(schedule, message):
 )
 def test_what_trains(classifier, adapter, closed):
     module = FewShotModule(OpenClip("kshot:glyph_clip"), classifier, NAMES, adapter=adapter)
-    module.preflight(steps=10)
-    assert module.closed_form == closed
-    optimizer = module.configure_optimizers()
+    assert module.takes_steps == (not closed)
     trained = {id(p) for p in module.parameters() if p.requires_grad}
     if closed:
-        assert optimizer is None
         assert not trained
     else:
+        try_step(module, make_trainer(), steps=10)
+        optimizer = module.optimizer_for()
         assert {id(p) for group in optimizer.param_groups for p in group["params"]} == trained
     saved = module.tuned_state()
     assert sum(value.numel() for value in saved.values()) < 200_000
     assert trained == {id(module.get_parameter(name)) for name in saved if name != "classifier.means"}
-    assert module.has_frozen_images() == (adapter is None)
+    assert module.has_frozen_images == (adapter is None)
 
 
 def test_every_trainable_tensor_without_a_gradient_is_found():
@@ -195,34 +194,7 @@ def test_every_trainable_tensor_without_a_gradient_is_found():
     with pytest.raises(
         Exception, match=r"6 trainable tensors get no gradient, among them classifier\.backbone\.clip\.trans"
     ):
-        module.preflight(steps=10)
-
-
-def test_a_loss_that_is_not_finite_stops():
-    module = FewShotModule(OpenClip("kshot:glyph_clip"), LinearProbe, NAMES)
-    module.classifier.head.weight.data.fill_(float("nan"))
-    batch = Batch(torch.randn(2, 128), torch.tensor([0, 1]), torch.tensor([0, 1]))
-    with pytest.raises(UserError, match="loss is nan"):
-        module.training_step(batch, 0)
-
-
-def test_a_frozen_text_tower_is_encoded_once_in_training(monkeypatch):
-    calls, encode = [], OpenClip.encode_tokens
-
-    def count(self, tokens):
-        calls.append(len(tokens))
-        return encode(self, tokens)
-
-    monkeypatch.setattr(OpenClip, "encode_tokens", count)
-    targets = ["image.*.q"]
-    module = FewShotModule(OpenClip("kshot:glyph_clip"), TextPrompt, NAMES, adapter=LoRA(rank=2), targets=targets)
-    optimizer = module.configure_optimizers()
-    module.train()
-    for _ in range(3):
-        features = module.backbone.encode_image(torch.rand(2, 3, 32, 32))
-        module.losses(Batch(features, torch.tensor([0, 1]), torch.tensor([0, 1])))["cross_entropy"].backward()
-        optimizer.step()
-    assert calls == [3]
+        try_step(module, make_trainer(), steps=10)
 
 
 class TestRoles:
@@ -238,7 +210,7 @@ class TestRoles:
             **options,
         )
         self.names = {id(p): n.rsplit(".", 1)[-1] for n, p in module.named_parameters()}
-        return module.configure_optimizers().param_groups
+        return module.optimizer_for().param_groups
 
     def test_one_role_is_one_group(self):
         (group,) = self.groups(adapter=LoRA(rank=2))
@@ -281,7 +253,7 @@ def test_planned_steps_are_the_steps_that_are_run(options, batches):
             return self.weight.sum()
 
         def configure_optimizers(self):
-            self.planned = self.trainer.estimated_stepping_batches
+            self.planned = planned_steps(self.trainer)
             return torch.optim.SGD(self.parameters(), lr=0.1)
 
         def __init__(self):
@@ -292,6 +264,5 @@ def test_planned_steps_are_the_steps_that_are_run(options, batches):
         logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, **options
     )
     loader = torch.utils.data.DataLoader(torch.zeros(batches, 1))
-    expected = planned_steps(trainer, len(loader))
     trainer.fit(module := Counts(), loader)
-    assert expected == trainer.global_step == module.planned
+    assert trainer.global_step == module.planned

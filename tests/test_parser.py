@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR, Re
 from kshot.adapters import Adapter, LoRA
 from kshot.classifiers import Classifier, ClassifierFactory, CoOp
 from kshot.cli import main
-from kshot.config import find_config, load_word, load_yaml, read_command_line, read_config
+from kshot.config import find_config, load_yaml, read_command_line, read_config, read_word
 from kshot.errors import UserError
 from kshot.layering import check_plain, check_stored, lay
 from kshot.module import FewShotModule
@@ -312,10 +313,10 @@ def test_a_byte_order_mark_is_passed_over(here):
 
 
 def test_words_that_look_like_yaml_stay_words():
-    assert load_word("{}") == "{}"
-    assert load_word("{a, b}") == "{a, b}"
-    assert load_word("a photo of a {}.") == "a photo of a {}."
-    assert load_word("{a: 1}") == {"a": 1}
+    assert read_word("{}") == "{}"
+    assert read_word("{a, b}") == "{a, b}"
+    assert read_word("a photo of a {}.") == "a photo of a {}."
+    assert read_word("{a: 1}") == {"a": 1}
     assert load_yaml("on: a\n2024-01-01: b".replace("on", "x")) == {"x": "a", "2024-01-01": "b"}
 
 
@@ -484,7 +485,23 @@ def test_an_annotation_that_is_not_there_takes_no_class():
     with pytest.raises(UserError, match="only one of kshot's own"):
         lay(place, None, "os.system", "x")
     with pytest.raises(UserError, match="x takes no class"):
-        check_plain(Place(), [{"class_path": "a.B"}], "x", word=False)
+        check_plain(Place(), [{"class_path": "a.B"}], "x")
+
+
+def test_a_plain_record_takes_settings_and_no_file(here):
+    @dataclass
+    class Record:
+        size: int = 1
+
+    (here / "c.yaml").write_text("size: 3")
+    place = place_of(Record | bool)
+    assert lay(place, {"size": 2}, {"size": "4"}, "x") == {"size": "4"}
+    assert lay(place, None, "true", "x") == "true"
+    for value, expected in {"./c.yaml": "must be a mapping", "many": "must be a mapping", "3.5": "Expected"}.items():
+        with pytest.raises(UserError, match=expected):
+            lay(place, None, value, "x")
+    with pytest.raises(UserError, match="only one of kshot's own"):  # jsonargparse would read it
+        lay(Place(text=True, calls=True), None, "./c.yaml", "x")
 
 
 def test_a_function_of_kshot_that_builds_the_kind_is_taken(monkeypatch):

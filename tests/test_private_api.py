@@ -31,7 +31,7 @@ PRIVATE = {  # names with an underscore in src
 UNDOCUMENTED = {  # names without one
     "jsonargparse: a factory is partial(builder, class, **settings)": "kshot.optim.built_by finds the class in it",
     "Lightning: an interrupted fit ends in SystemExit, raised while KeyboardInterrupt is handled": "kshot.cli: 130",
-    "torchmetrics: an optional package of no valid version counts as absent": "kshot.lean: a start in half the time",
+    "importlib.metadata: what the first finder raises ends a search": "kshot.lean: a start in half the time",
     "open_clip: visual.ln_pre, _pool, proj; text.attn_mask": "kshot.backbones.open_clip",
     "timm: norm_pre, patch_drop, q_bias": "kshot.backbones.timm and unfuse",
 }

@@ -1,8 +1,6 @@
 """Two processes on the CPU, started by torchrun or by Lightning, do what one does with the doubled batch."""
 
-import json
 import os
-import re
 import socket
 import subprocess
 import sys
@@ -20,7 +18,6 @@ from kshot.errors import UserError
 from kshot.prepare import check_devices
 from kshot.run import build
 
-ROOT = Path(__file__).parents[1]
 SCRIPT = Path(several_devices.__file__)
 ALONE = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
 
@@ -54,7 +51,7 @@ def test_two_processes_equal_one_with_the_doubled_batch(method, both):
     one, two = (found[method] for found in both)
     assert one["moved"] > 0.01, "too little was trained to tell"
     assert one["steps"] == two["steps"] == 4
-    assert one["counts"] == two["counts"] == {"test": 539}
+    assert one["counts"] == two["counts"] == ({"test": 539} if method == "LoRA" else {})
     assert one["ranks"] == two["ranks"]
     assert bool(one["ranks"]) == (method == "AdaLoRA")
     assert one["tuned"].keys() == two["tuned"].keys()
@@ -62,24 +59,6 @@ def test_two_processes_equal_one_with_the_doubled_batch(method, both):
         torch.testing.assert_close(two["tuned"][name].double(), tensor.double(), rtol=0, atol=1e-5, msg=name)
     for name, figure in one["figures"].items():
         assert two["figures"][name] == pytest.approx(figure, abs=1e-4), name
-
-
-@pytest.mark.xdist_group("several_devices")
-@pytest.mark.parametrize("started", ["by Lightning", "by torchrun"])
-def test_the_command_line_leaves_one_run_and_one_table(started, tmp_path):
-    options = ["fit", "--config", "clip_16shot.yaml", "--data.shots", "2", "--trainer.max_epochs", "2"]
-    options += ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.accelerator", "cpu"]
-    options += ["--model.targets", '["image.5.*"]', "--run.root", str(tmp_path), "--data.batch_size", "5"]
-    first = [sys.executable, str(ROOT / "main.py")] if started == "by Lightning" else torchrun(ROOT / "main.py")
-    done = ran([*first, *options])
-    (directory,) = tmp_path.glob("*/*")
-    result = json.loads((directory / "result.json").read_text())
-    assert result["split"]["counts"]["test"] == 539
-    assert (directory / "tuned.safetensors").is_file()
-    assert (directory / "checkpoints" / "last.ckpt").is_file()
-    assert len(re.findall("adapted accuracy", done.stdout)) == 1
-    steps = [line for line in (directory / "metrics.csv").read_text().splitlines() if line]
-    assert len(steps) > 1
 
 
 class Two:

@@ -100,7 +100,8 @@ class Merged(Callback):
 class FiniteLoss(Callback):
     """Refuses to go on when a loss, or what trains, is not finite.
 
-    It asks at ends of epochs, before a file to resume from is written, so that no step waits for the device.
+    It asks at ends of epochs, before a file to resume from is written, so that no step waits for the device. Of several
+    devices each asks for itself: gradients are shared, and with them what is not finite.
     """
 
     def __init__(self) -> None:
@@ -112,9 +113,9 @@ class FiniteLoss(Callback):
         bad = torch.where(torch.isfinite(outputs["loss"].detach()), -1, trainer.global_step)
         self.bad_step = bad if self.bad_step is None else torch.where(self.bad_step < 0, bad, self.bad_step)
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: Module) -> None:
-        """Raises UserError that names the first step whose loss was not finite, on any device."""
-        step = -1 if self.bad_step is None else int(trainer.strategy.reduce(self.bad_step, reduce_op="max"))
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Module) -> None:  # noqa: ARG002  Lightning's signature
+        """Raises UserError that names the first step whose loss was not finite."""
+        step = -1 if self.bad_step is None else int(self.bad_step)
         finite = [torch.isfinite(p.detach()).all() for p in pl_module.trained().values()]
         if step >= 0 or (finite and not torch.stack(finite).all()):
             what = f"The loss is not finite at step {step}" if step >= 0 else "What was trained is not finite"
@@ -207,6 +208,7 @@ class ResumeFile(Checkpoint):
         last = (
             0 < (trainer.max_epochs or 0) <= trainer.current_epoch + 1 or 0 < trainer.max_steps <= trainer.global_step
         )
+        _ = trainer.callback_metrics  # a progress bar, on the first device alone, has asked for means over all of them
         due = last or time.monotonic() - self.written >= self.seconds
         folder, due = trainer.strategy.broadcast((self.folder, due))
         if folder is not None and due:

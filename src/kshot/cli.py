@@ -26,15 +26,10 @@ examples:
 'python main.py fit --help' lists all options; a name given to --config is a path, or a file in configs/."""
 
 
-def wants_short_help(arguments: list[str]) -> bool:
-    """True for a bare or help-only call, which is answered without loading torch."""
-    return arguments in ([], ["-h"], ["--help"])
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line; a user's mistake ends with one line and exit code 2."""
     given = sys.argv[1:] if arguments is None else arguments
-    if wants_short_help(given):
+    if given in ([], ["-h"], ["--help"]):  # answered without torch
         print(USAGE)
         return
     from kshot.errors import UserError

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import logging
 import os
 import shlex
@@ -17,7 +19,6 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.trainer import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor
 
 from kshot import __version__, record
 from kshot.callbacks import Progress, ResumeFile
@@ -25,14 +26,12 @@ from kshot.checkpoint import HEADER, AtomicCheckpoints, packed, write_tensors
 from kshot.config import CommandLine, Tree, read_command_line
 from kshot.data.datamodule import FewShotDataModule
 from kshot.errors import UserError, first_line
-from kshot.files import write_atomically
 from kshot.foreign import released_tensors
-from kshot.layering import complaints
 from kshot.module import FewShotModule
 from kshot.prepare import check_classes
 from kshot.record import RunOptions
 from kshot.run import DEFAULTS, Tested, evaluate, finish, fit
-from kshot.settings import LINKED, OPTIONS, add_options, help_text, settings
+from kshot.settings import LINKED, OPTIONS, add_options, help_text, needed, settings
 
 TRAINER_DEFAULTS = DEFAULTS | {
     "logger": False,
@@ -42,11 +41,7 @@ TRAINER_DEFAULTS = DEFAULTS | {
 
 
 def run(arguments: Sequence[str], started: float | None = None) -> FewShotCLI:
-    """Runs a command line and returns what it built.
-
-    Args:
-        arguments: as after ``python main.py``.
-        started: when the process began, in seconds since the epoch; by default now.
+    """Runs the words after ``python main.py``, in a process that began ``started``, and returns what it built.
 
     Raises:
         UserError: a mistake in the command line, a config or what they name.
@@ -61,8 +56,8 @@ def run(arguments: Sequence[str], started: float | None = None) -> FewShotCLI:
     places, tree = settings(line)
     try:
         cli = FewShotCLI(line, tree, started)
-    except ArgumentError as error:  # what is missing or of the wrong type
-        raise UserError(next(complaints(places, tree), " ".join(str(error).split())[:600])) from error
+    except ArgumentError as error:
+        raise UserError(needed(places, tree) or " ".join(str(error).split())[:600]) from error
     getattr(cli, f"run_{line.command}")()
     return cli
 
@@ -88,21 +83,20 @@ def settle_chatter() -> None:
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning 2.6 calls what jsonargparse 5 drops
 
 
-class FewShotCLI(LightningCLI):
-    """Builds data, model and trainer of one command, and runs it.
+def listed(value: Any) -> list[Any]:
+    """What an option of the trainer holds: nothing, one, or several."""
+    return value if isinstance(value, list) else [] if value is None else [value]
 
-    Args:
-        line: the command line.
-        tree: its settings, laid over each other.
-        started: when the process began.
-    """
+
+class FewShotCLI(LightningCLI):
+    """Builds data, model and trainer of a command line's settings, and runs its command."""
 
     model: FewShotModule
     datamodule: FewShotDataModule
     trainer: Trainer
 
     def __init__(self, line: CommandLine, tree: Tree, started: float) -> None:
-        self.line, self.seconds = line, {"start": started}
+        self.line = line
         self.directory: Path | None = None
         super().__init__(
             FewShotModule,
@@ -123,7 +117,6 @@ class FewShotCLI(LightningCLI):
         """Links what the data set knows to the model, and adds where runs are kept and the command's own options."""
         for name in LINKED:
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
-        parser.add_class_arguments(RunOptions, "run")
         add_options(parser, self.line.command)
 
     def before_instantiate_classes(self) -> None:
@@ -142,45 +135,36 @@ class FewShotCLI(LightningCLI):
         given = self.config_init["trainer"]
         self.options: RunOptions = self.config_init["run"]
         self.resume_file = ResumeFile(self.options.save_every)
-        own = given["callbacks"] if isinstance(given["callbacks"], list) else [given["callbacks"]]
-        callbacks = [each for each in (*own, self.resume_file) if each is not None]
+        callbacks = [*listed(given["callbacks"]), self.resume_file]
         if given["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             callbacks.append(Progress(leave=False))
-        plugins = given["plugins"] if isinstance(given["plugins"], list) else [given["plugins"]]
-        plugins = [*(each for each in plugins if each is not None), AtomicCheckpoints()]
         if given["check_val_every_n_epoch"] == 0:
             kwargs["check_val_every_n_epoch"] = 1
             decided = given["val_check_interval"] is not None or any(getattr(c, "monitor", None) for c in callbacks)
             if self.line.command == "fit" and not decided:
                 kwargs["limit_val_batches"] = 0
+        plugins = [*listed(given["plugins"]), AtomicCheckpoints()]
         try:
             return super().instantiate_trainer(callbacks=callbacks, plugins=plugins, **kwargs)
         except (MisconfigurationException, ValueError, ModuleNotFoundError) as error:
             raise UserError(f"trainer: {first_line(error)}") from error
 
     def open_directory(self) -> None:
-        """Makes the run directory, once all that can be checked was checked, and starts logging there.
-
-        Of several processes, the first alone has one.
-        """
+        """Makes the run directory, which of several processes the first alone has, and starts logging there."""
         if getattr(self.trainer, "fast_dev_run", False) or not self.trainer.is_global_zero:
             return
         name = self.options.name or "+".join(Path(c).stem for c in self.line.configs) or self.line.command
         self.directory = record.new_directory(Path(self.options.root), name)
         self.config["run"]["name"] = name  # so that the saved file, given again, adds to the same folder
         text = self.parser.dump(self.config, skip_none=False, skip_validation=True)
-        write_atomically(self.directory / "config.yaml", lambda file: file.write_text(text, encoding="utf-8"))
+        record.write_text(self.directory / "config.yaml", text)
         self.trainer.loggers = [*self.trainer.loggers, *record.loggers(self.directory)]
         self.resume_file.folder = self.directory / "checkpoints"
         if self.line.command != "predict":
             self.datamodule.write_manifest(self.directory / "split.json")
 
     def check_checkpoint(self) -> str | None:
-        """The checkpoint to run from.
-
-        Raises:
-            UserError: it is missing or does not fit; nothing was written yet.
-        """
+        """The checkpoint to run from; raises UserError if it is missing or does not fit, before anything is written."""
         path, command = self.config["ckpt_path"], self.line.command
         if path is None:
             if command != "fit" and self.model.tuned_state():
@@ -212,19 +196,14 @@ class FewShotCLI(LightningCLI):
 
     def finish(self) -> float | None:
         """Makes the module what its small file holds; the accuracy before, where that changed a number."""
-        before = {name: value.detach().clone() for name, value in self.model.tuned_state().items()}
+        before = copy.deepcopy(self.model.tuned_state())
         if not finish(self.model) or not self.options.test:
             return None
-        stored = {name: value.detach().clone() for name, value in self.model.tuned_state().items()}
-        self.put(before)
+        stored = copy.deepcopy(self.model.tuned_state())
+        self.model.load_state_dict(before, strict=False)
         tested = evaluate(self.model, self.datamodule, self.trainer)
-        self.put(stored)
+        self.model.load_state_dict(stored, strict=False)
         return next(iter(tested.sets.values()))["acc"]
-
-    def put(self, values: dict[str, Tensor]) -> None:
-        """Writes tensors over those of the module."""
-        for name, tensor in self.model.tuned_state().items():
-            tensor.detach().copy_(values[name])
 
     def run_test(self) -> None:
         """Measures a checkpoint on the test sets."""
@@ -241,7 +220,7 @@ class FewShotCLI(LightningCLI):
         if self.directory is None:
             return
         result = self.result(tested, unrounded)
-        record.write_json(self.directory / "result.json", result)
+        record.write_text(self.directory / "result.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")
         names = {each.name: each.class_names for each in self.datamodule.test_sets}
         record.write_per_class(self.directory / "per_class.csv", names, tested.per_class)
         record.print_result(result, self.directory)
@@ -275,11 +254,7 @@ class FewShotCLI(LightningCLI):
             print(f"{len(data.predict_paths)} images labelled: {file}")
 
     def run_import(self) -> None:
-        """Turns a file that CoOp or CLIP-LoRA released into a checkpoint of the config's model.
-
-        Raises:
-            UserError: the file does not fit the config, or there is one already where to write.
-        """
+        """Turns a file that CoOp or CLIP-LoRA released into a checkpoint of the config's model, which it must fit."""
         file, model = self.config["file"], self.model
         if file is None:
             raise UserError("import needs --file: what CoOp or CLIP-LoRA released, such as model.pth.tar-200.")

@@ -15,26 +15,19 @@ from kshot.files import packaged_folder
 MOST_BYTES = 1_000_000  # of a config file
 MOST_VALUES = 50_000  # of a config once its aliases are written out
 FLAGS = ("help", "print_config")  # options without a value
+SHORT = {"-c": "--config", "-h": "--help"}
 Tree = dict[str, Any]
 
 
 @dataclass
 class CommandLine:
-    """A command line, taken apart.
-
-    Attributes:
-        command: the first word.
-        layers: settings in the order given, each with the name of its config, or None for a single option.
-        words: options and their values as given.
-        flags: which of FLAGS were given.
-        help_for: option of a class, and the class, of ``--model.adapter.help LoRA``.
-    """
+    """A command line, taken apart."""
 
     command: str
-    layers: list[tuple[str | None, Tree]] = field(default_factory=list)
-    words: list[tuple[str, str]] = field(default_factory=list)
+    layers: list[tuple[str | None, Tree]] = field(default_factory=list)  # with the name of a config; None for an option
+    words: list[tuple[str, str]] = field(default_factory=list)  # options and their values as given
     flags: set[str] = field(default_factory=set)
-    help_for: tuple[str, str] | None = None
+    help_for: tuple[str, str] | None = None  # of --model.adapter.help LoRA
 
     @property
     def configs(self) -> list[str]:
@@ -47,11 +40,7 @@ class CommandLine:
 
 
 def read_command_line(words: Sequence[str], commands: Sequence[str]) -> CommandLine:
-    """Takes a command line apart, and reads its configs.
-
-    Args:
-        words: as after ``python main.py``.
-        commands: those there are.
+    """Takes the words after ``python main.py`` apart, and reads the configs among them.
 
     Raises:
         UserError: no such command or config, a word that is no option, an option without its value.
@@ -61,7 +50,8 @@ def read_command_line(words: Sequence[str], commands: Sequence[str]) -> CommandL
         raise UserError(f"There is no command {given!r}. {nearest_first(given, commands)}")
     line, rest = CommandLine(words[0]), iter(words[1:])
     for word in rest:
-        name, equals, value = _long(word).partition("=")
+        name, equals, value = word.partition("=")
+        name = SHORT.get(name, name)
         if not name.startswith("--") or not all(name[2:].split(".")):
             raise UserError(f"{word!r} is no option: options start with --, as in --data.shots 4.")
         key = name[2:]
@@ -78,31 +68,15 @@ def read_command_line(words: Sequence[str], commands: Sequence[str]) -> CommandL
         elif key.endswith(".help"):
             line.help_for = key.removesuffix(".help"), value
         else:
-            line.layers.append((None, nested(key.split("."), value)))
+            layer: Any = value
+            for part in reversed(key.split(".")):
+                layer = {part: layer}
+            line.layers.append((None, layer))
     return line
 
 
-def _long(word: str) -> str:
-    """The long form of -c and -h."""
-    short, _, value = word.partition("=")
-    if short not in ("-c", "-h"):
-        return word
-    return ("--config" if short == "-c" else "--help") + (f"={value}" if value else "")
-
-
-def nested(keys: Sequence[str], value: Any) -> Tree:
-    """``{a: {b: value}}`` of the keys a and b."""
-    for key in reversed(keys):
-        value = {key: value}
-    return dict(value)
-
-
 def find_config(name: str) -> Path:
-    """A config by its path, or else ``configs/NAME`` or ``configs/NAME.yaml``.
-
-    Raises:
-        UserError: there is none.
-    """
+    """A config by its path, or else ``configs/NAME`` or ``configs/NAME.yaml``; raises UserError if there is none."""
     folder = packaged_folder("configs")
     for candidate in (Path(name), folder / name, folder / f"{name}.yaml"):
         if candidate.is_file():
@@ -159,8 +133,10 @@ def walk(value: Any) -> Iterator[Any]:
             waiting += value
 
 
-def load_word(text: str) -> Any:
-    """What a word stands for as YAML: itself where it is no YAML or only names, as in ``{}`` and ``{a, b}``."""
+def read_word(text: Any) -> Any:
+    """What a word stands for as YAML: itself where it is none, no YAML or only names, as in ``{}`` and ``{a, b}``."""
+    if not isinstance(text, str):
+        return text
     try:
         value = load_yaml(text)
     except yaml.YAMLError:

@@ -1,16 +1,17 @@
-"""Settings laid over each other by the places that they stand in, and what is wrong with them in one line."""
+"""Settings laid over each other by the places that they stand in; what does not belong there gets one line."""
 
 from __future__ import annotations
 
-import difflib
 import inspect
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser
 
 from kshot.classifiers import Classifier
-from kshot.config import Tree, load_word, walk
+from kshot.config import Tree, read_word, walk
 from kshot.errors import UserError, nearest_first
 from kshot.places import (
     REQUIRED,
@@ -21,139 +22,123 @@ from kshot.places import (
     imported,
     is_path,
     named,
-    options_of,
     public_path,
     subclasses,
 )
 
 BUILDER = "lightning.pytorch.cli.instantiate_module"  # what LightningCLI writes into checkpoints
-SPEC = {"class_path", "init_args", "dict_kwargs"}  # keys of a class and its settings
-
-
-class UnknownOptionError(UserError):
-    """A name that is no option of what it was given to.
-
-    Attributes:
-        path: the full name.
-    """
-
-    def __init__(self, owner: str, name: str, path: str, known: Sequence[str]) -> None:
-        super().__init__(f"{owner} has no option {name!r}. {nearest_first(name, known)}")
-        self.path = path
+SPEC: Tree = {"class_path": str, "init_args": dict | None, "dict_kwargs": dict | None}  # a class and its settings
 
 
 def lay_all(places: Places, old: Tree, new: Tree, where: str, owner: str, more: bool = False) -> Tree:
-    """Settings by name, laid over those before; ``name+`` adds to a list.
-
-    Args:
-        places: by name.
-        old: laid before.
-        new: as read.
-        where: what they belong to, empty at the top.
-        owner: the class that has them, for messages.
-        more: whether names that are not among the places are let through.
+    """Settings by name, of the class ``owner``, laid over those before; ``name+`` adds to a list.
 
     Raises:
-        UserError: a class that a place does not take, an option that a class does not have.
+        UserError: what :func:`lay` refuses, and a name that is no place's unless ``more`` are let through.
     """
     result = dict(old)
     for key, value in new.items():
         name = key.removesuffix("+")
         inner = f"{where}.{name}".lstrip(".")
         if name not in places and not more:
-            raise UnknownOptionError(owner, name, inner, list(places))
+            raise UserError(f"{owner} has no option {name!r}. {nearest_first(name, places)}")
         place, before = places.get(name, Place()), result.get(name)
         if key == name:
             result[name] = lay(place, before, value, inner)
         else:
-            both = [before or [], lay(place, None, value, inner)]
+            both = [before or [], lay(place.items or place, None, value, inner)]
             result[name] = [each for part in both for each in (part if isinstance(part, list) else [part])]
     return result
 
 
 def lay(place: Place, old: Any, new: Any, where: str) -> Any:
-    """A value laid over an older one.
+    """A value, as a word of the command line or plain YAML, laid over an older one or None.
 
     Settings of the same class are merged. A class that replaces another keeps those settings that it has a name for,
     such as the learning rate; but a classifier starts from its own defaults, so that CoOp's depth is not PromptSRC's.
 
-    Args:
-        place: where both stand.
-        old: the older value, laid before; None without any.
-        new: as read, a word of the command line or plain YAML.
-        where: the place's name, for messages.
-
     Raises:
-        UserError: a class that the place does not take, an option that a class does not have.
+        UserError: a class or a value that the place does not take, an option that a class does not have.
     """
-    if place.group is not None:
-        if not isinstance(new, dict):
-            raise UserError(f"{where} is {new!r}, and must be a mapping of settings.")
-        return lay_all(arguments_of(place.group)[0], old or {}, new, where, place.group.__name__)
-    read = load_word(new) if isinstance(new, str) else new
-    word = isinstance(read, str) and (is_path(read) or not place.text)  # that may name a class
+    read = read_word(new)
+    classes = isinstance(read, dict) or (isinstance(read, str) and (is_path(read) or not place.text))
     several = place.items
-    if several and isinstance(read, dict) and isinstance(old, list) and "class_path" not in read:
-        result: Any = [*old[:-1], lay(several, old[-1] if old else None, read, where)]  # of a list, its last
-    elif place.bases and (isinstance(read, dict) or word):
+    if place.group and isinstance(read, dict):
+        before = old if isinstance(old, dict) else {}
+        result: Any = lay_all(arguments_of(place.group)[0], before, read, where, place.group.__name__)
+    elif several and isinstance(read, dict) and isinstance(old, list) and "class_path" not in read:
+        result = [*old[:-1], lay(several, old[-1] if old else None, read, where)]  # of a list, its last
+    elif place.bases and classes:
         result = lay_class(place, old, read, where)
     elif several and isinstance(read, list):
         result = [lay(several, None, each, where) for each in read]
-    elif several and several.bases and (isinstance(read, dict) or word):
+    elif several and several.bases and classes:
         result = [lay(several, None, read, where)]
     elif several and isinstance(read, dict) and "class_path" not in read:
         result = {key: lay(several, None, each, f"{where}.{key}") for key, each in read.items()}
     else:
-        check_plain(place, read, where, word)
+        check_plain(place, new, where)
         result = new
     return result
 
 
-def check_plain(place: Place, read: Any, where: str, word: bool) -> None:
-    """Refuses a class in a place that takes none, and a path that jsonargparse would import there."""
-    for each in walk(read):
-        inside = load_word(each) if isinstance(each, str) else None
-        if any(isinstance(part, dict) and "class_path" in part for part in (each, *walk(inside))):
+def check_plain(place: Place, value: Any, where: str) -> None:
+    """Refuses a value that is not of a place's type, and all for which jsonargparse would import or read something.
+
+    Raises:
+        UserError: names the place, the value and what it takes.
+    """
+    word = read_word(value)
+    for each in walk(word):
+        if any(isinstance(part, dict) and "class_path" in part for part in walk(read_word(each))):
             raise UserError(f"{where} takes no class, and is given {each!r:.200}.")
-    if word and place.calls:
-        if read.partition(".")[0] != "kshot" or not callable(imported(read, f"{where} takes a function")):
-            raise UserError(f"{where} takes a function, and from a config only one of kshot's own, not {read!r}.")
-    elif word and not place.text and is_path(read) and place.hint is not Any:
-        raise UserError(mismatch(place, read, where))
+    if place.group and not place.text and (isinstance(word, str) or place.hint is place.group):  # no name of a file
+        raise UserError(f"{where} is {value!r}, and must be a mapping of settings.")
+    if place.calls and isinstance(word, str) and (is_path(word) or os.path.isfile(word)):  # noqa: PTH113  of any length
+        own = word.partition(".")[0] == "kshot"
+        if not own or not callable(imported(word, f"{where} takes a function")):
+            raise UserError(f"{where} takes a function, and from a config only one of kshot's own, not {word!r}.")
+    if place.hint is not Any:
+        parser = ArgumentParser(exit_on_error=False)
+        with suppress(ValueError):  # a type that jsonargparse has no rule for
+            try:
+                parser.add_argument("--value", type=place.hint)
+                parser.parse_object({"value": value})
+            except (ArgumentError, TypeError) as error:
+                names = [part.__name__ if isinstance(part, type) else str(part) for part in alternatives(place.hint)]
+                wanted = " or ".join(names).replace("NoneType", "null").replace("typing.", "")
+                raise UserError(f"{where}: Expected {wanted}. Got value: {value}") from error
 
 
 def lay_class(place: Place, old: Any, new: Any, where: str) -> Tree:
     """A class and its settings, laid over those before."""
     own = new if isinstance(new, dict) else {"class_path": new}
-    if "class_path" not in own and not own.keys() <= SPEC:
+    if "class_path" not in own and not own.keys() <= SPEC.keys():
         own = {"init_args": own}  # settings alone, for the class that is there
+    for key, value in own.items():
+        if not isinstance(value, SPEC.get(key, ())):
+            raise UserError(f"{where}.{key} is {value!r:.200}: a class is given as class_path and its init_args.")
     arguments, extra = own.get("init_args") or {}, own.get("dict_kwargs") or {}
-    if not (own.keys() <= SPEC and isinstance(arguments, dict) and isinstance(extra, dict)):
-        wrong = sorted(own.keys() - SPEC) or [key for key in sorted(own) if not isinstance(own[key], dict)]
-        raise UserError(
-            f"{where}.{wrong[0]}: a class is given as class_path, with a mapping init_args of its settings."
-        )
-    check_plain(Place(), extra, f"{where}.dict_kwargs", word=False)
+    check_plain(Place(), extra, f"{where}.dict_kwargs")
     before = named(old["class_path"], place.bases, where) if isinstance(old, dict) else None
     if "class_path" in own:
-        if not isinstance(own["class_path"], str):
-            raise UserError(f"{where}.class_path is {own['class_path']!r}, and must be the name of a class.")
         chosen = named(own["class_path"], place.bases, where)
     else:
         chosen = before or (place.default if isinstance(place.default, type) else place.bases[0])
         if inspect.isabstract(chosen):
             known = list(subclasses(place.bases))
             raise UserError(f"{where} needs a class first, such as --{where} {known[0]}. {nearest_first('', known)}")
-    places, more = options_of(chosen, place.given)
-    kept: Tree = {}
+    places, more = arguments_of(chosen, place.given)
+    kept: Tree = old["init_args"] if before else {}
     if before is chosen:
-        kept, extra = old["init_args"], old.get("dict_kwargs", {}) | extra
+        extra = old.get("dict_kwargs", {}) | extra
     elif not (isinstance(chosen, type) and issubclass(chosen, Classifier)):
-        kept = what_fits(places, old["init_args"], where) if before else {}
-    elif chosen is not place.default:  # or jsonargparse lays its settings over those of the default class
-        kept = {
-            n: p.default for n, p in places.items() if p.default is None or isinstance(p.default, (float, int, str))
-        }
+        kept = what_fits(places, kept, where)
+    elif chosen is place.default:
+        kept = {}
+    else:  # or jsonargparse lays its settings over those of the default class
+        plain = (float, int, str, type(None))
+        kept = {name: each.default for name, each in places.items() if isinstance(each.default, plain)}
     laid = lay_all(places, kept, arguments, where, chosen.__name__, more)
     return {"class_path": public_path(chosen), "init_args": laid} | ({"dict_kwargs": extra} if extra else {})
 
@@ -162,20 +147,14 @@ def what_fits(places: Places, arguments: Tree, where: str) -> Tree:
     """Those settings of another class that a class has a name for and takes."""
     kept = {}
     for name, value in arguments.items():
-        if name in places and accepts(places[name], value):
-            try:
+        if name in places:
+            with suppress(UserError):
                 kept[name] = lay(places[name], None, value, f"{where}.{name}")
-            except UserError:
-                continue
     return kept
 
 
 def check_stored(settings: Tree, kind: type) -> None:
-    """Refuses settings in a checkpoint that name what no place takes, before Lightning builds a module of them.
-
-    Args:
-        settings: a checkpoint's ``hyper_parameters``.
-        kind: of the module.
+    """Refuses a checkpoint's ``hyper_parameters`` of which Lightning would build more than a module of this kind.
 
     Raises:
         UserError: names the setting.
@@ -188,70 +167,13 @@ def check_stored(settings: Tree, kind: type) -> None:
     lay(Place(bases=(kind,)), None, spec, "hyper_parameters")
 
 
-# ------------------------------------------------------------------------------------------------ what is wrong
-
-
-def accepts(place: Place, value: Any) -> bool:
-    """Whether a plain value is of a place's type; True for classes, which are laid by other rules."""
-    if place.hint is Any or isinstance(value, dict):
-        return True
-    parser = ArgumentParser(exit_on_error=False)
-    try:
-        parser.add_argument("--value", type=place.hint)
-        parser.parse_object({"value": value})
-    except (ArgumentError, TypeError):
-        return False
-    except ValueError:  # a type that jsonargparse has no rule for
-        return True
-    return True
-
-
-def mismatch(place: Place, value: Any, where: str) -> str:
-    """One line for a value of the wrong type."""
-    wanted = [
-        "null" if part is type(None) else part.__name__ if isinstance(part, type) else str(part).replace("typing.", "")
-        for part in alternatives(place.hint)
-    ]
-    return f"{where}: Expected {' or '.join(wanted)}. Got value: {value}"
-
-
-def inside(place: Place, value: Any, where: str) -> tuple[Places, Tree]:
-    """The options of the class that is in a place, and their values."""
-    if place.group is not None:
-        return arguments_of(place.group)[0], value or {}
-    if not place.bases or not isinstance(value, dict):
-        return {}, {}
-    return options_of(named(value["class_path"], place.bases, where), place.given)[0], value["init_args"]
-
-
-def complaints(places: Places, tree: Tree, where: str = "") -> Iterator[str]:
-    """What is missing or of the wrong type, one line each, in a tree that was laid."""
+def options_below(places: Places, tree: Tree, where: str = "") -> Iterator[tuple[str, Place, bool]]:
+    """All options that the classes in a tree have: full name, place, and whether it lacks a value that it needs."""
     for name, place in places.items():
-        inner = f"{where}.{name}".lstrip(".")
-        if name not in tree and place.default is REQUIRED:
-            yield (
-                f"{inner} is missing: start from an experiment, such as --config clip_16shot.yaml, "
-                "and lay a method over it, such as --config methods/lora.yaml."
-            )
-        yield from complaints(*inside(place, tree.get(name), inner), inner)
-        if name in tree and not accepts(place, tree[name]):
-            yield mismatch(place, tree[name], inner)
-
-
-def options_below(places: Places, tree: Tree, where: str = "") -> Iterator[tuple[str, Place]]:
-    """All options that the classes in a tree have, by full name."""
-    for name, place in places.items():
-        inner = f"{where}.{name}".lstrip(".")
-        yield inner, place
-        yield from options_below(*inside(place, tree.get(name), inner), inner)
-
-
-def nearest_option(name: str, known: Sequence[str]) -> str:
-    """The option that is most likely meant, by the last part of its name: max_epochs for epochs."""
-    wanted = name.rpartition(".")[2]
-
-    def distance(option: str) -> tuple[bool, bool, float]:
-        last = option.rpartition(".")[2]
-        return last != wanted, not last.endswith(f"_{wanted}"), -difflib.SequenceMatcher(None, wanted, last).ratio()
-
-    return min(known, key=distance)
+        inner, value = f"{where}.{name}".lstrip("."), tree.get(name)
+        yield inner, place, name not in tree and place.default is REQUIRED
+        if place.group and isinstance(value, dict):
+            yield from options_below(arguments_of(place.group)[0], value, inner)
+        elif place.bases and isinstance(value, dict):
+            chosen = named(value["class_path"], place.bases, inner)
+            yield from options_below(arguments_of(chosen, place.given)[0], value["init_args"], inner)

@@ -7,21 +7,8 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.abc import MetaPathFinder
-from importlib.metadata import Distribution, DistributionFinder
-from pathlib import Path
+from importlib.metadata import Distribution, DistributionFinder, PackageNotFoundError
 from typing import Any
-
-
-class Absent(Distribution):
-    """A package that counts as not installed: its version is none."""
-
-    def read_text(self, filename: str) -> str | None:
-        """The least that metadata must hold."""
-        return "Metadata-Version: 2.1\nName: absent\nVersion: none\n" if filename == "METADATA" else None
-
-    def locate_file(self, path: Any) -> Path:
-        """No file of it is there."""
-        return Path(path)
 
 
 class Hide(MetaPathFinder):
@@ -35,9 +22,11 @@ class Hide(MetaPathFinder):
         if fullname.partition(".")[0] in self.names:
             raise ModuleNotFoundError(f"{fullname} is hidden for the moment", name=fullname)
 
-    def find_distributions(self, context: Any = DistributionFinder.Context()) -> list[Distribution]:  # noqa: B008
-        """Their distributions, by the protocol of importlib.metadata."""
-        return [Absent()] if context.name in self.names else []
+    def find_distributions(self, context: DistributionFinder.Context) -> Iterable[Distribution]:
+        """Ends importlib.metadata's search for one of them before it asks the other finders."""
+        if context.name in self.names:
+            raise PackageNotFoundError(context.name)
+        return ()
 
 
 @contextmanager

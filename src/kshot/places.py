@@ -30,33 +30,19 @@ Named = type | types.FunctionType  # what a class_path stands for: a class, or a
 
 @dataclass(frozen=True)
 class Place:
-    """What may stand in one place of a config.
+    """What may stand in one place of a config."""
 
-    Attributes:
-        hint: its type annotation, or Any.
-        default: of the argument; REQUIRED where there is none.
-        bases: the kinds of classes that it takes.
-        group: the one class whose settings it is, such as Trainer; None elsewhere.
-        given: arguments of the class that the run gives, not the config.
-        items: what a list holds here, or a mapping.
-        text: whether a plain word is a value.
-        calls: whether any callable is a value.
-    """
-
-    hint: Any = Any
-    default: Any = None
-    bases: tuple[type, ...] = ()
-    group: type | None = None
-    given: frozenset[str] = frozenset()
-    items: Place | None = None
-    text: bool = False
-    calls: bool = False
+    hint: Any = Any  # its type annotation
+    default: Any = None  # of the argument
+    bases: tuple[type, ...] = ()  # the kinds of classes that it takes
+    group: type | None = None  # a plain record, or another class whose settings stand here without its name
+    given: frozenset[str] = frozenset()  # arguments of the class that the run gives, not the config
+    items: Place | None = None  # what a list holds here, or a mapping
+    text: bool = False  # whether a plain word is a value
+    calls: bool = False  # whether any callable is a value
 
 
 Places = Mapping[str, Place]
-
-
-# ------------------------------------------------------------------------------------------------ annotations
 
 
 def place_of(hint: Any) -> Place:
@@ -77,6 +63,8 @@ def place_of(hint: Any) -> Place:
             place = replace(place, bases=(*place.bases, inside[-1]))
         elif kind in (type, collections.abc.Callable, types.ModuleType):
             place = replace(place, calls=True)
+        elif isinstance(kind, type) and is_dataclass(kind):
+            place = replace(place, group=kind)
         elif is_kind(kind):
             place = replace(place, bases=(*place.bases, kind))
     return place
@@ -99,8 +87,8 @@ def is_kind(hint: Any) -> bool:
 
 
 @cache
-def arguments_of(target: Named) -> tuple[Places, bool]:
-    """The arguments of a class or function, and whether it takes others that are not named."""
+def arguments_of(target: Named, given: frozenset[str] = frozenset()) -> tuple[Places, bool]:
+    """The arguments of a class or function but for those given, and whether it takes others that are not named."""
     found: dict[str, Place] = {}
     functions = [target] if isinstance(target, types.FunctionType) else [
         vars(c)["__init__"] for c in target.__mro__ if "__init__" in vars(c) and c is not object
@@ -109,9 +97,8 @@ def arguments_of(target: Named) -> tuple[Places, bool]:
     for function in functions:
         parameters = list(inspect.signature(function).parameters.values())
         for p in parameters[isinstance(target, type) :]:
-            if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
-                default = REQUIRED if p.default is p.empty else p.default
-                found.setdefault(p.name, replace(place_of_argument(function, p), default=default))
+            if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.name not in given:
+                found.setdefault(p.name, place_of_argument(function, p))
         more = any(p.kind is p.VAR_KEYWORD for p in parameters)
         if not more:  # otherwise the rest are those of the next class
             break
@@ -120,35 +107,23 @@ def arguments_of(target: Named) -> tuple[Places, bool]:
 
 def place_of_argument(function: Callable[..., Any], parameter: inspect.Parameter) -> Place:
     """What an argument takes; where its annotation names what is not there at run time, it may be anything called."""
+    default = REQUIRED if parameter.default is parameter.empty else parameter.default
     if parameter.annotation is parameter.empty:
-        return Place()
+        return Place(default=default)
     holder = types.SimpleNamespace(__annotations__={"it": parameter.annotation})
     checked = vars(typing) | vars(collections.abc)  # often imported for type checkers alone
     try:
-        return place_of(typing.get_type_hints(holder, checked | vars(sys.modules[function.__module__]))["it"])
+        hint = typing.get_type_hints(holder, checked | vars(sys.modules[function.__module__]))["it"]
+        return replace(place_of(typing.Optional[hint] if default is None else hint), default=default)  # noqa: UP045
     except (NameError, AttributeError, TypeError):
-        return Place(text=True, calls=True)
-
-
-def options_of(target: Named, given: frozenset[str]) -> tuple[Places, bool]:
-    """The arguments that a config may set, and whether there may be others."""
-    places, more = arguments_of(target)
-    return {name: place for name, place in places.items() if name not in given}, more
-
-
-# ------------------------------------------------------------------------------------------------ classes by name
+        return Place(default=default, text=True, calls=True)
 
 
 def named(name: str, bases: tuple[type, ...], where: str) -> Named:
-    """What a name in a config stands for: a subclass of one of the bases, or a function of kshot that builds one.
-
-    Args:
-        name: full path, or the name alone of a class that is loaded.
-        bases: of the place.
-        where: the place, for messages.
+    """What a full path, or the name alone of a class that is loaded, stands for at a place in a config.
 
     Raises:
-        UserError: nothing of that name, or of another kind.
+        UserError: it is neither a subclass of one of the bases nor a function of kshot that builds one.
     """
     kinds = " or ".join(base.__name__ for base in bases)
     takes = f"{where} takes {'an' if kinds[0] in 'AEIOU' else 'a'} {kinds}"
@@ -170,11 +145,10 @@ def named(name: str, bases: tuple[type, ...], where: str) -> Named:
 def subclasses(bases: Sequence[type]) -> dict[str, type]:
     """Classes of these kinds that are loaded and can be built, by name; kshot's own come before another's namesake."""
     found: dict[str, type] = {}
-    waiting = list(bases)
-    while waiting:
-        each = waiting.pop(0)
+    family = list(bases)
+    for each in family:
         children: list[type] = each.__subclasses__()
-        waiting += children
+        family += children  # while it is walked
         name, library = each.__name__, each.__module__.partition(".")[0]
         hidden = inspect.isabstract(each) or (each in bases and children) or name.startswith("_")
         if not hidden and (name not in found or (library == "kshot" and "<locals>" not in each.__qualname__)):
@@ -200,10 +174,7 @@ def imported(path: str, takes: str) -> Any:
     """What a dotted path names, importing its module; the standard library's holds no class for a config.
 
     The working directory is looked into last, and only for a name that no installed package has.
-
-    Args:
-        path: of a module and a name in it.
-        takes: the first half of a refusal: the place and what it takes.
+    ``takes`` is the first half of a refusal: the place and what it takes.
 
     Raises:
         UserError: there is nothing of that name, or its module does not load.
@@ -221,14 +192,13 @@ def imported(path: str, takes: str) -> Any:
         name = ".".join(parts[:end])
         try:
             module = sys.modules.get(name) or importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            if error.name is not None and f"{name}.".startswith(f"{error.name}."):
-                continue  # no such module: perhaps a class inside one
-            raise UserError(f"{takes}, and {name} needs {error.name}, which is not installed.") from error
         except Exception as error:  # a module may raise anything
-            raise UserError(
-                f"{takes}, and {name} does not load ({type(error).__name__}: {first_line(error)})."
-            ) from error
+            why = f"does not load ({type(error).__name__}: {first_line(error)})"
+            if isinstance(error, ModuleNotFoundError):
+                if f"{name}.".startswith(f"{error.name}."):
+                    continue  # no such module: perhaps a class inside one
+                why = f"needs {error.name}, which is not installed"
+            raise UserError(f"{takes}, and {name} {why}.") from error
         found: Any = module
         for part in parts[end:]:  # a class in a class, but nothing of a module that this one imports
             found = getattr(found, part, None) if found is module or isinstance(found, type) else None

@@ -6,11 +6,12 @@ Every file is the whole one or none: the disk may be full.
 from __future__ import annotations
 
 import csv
-import json
+import io
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
@@ -49,8 +50,7 @@ class RunOptions:
 def new_directory(root: Path, name: str) -> Path:
     """Makes ``root/name/NNN``, the next number that is free; an existing directory is never taken.
 
-    Raises:
-        UserError: the folder cannot be made.
+    Raises UserError where the folder cannot be made.
     """
     parent = root / name
     try:
@@ -60,36 +60,29 @@ def new_directory(root: Path, name: str) -> Path:
     number = max((int(p.name) for p in parent.iterdir() if p.name.isdigit()), default=0)
     while True:
         number += 1
-        try:
-            (parent / f"{number:03d}").mkdir()
-        except FileExistsError:  # another process took it
-            continue
-        return parent / f"{number:03d}"
+        directory = parent / f"{number:03d}"
+        with suppress(FileExistsError):  # another process took it
+            directory.mkdir()
+            return directory
 
 
 def loggers(directory: Path) -> list[Logger]:
     """A CSV log always, and TensorBoard's when it is installed."""
     found: list[Logger] = [CSVLogger(directory, name="", version="")]
-    try:
+    with suppress(PackageNotFoundError):
         distribution("tensorboard")
-    except PackageNotFoundError:
-        return found
-    from lightning.pytorch.loggers import TensorBoardLogger
+        from lightning.pytorch.loggers import TensorBoardLogger
 
-    return [*found, TensorBoardLogger(directory, name="", version="tensorboard")]
+        found.append(TensorBoardLogger(directory, name="", version="tensorboard"))
+    return found
 
 
 def git_commit() -> str | None:
     """The commit of the checkout that kshot runs from, with ``-dirty`` when files differ; None outside a checkout."""
-    folder = Path(__file__).parent
+    folder = str(Path(__file__).parent)
+    command = ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        described = subprocess.run(
-            ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
+        described = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
     return described.stdout.strip() or None
@@ -97,12 +90,10 @@ def git_commit() -> str | None:
 
 def versions() -> dict[str, str]:
     """Versions of kshot, Python and the libraries that decide results."""
-    found = {"kshot": __version__, "python": platform.python_version()}
+    found = {"kshot": __version__, "python": platform.python_version(), **dict.fromkeys(LIBRARIES, "absent")}
     for library in LIBRARIES:
-        try:
+        with suppress(PackageNotFoundError):
             found[library] = version(library)
-        except PackageNotFoundError:
-            found[library] = "absent"
     return found
 
 
@@ -118,30 +109,25 @@ def peak_memory_bytes() -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024  # kilobytes on Linux, bytes on macOS
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes indented JSON."""
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    write_atomically(path, lambda file: file.write_text(text, encoding="utf-8"))
+def write_text(path: Path, text: str) -> None:
+    """Writes a file of text as it is, line ends included."""
+    write_atomically(path, lambda file: file.write_text(text, encoding="utf-8", newline=""))
 
 
 def write_csv(path: Path, rows: Iterable[Sequence[Any]]) -> None:
     """Writes rows of cells, the names of the columns first."""
-
-    def write(beside: Path) -> None:
-        with beside.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows(rows)
-
-    write_atomically(path, write)
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(rows)
+    write_text(path, text.getvalue())
 
 
 def write_per_class(path: Path, names: Mapping[str, Sequence[str]], accuracy: Mapping[str, Sequence[float]]) -> None:
     """Writes ``test_set,label,class_name,accuracy`` rows from classes and accuracies by test set."""
-    rows = [
-        (test_set, label, name, f"{each:.6f}")
-        for test_set, classes in names.items()
-        for label, (name, each) in enumerate(zip(classes, accuracy[test_set], strict=True))
-    ]
-    write_csv(path, [("test_set", "label", "class_name", "accuracy"), *rows])
+    rows: list[Sequence[Any]] = [("test_set", "label", "class_name", "accuracy")]
+    for test_set, classes in names.items():
+        for label, (name, each) in enumerate(zip(classes, accuracy[test_set], strict=True)):
+            rows.append((test_set, label, name, f"{each:.6f}"))
+    write_csv(path, rows)
 
 
 def selection(draw: FewShotDraw) -> str:
@@ -159,10 +145,7 @@ def harmonic_mean(base: float, new: float) -> float:
 def summary(protocol: str, tested: Mapping[str, Mapping[str, float]], metric: str = "acc") -> dict[str, float]:
     """The one figure in which a protocol ends, by name; nothing for all-to-all.
 
-    Args:
-        protocol: of the data.
-        tested: results by test set, the classes trained on first.
-        metric: ``acc`` or ``zero_shot_acc``.
+    ``tested`` are results by test set, the classes trained on first, and ``metric`` is ``acc`` or ``zero_shot_acc``.
     """
     values = [results[metric] for results in tested.values() if metric in results]
     if len(values) < 2:
@@ -173,13 +156,10 @@ def summary(protocol: str, tested: Mapping[str, Mapping[str, float]], metric: st
 
 
 def base_to_new_over_runs(runs: Sequence[tuple[float, float]]) -> dict[str, float]:
-    """Mean base and new accuracy over runs, and H in both ways that tables give it.
+    """Mean accuracy on base and on new classes over runs of both, and H in both ways that tables give it.
 
     The harmonic mean of the averages is what the field prints in its average rows; the average of the runs' own
     harmonic means is lower.
-
-    Args:
-        runs: accuracies on base and new classes of each run.
     """
     base, new = (sum(values) / len(runs) for values in zip(*runs, strict=True))
     return {
@@ -193,14 +173,9 @@ def base_to_new_over_runs(runs: Sequence[tuple[float, float]]) -> dict[str, floa
 def write_predictions(
     path: Path, paths: Sequence[str], batches: Iterable[tuple[Tensor, Tensor]], class_names: Sequence[str], top_k: int
 ) -> None:
-    """Writes ``path,label_1,probability_1,...`` rows, best first.
+    """Writes ``path,label_1,probability_1,...`` rows, best first, with ``top_k`` labels or as many as there are.
 
-    Args:
-        path: the CSV file.
-        paths: of the images, by position.
-        batches: positions, (B,), and probabilities, (B, classes).
-        class_names: in label order.
-        top_k: labels a row, at most the number of classes.
+    ``batches`` are positions of images in ``paths``, (B,), and probabilities, (B, classes).
     """
     k = min(top_k, len(class_names))
     rows = [["path", *(f"{word}_{i + 1}" for i in range(k) for word in ("label", "probability"))]]
@@ -213,56 +188,38 @@ def write_predictions(
 
 
 def print_result(result: Mapping[str, Any], directory: Path) -> None:
-    """Prints the closing table of a run."""
-    zero_shot, peak = result["zero_shot_acc"], result["peak_memory_bytes"]
-    print_table(
-        f"{result['method']} on {result['dataset']}",
-        [
-            ("zero-shot accuracy", "needs a text tower" if zero_shot is None else f"{zero_shot:.1%}"),
-            ("adapted accuracy", f"{result['acc']:.1%}"),
-            *set_rows(result),
-            ("trainable parameters", f"{result['trainable_parameters']:,} of {result['total_parameters']:,}"),
-            *method_rows(result["adapter"], result["ranks"]),
-            ("seconds", ", ".join(f"{name} {value:.1f}" for name, value in result["seconds"].items())),
-            *([("peak memory", amount(peak))] if peak is not None else []),
-            ("results", str(directory)),
-        ],
-    )
+    """Prints the closing table of a run on standard output."""
+    from rich.console import Console
+    from rich.table import Table
+
+    title = f"{result['method']} on {result['dataset']}"
+    table = Table(title=title, show_header=False, title_justify="left")
+    for row in (*table_rows(result), ("results", str(directory))):
+        table.add_row(*row)
+    Console(soft_wrap=not sys.stdout.isatty()).print(table)
 
 
-def set_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Accuracy, and zero-shot accuracy, of each test set where there are several, and the protocol's figure."""
+def table_rows(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What the closing table tells of a result, by name."""
 
     def shown(adapted: float, before: float | None) -> str:
         return f"{adapted:.1%}" + (f" (zero-shot {before:.1%})" if before is not None else "")
 
-    if len(result["test_sets"]) < 2:
-        return []
-    rows = [(f"  {name}", shown(each["acc"], each.get("zero_shot_acc"))) for name, each in result["test_sets"].items()]
-    before = result["zero_shot_summary"]
-    return rows + [
-        (f"  {name.replace('_', ' ')}", shown(value, before.get(name))) for name, value in result["summary"].items()
-    ]
-
-
-def method_rows(adapter: Mapping[str, Any] | None, ranks: Mapping[str, int] | None) -> list[tuple[str, str]]:
-    """What decides the size of an update, together, and the ranks that a method chose."""
-    if adapter is None:
-        return []
-    named = {name: adapter.get(name) for name in ("alpha", "scale", "lr")}
-    rows = [("update", ", ".join(f"{name} {value:.4g}" for name, value in named.items() if value is not None))]
+    zero_shot, peak = result["zero_shot_acc"], result["peak_memory_bytes"]
+    yield "zero-shot accuracy", "needs a text tower" if zero_shot is None else f"{zero_shot:.1%}"
+    yield "adapted accuracy", f"{result['acc']:.1%}"
+    if len(result["test_sets"]) > 1:
+        for name, each in result["test_sets"].items():
+            yield f"  {name}", shown(each["acc"], each.get("zero_shot_acc"))
+        for name, value in result["summary"].items():
+            yield f"  {name.replace('_', ' ')}", shown(value, result["zero_shot_summary"].get(name))
+    yield "trainable parameters", f"{result['trainable_parameters']:,} of {result['total_parameters']:,}"
+    adapter, ranks = result["adapter"] or {}, list((result["ranks"] or {}).values())
+    size = [f"{name} {adapter[name]:.4g}" for name in ("alpha", "scale", "lr") if adapter.get(name) is not None]
+    if size:  # what decides the size of an update, together
+        yield "update", ", ".join(size)
     if ranks:
-        chosen = list(ranks.values())
-        rows.append(("ranks", f"{min(chosen)} to {max(chosen)}, mean {sum(chosen) / len(chosen):.1f}"))
-    return [row for row in rows if row[1]]
-
-
-def print_table(title: str, rows: Sequence[tuple[str, str]]) -> None:
-    """Prints a two-column table on standard output."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title, show_header=False, title_justify="left")
-    for name, value in rows:
-        table.add_row(name, value, style="" if value else "dim")
-    Console(soft_wrap=not sys.stdout.isatty()).print(table)
+        yield "ranks", f"{min(ranks)} to {max(ranks)}, mean {sum(ranks) / len(ranks):.1f}"
+    yield "seconds", ", ".join(f"{name} {value:.1f}" for name, value in result["seconds"].items())
+    if peak is not None:
+        yield "peak memory", amount(peak)

@@ -20,7 +20,7 @@ LORA = "--model.adapter LoRA --model.adapter.rank 2 --model.adapter.dropout 0.2"
 CASES = {
     "DePT (PromptSRC)": (
         "--config methods/dept.yaml --model.classifier.base PromptSRC --model.classifier.base.average_mean 1",
-        {"classifier.head.weight", "classifier.inner.image_prompts", "classifier.inner.inner.context"},
+        {"classifier.head.weight", "classifier.inner.image_prompts", "classifier.inner.context"},
     ),
     "MaPLe + LoRA": (
         f"--config methods/maple.yaml {LORA} --model.targets ['*.q','*.v']",
@@ -31,7 +31,7 @@ CASES = {
         "--config methods/promptsrc.yaml --model.classifier.average_mean 1 --model.targets ['*.q','*.v'] "
         "--model.adapter AdaLoRA --model.adapter.initial_rank 3 --model.adapter.target_rank 2 "
         "--model.adapter.initial_steps 1 --model.adapter.final_steps 2 --model.adapter.every 1",
-        {"classifier.image_prompts", "classifier.inner.deep"},
+        {"classifier.image_prompts", "classifier.deep"},
     ),
 }
 

@@ -108,7 +108,7 @@ def test_either_file_gives_the_same_predictions(whole, tmp_path):
 def test_a_checkpoint_without_an_average_is_tested_or_refused_in_one_line(cut, tmp_path):
     """As left by a run with ``average_mean: null``."""
     checkpoint = torch.load(cut / "checkpoints" / "last.ckpt", weights_only=True)
-    checkpoint["kshot_training"]["average"] = None
+    checkpoint["callbacks"] = {}
     torch.save(checkpoint, tmp_path / "last.ckpt")
     with contextlib.suppress(SystemExit):  # which the command line turns a UserError into, and no other error
         run("test", tmp_path / "runs", "--ckpt_path", str(tmp_path / "last.ckpt"))
