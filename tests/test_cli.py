@@ -24,6 +24,8 @@ CONFIGS = sorted(p.relative_to(FOLDER).as_posix() for p in FOLDER.rglob("*.yaml"
 METHODS = [name for name in CONFIGS if name.startswith("methods/")]
 EXPERIMENTS = [name for name in CONFIGS if not name.startswith("methods/")]
 QUICK = ["--trainer.max_epochs", "2", "--trainer.enable_progress_bar", "false", "--data.shots", "2"]
+QUICK += ["--trainer.limit_test_batches", "1"]  # 128 of the 539 test scans
+WHOLE = ["--trainer.limit_test_batches", "1.0"]
 
 
 def fit(root: Path, *options: str) -> Path:
@@ -48,7 +50,7 @@ def refused(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
 
 @pytest.fixture(scope="module")
 def fitted(tmp_path_factory) -> Path:
-    return fit(tmp_path_factory.mktemp("runs"))
+    return fit(tmp_path_factory.mktemp("runs"), *WHOLE)
 
 
 def photos(folder: Path, count: int = 5) -> Path:
@@ -91,12 +93,9 @@ def test_every_experiment_runs_with_a_small_backbone(config, tmp_path):
 WITHOUT_GRADIENT = {"zero_shot", "class_mean", "tip_adapter", "lp_plus_plus", "linear_probe_lbfgs"}
 
 
-FEW = ["--trainer.limit_test_batches", "1"]  # 128 scans
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_layers_over_the_default(method, tmp_path):
-    directory = fit(tmp_path, "--config", method, "--trainer.max_epochs", "2", *FEW)
+    directory = fit(tmp_path, "--config", method, "--trainer.max_epochs", "2")
     assert directory.parent.name == f"clip_16shot+{Path(method).stem}"
     result = json.loads((directory / "result.json").read_text())
     assert 0 < result["acc"] <= 1
@@ -118,7 +117,7 @@ def test_every_weight_tuning_method_layers_over_an_image_backbone(method, head, 
         [
             *["fit", "--config", "dinov2_vits14_16shot.yaml", "--config", method, *QUICK, *TINY_VIT],
             *["--model.backbone.image_size", "null", "--model.classifier", head, *trainable],
-            *["--run.root", str(tmp_path), *FEW, "--trainer.max_epochs", "3"],  # steps: enough for AdaLoRA to prune in
+            *["--run.root", str(tmp_path), "--trainer.max_epochs", "3"],  # steps: enough for AdaLoRA to prune in
         ]
     )
     (directory,) = tmp_path.glob("*/*")
@@ -134,7 +133,7 @@ NO_TEXT_NEEDED = {"class_mean", "linear_probe", "linear_probe_lbfgs", "vpt"}
 @pytest.mark.parametrize("method", [m for m in METHODS if m not in WEIGHT_TUNING])
 def test_every_other_method_runs_on_an_image_backbone_or_says_why_not(method, tmp_path, capsys):
     arguments = ["fit", "--config", "dinov2_vits14_16shot.yaml", "--config", method, *QUICK, *TINY_VIT]
-    arguments += ["--model.backbone.image_size", "null", "--run.root", str(tmp_path), *FEW, "--trainer.max_epochs", "1"]
+    arguments += ["--model.backbone.image_size", "null", "--run.root", str(tmp_path), "--trainer.max_epochs", "1"]
     if Path(method).stem in NO_TEXT_NEEDED:
         main(arguments)
         (directory,) = tmp_path.glob("*/*")
@@ -696,7 +695,7 @@ TWO[TWO.index("--trainer.enable_progress_bar") + 1] = "true"  # a bar on the fir
 
 @pytest.mark.parametrize("launcher", [[], ["-m", "torch.distributed.run", "--nproc_per_node", "2"]])
 def test_several_processes_leave_one_run_and_one_table(launcher, tmp_path):
-    arguments = [*FIT, *TWO, "--model.targets", '["image.5.*"]', "--run.root", str(tmp_path)]
+    arguments = [*FIT, *TWO, *WHOLE, "--model.targets", '["image.5.*"]', "--run.root", str(tmp_path)]
     done = subprocess.run(
         [sys.executable, *launcher, str(ROOT / "main.py"), *arguments], cwd=tmp_path, capture_output=True, text=True,
         timeout=120,
