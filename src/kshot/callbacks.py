@@ -116,7 +116,8 @@ class FiniteLoss(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Module) -> None:  # noqa: ARG002  Lightning's signature
         """Raises UserError that names the first step whose loss was not finite."""
         step = -1 if self.bad_step is None else int(self.bad_step)
-        finite = [torch.isfinite(p.detach()).all() for p in pl_module.trained().values()]
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        finite = [torch.isfinite(p.detach()).all() for group in groups for p in group["params"]]
         if step >= 0 or (finite and not torch.stack(finite).all()):
             what = f"The loss is not finite at step {step}" if step >= 0 else "What was trained is not finite"
             raise UserError(
@@ -140,6 +141,7 @@ class WeightAverage(Callback):
         self.means: dict[str, Tensor] = {}
         self.log_weights: dict[str, float] = {}
         self.loaded = False
+        self.wanted: GaussianAverage | None = None
 
     @torch.no_grad()
     def add(self, gaussian: GaussianAverage, epoch: int, tensors: Mapping[str, Tensor]) -> None:
@@ -161,11 +163,15 @@ class WeightAverage(Callback):
         for name, mean in self.means.items():
             trained[name].copy_(mean)
 
+    def on_fit_start(self, trainer: Trainer, pl_module: Module) -> None:  # noqa: ARG002  Lightning's signature
+        """Looks for a group that asks for a mean."""
+        wanted = [group["average"] for group in pl_module.param_groups() if group.get("average") is not None]
+        self.wanted = wanted[0] if wanted else None
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Module) -> None:
         """Counts the epoch in."""
-        wanted = [group["average"] for group in pl_module.param_groups() if group.get("average") is not None]
-        if wanted:
-            self.add(wanted[0], trainer.current_epoch + 1, pl_module.trained())
+        if self.wanted is not None:
+            self.add(self.wanted, trainer.current_epoch + 1, pl_module.trained())
 
     def on_train_end(self, trainer: Trainer, pl_module: Module) -> None:  # noqa: ARG002
         """Takes the mean, once: what is done to the tensors afterwards stays."""
