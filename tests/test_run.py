@@ -114,6 +114,11 @@ def test_the_same_after_a_refused_run(backbone, data):
     with pytest.raises(RuntimeError, match="stop"):
         fit(module, data, make_trainer(max_epochs=1, limit_val_batches=0), on_prepared=stop)
     assert module.classifier.held is None
+    probe = build(module.detach(), data, classifier=LinearProbe)
+    with pytest.raises(RuntimeError, match="stop"):
+        fit(probe, data, make_trainer(max_epochs=1, limit_val_batches=0), on_prepared=stop)
+    assert next(iter(data.train_dataloader())).features is None
+    module = build(backbone, data, adapter=LoRA(rank=1), targets=["image.0.q"])
     fit(module, data, make_trainer(max_epochs=1, limit_val_batches=0))
     assert module.classifier.held is None
     module.detach()

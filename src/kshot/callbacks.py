@@ -20,7 +20,7 @@ from kshot.errors import UserError
 from kshot.holding import merged, stored_as
 from kshot.prepare import choose, low_precision, prepare
 
-Module = Any  # a Module, which imports this file
+Module = Any  # a FewShotModule, which imports this file
 
 
 class Preparation(Callback):
@@ -58,9 +58,13 @@ class Preparation(Callback):
             choose(pl_module, data, trainer)
             data.forget_features()
 
-    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:  # noqa: ARG002
-        """Frees what was kept."""
+    def on_exception(self, trainer: Trainer, pl_module: Module, exception: BaseException) -> None:
+        """Frees what was kept, so that no later run on the same data is given features of this one."""
+        del pl_module, exception
         self.open.close()
+        data: Any = getattr(trainer, "datamodule", None)
+        if data is not None:
+            data.forget_features()
 
 
 class Merged(Callback):
@@ -88,12 +92,13 @@ class Merged(Callback):
         """Enters."""
         self._enter(trainer, pl_module)
 
-    def on_predict_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:  # noqa: ARG002
+    def on_predict_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:  # noqa: ARG002  Lightning's signature
         """Leaves."""
         self.open.close()
 
-    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:  # noqa: ARG002
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
         """Leaves."""
+        del trainer, pl_module, exception
         self.open.close()
 
 
@@ -173,7 +178,7 @@ class WeightAverage(Callback):
         if self.wanted is not None:
             self.add(self.wanted, trainer.current_epoch + 1, pl_module.trained())
 
-    def on_train_end(self, trainer: Trainer, pl_module: Module) -> None:  # noqa: ARG002
+    def on_train_end(self, trainer: Trainer, pl_module: Module) -> None:  # noqa: ARG002  Lightning's signature
         """Takes the mean, once: what is done to the tensors afterwards stays."""
         self.take(pl_module)
 
