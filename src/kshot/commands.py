@@ -22,7 +22,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from kshot import __version__, record
 from kshot.callbacks import Progress, ResumeFile
-from kshot.checkpoint import HEADER, AtomicCheckpoints, packed, write_tensors
+from kshot.checkpoint import HEADER, AtomicCheckpoints, check_resumable, packed, write_tensors
 from kshot.config import CommandLine, Tree, read_command_line
 from kshot.data.datamodule import FewShotDataModule
 from kshot.errors import UserError, first_line
@@ -174,8 +174,8 @@ class FewShotCLI(LightningCLI):
                 )
             return None
         checkpoint = AtomicCheckpoints().load_checkpoint(path)
-        if command == "fit" and "optimizer_states" not in checkpoint:
-            raise UserError(f"{path} holds weights only; to resume, give checkpoints/last.ckpt of a run.")
+        if command == "fit":
+            check_resumable(checkpoint, path)
         self.model.on_load_checkpoint(checkpoint)
         return str(path)
 

@@ -19,7 +19,7 @@ from kshot.data.parts import Batch
 from kshot.data.protocols import TestSet
 from kshot.holding import merged
 
-Module = Any  # a Module, which imports this file
+Module = Any  # a FewShotModule, which imports this file
 
 
 class Meter(nn.Module):
@@ -108,7 +108,7 @@ class Evaluation(Callback):
                 with backbone.unadapted():
                     text = TextPrompt(backbone, Task(test_set.class_names, test_set.templates)).encode()
             self.open.enter_context(merged(pl_module.classifier))
-        self.zero_shot_text = text
+        self.zero_shot_text, self.untouched = text, pl_module.has_frozen_images
         self.meter = Meter(len(test_set.class_names), text is not None).to(pl_module.device)
 
     def on_test_batch_end(
@@ -124,7 +124,7 @@ class Evaluation(Callback):
         del batch_idx, dataloader_idx
         features, logits, zero_shot = outputs["features"], outputs["logits"], None
         if self.zero_shot_text is not None:
-            if not pl_module.has_frozen_images:
+            if not self.untouched:
                 with trainer.precision_plugin.forward_context():
                     features = pl_module.frozen_features_of(batch)
             zero_shot = cosine_logits(features, self.zero_shot_text, pl_module.backbone.logit_scale)
@@ -151,8 +151,9 @@ class Evaluation(Callback):
             pl_module.log_dict({f"{prefix}/{figure}": value for figure, value in figures.items()}, sync_dist=several)
         serve(pl_module, TestSet("", self.trained_on.class_names, self.trained_on.templates))
 
-    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:  # noqa: ARG002
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
         """Leaves the test set."""
+        del trainer, pl_module, exception
         self.open.close()
 
 

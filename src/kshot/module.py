@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -165,7 +165,7 @@ class FewShotModule(pl.LightningModule):
 
     def loss_of(self, batch: Batch) -> Tensor:
         """The training loss of a batch: a scalar."""
-        return torch.stack(list(self.losses(batch).values())).sum()
+        return total(self.losses(batch))
 
     def forward(self, image: Tensor) -> Tensor:
         """Logits, (B, classes), of images, (B, 3, H, W), uint8 or in [0, 1]."""
@@ -226,7 +226,7 @@ class FewShotModule(pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:  # noqa: ARG002  Lightning's signature
         """One step on a few images."""
         terms = self.losses(batch)
-        loss = torch.stack(list(terms.values())).sum()
+        loss = total(terms)
         several = self.trainer.world_size > 1
         options: dict[str, Any] = {"on_step": False, "on_epoch": True, "batch_size": len(batch.label)}
         self.log("train/loss", loss, prog_bar=True, sync_dist=several, **options)
@@ -282,7 +282,12 @@ class FewShotModule(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint of another backbone, method, basis or task, and takes on the shapes of this one."""
-        warnings.filterwarnings(
+        warnings.filterwarnings(  # Lightning misses the frozen weights, which are left out on purpose
             "ignore", message="Found keys that are in the model state dict but not in the checkpoint"
         )
         accept(checkpoint, self)
+
+
+def total(terms: Mapping[str, Tensor]) -> Tensor:
+    """The sum of the terms of a loss: a scalar."""
+    return torch.stack(list(terms.values())).sum()
