@@ -1,29 +1,31 @@
 """Checkpoints: a failed write costs nothing, a file runs no code, and what does not fit is refused with a reason."""
 
 import json
+import math
 import pickle
 import resource
+import zipfile
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from kshot.checkpoint import (
-    AtomicCheckpoints,
-    check_origin,
-    check_tensors,
-    first_difference,
-    read_tensors,
-    write_tensors,
-)
+from kshot.adapters import LoRA
+from kshot.checkpoint import AtomicCheckpoints, check_numbers, check_tensors, read_tensors, write_tensors
 from kshot.errors import UserError
+from kshot.header import check_fits, check_same_run, described, first_difference
 
 HEADER = {
     "method": "LoRA",
     "backbone": "ViT",
     "backbone_sha256": "a" * 64,
     "class_names": ["cat", "dog"],
+    "model": {"classifier": {"class": "CoOp", "position": "end"}, "adapter": None, "targets": None},
+    "frozen": [],
     "split": None,
+    "training": {"seed_everything": 1, "model": {"optimizer": {"lr": 0.002}}, "data": {"shots": 4, "batch_size": 32}},
 }
 
 
@@ -75,7 +77,7 @@ class TestTensors:
         header = HEADER | {"class_names": ["größe", "犬"], "split": {"seed": 1}}
         write_tensors(tmp_path / "tuned.safetensors", tensors, header)
         loaded, read = read_tensors(tmp_path / "tuned.safetensors")
-        assert read == header
+        assert read == header | {"dtypes": ["bfloat16", "float32", "int64"]}
         assert set(loaded) == set(tensors)
         for name, tensor in tensors.items():
             assert loaded[name].dtype == tensor.dtype
@@ -119,7 +121,7 @@ class TestLoading:
     def test_safetensors_are_checkpoints_of_weights(self, tmp_path):
         write_tensors(tmp_path / "tuned.safetensors", {"a": torch.ones(2)}, HEADER)
         loaded = AtomicCheckpoints().load_checkpoint(tmp_path / "tuned.safetensors")
-        assert loaded["kshot"] == HEADER
+        assert loaded["kshot"] == HEADER | {"dtypes": ["float32"]}
         assert torch.equal(loaded["state_dict"]["a"], torch.ones(2))
         assert "pytorch-lightning_version" in loaded
 
@@ -167,7 +169,7 @@ def tensors(*names, shape=(2,)):
 class TestFits:
     def refused(self, saved=("a",), wanted=("a",), **changes) -> str:
         def check():
-            check_origin(HEADER | changes, HEADER)
+            check_fits(HEADER | changes, HEADER)
             check_tensors(tensors(*saved), tensors(*wanted))
 
         with pytest.raises(UserError) as raised:
@@ -175,8 +177,8 @@ class TestFits:
         return one_line(raised)
 
     def test_what_fits(self):
-        check_origin(dict(HEADER), HEADER)
-        check_origin(HEADER | {"split": {"seed": 3}, "kshot": "0.0.1"}, HEADER)
+        check_fits(dict(HEADER), HEADER)
+        check_fits(HEADER | {"split": {"seed": 3}, "kshot": "0.0.1"}, HEADER)
         check_tensors(tensors("a", "b"), tensors("b", "a"))
 
     def test_another_backbone(self):
@@ -211,36 +213,151 @@ class TestFits:
             check_tensors(saved, wanted)
         assert "a is (2, 3) there and (2,) here" in one_line(raised)
 
-    def test_another_setting_of_the_adapter(self):
-        own = HEADER | {"adapter": {"rank": 8, "alpha": None, "dropout": 0.1, "scale": 1.0}}
-        check_origin(own | {"adapter": own["adapter"] | {"dropout": 0.0, "path": "factorised"}}, own)
-        for name, value in (("rank", 4), ("alpha", 16.0), ("scale", 2.0)):
-            with pytest.raises(UserError, match=rf"adapter has {name} {value}, .* {own['adapter'][name]}\.") as raised:
-                check_origin(own | {"adapter": own["adapter"] | {name: value}}, own)
+    @pytest.mark.parametrize("form", [3, 2])
+    def test_another_setting_of_the_adapter(self, form):
+        adapter = {"rank": 8, "alpha": None, "dropout": 0.1, "scale": 1.0}
+
+        def header(**changes):
+            settings = adapter | changes
+            if form == 2:
+                return {key: HEADER[key] for key in HEADER if key != "model"} | {"adapter": settings}
+            return HEADER | {"model": HEADER["model"] | {"adapter": settings}}
+
+        own = HEADER | {"model": HEADER["model"] | {"adapter": adapter}}
+        check_fits(header(dropout=0.0, path="factorised"), own)
+        for name, value in (("rank", 4), ("alpha", 16.0), ("scale", 1.0001)):
+            with pytest.raises(UserError, match=rf"model.adapter.{name} {value}, .* {adapter[name]}\.$") as raised:
+                check_fits(header(**{name: value}), own)
             one_line(raised)
+
+    def test_another_setting_of_the_classifier_or_other_targets(self):
+        for key, value, named in (
+            ("classifier", {"class": "CoOp", "position": "front"}, "model.classifier.position front, .* end"),
+            ("targets", ["*.q"], "model.targets .* None"),
+        ):
+            with pytest.raises(UserError, match=named):
+                check_fits(HEADER | {"model": HEADER["model"] | {key: value}}, HEADER)
 
     def test_another_basis(self):
         own = HEADER | {"frozen": [{"A": {"seed": 1, "shape": (3, 4), "checksum": "ab"}, "svd": {"image.0.q": 0.5}}]}
         theirs = json.loads(json.dumps(own))
-        check_origin(theirs, own)
+        check_fits(theirs, own)
         theirs["frozen"][0]["svd"]["image.0.q"] = 0.5001
-        check_origin(theirs, own)
+        check_fits(theirs, own)
         theirs["frozen"][0]["svd"]["image.0.q"] = 0.6
-        with pytest.raises(UserError, match=r"svd\.image\.0\.q 0\.6, .* 0\.5"):
-            check_origin(theirs, own)
+        with pytest.raises(UserError, match=r"svd\.image\.0\.q is 0\.6, .* 0\.5"):
+            check_fits(theirs, own)
         theirs["frozen"][0] |= {"svd": own["frozen"][0]["svd"], "A": {"seed": 2, "shape": [3, 4], "checksum": "ab"}}
-        with pytest.raises(UserError, match=r"A\.seed 2, .* 1"):
-            check_origin(theirs, own)
+        with pytest.raises(UserError, match=r"A\.seed is 2, .* 1"):
+            check_fits(theirs, own)
         with pytest.raises(UserError):
-            check_origin(own | {"frozen": []}, own)
+            check_fits(own | {"frozen": []}, own)
+
+    @pytest.mark.parametrize(
+        ("place", "key", "value"),
+        [
+            (("training",), "seed_everything", 2),
+            (("training", "model", "optimizer"), "lr", 0.0021),
+            (("training", "data"), "shots", 8),
+            (("training", "data"), "batch_size", 16),
+        ],
+    )
+    def test_going_on_with_other_settings(self, place, key, value):
+        own = json.loads(json.dumps(HEADER))
+        check_same_run(HEADER, own, "last.ckpt")
+        inner = own
+        for part in place:
+            inner = inner[part]
+        was, inner[key] = inner[key], value
+        with pytest.raises(UserError, match=rf"{'.'.join([*place[1:], key])} {was}, .* {value}:"):
+            check_same_run(HEADER, own, "last.ckpt")
 
     def test_where_data_differs(self):
         assert first_difference({"a": [1, {"b": 2}]}, {"a": [1, {"b": 3}]}) == ("a.b", 2, 3)
         assert first_difference({"a": 1}, {}) == ("a", 1, None)
-        assert first_difference([1.0], [1.0000001]) is None
+        assert first_difference([1.0], [1.0000001]) == ("", 1.0, 1.0000001)
+        assert first_difference([1.0], [1.0000001], tolerance=1e-3) is None
+        assert first_difference({"a": 1, "b": (1, 2)}, {"a": 2, "b": [1, 2]}, indifferent=frozenset("a")) is None
         assert first_difference([1, 2], [1]) == ("", [1, 2], [1])
 
     def test_no_header_at_all(self):
         with pytest.raises(UserError) as raised:
-            check_origin({}, HEADER)
+            check_fits({}, HEADER)
         one_line(raised)
+
+
+class TestDescribed:
+    def test_a_class_but_for_some_arguments(self):
+        given = described(partial(torch.optim.SGD, lr=0.1, momentum=0.9))
+        assert given["class"] == "SGD"
+        assert (given["lr"], given["momentum"], given["weight_decay"]) == (0.1, 0.9, 0)
+        assert "params" not in given
+        assert described(partial(partial(torch.optim.SGD, lr=0.1), lr=0.2))["lr"] == 0.2
+        assert described(torch.optim.AdamW)["betas"] == [0.9, 0.999]
+
+    def test_records_and_plain_values(self):
+        settings = LoRA(rank=4).settings()
+        assert described(LoRA(rank=4)) == {"class": "LoRA"} | {n: settings[n] for n in settings if n != "scale"}
+        assert described(None) is None
+        assert described({"a": (1, "b", 2.5, True)}) == {"a": [1, "b", 2.5, True]}
+        json.dumps(described({"x": object()}))
+
+
+class TestDamage:
+    """Whatever bit of a file has changed, the file is refused by its name."""
+
+    @pytest.fixture(params=["last.ckpt", "tuned.safetensors"])
+    def written(self, request, tmp_path):
+        path, tensors = tmp_path / request.param, {"a": torch.randn(40), "b": torch.arange(3)}
+        header = HEADER | {"format": 3, "class_names": ["größe", "犬"]}
+        if path.suffix == ".ckpt":
+            AtomicCheckpoints().save_checkpoint({"state_dict": tensors, "kshot": header}, path)
+        else:
+            write_tensors(path, tensors, header)
+        return path
+
+    def test_every_bit(self, written):
+        whole = written.read_bytes()
+        AtomicCheckpoints().load_checkpoint(written)
+        answers = set()
+        for place in range(len(whole)):
+            damaged = bytearray(whole)
+            damaged[place] ^= 1 << place % 8
+            written.write_bytes(damaged)
+            try:
+                AtomicCheckpoints().load_checkpoint(written)
+                answers.add("accepted")
+            except UserError as error:
+                answers.add(str(error).replace(str(written), "FILE"))
+        assert answers
+        assert all("FILE" in answer and "\n" not in answer for answer in answers), answers
+
+    def test_a_file_with_more_behind_it_or_without_its_digest(self, written):
+        whole = written.read_bytes()
+        mark = whole.index(b"kshot-sha256:")
+        for damaged in (whole + b"x", whole[:mark] + b"k" * 77 + whole[mark + 77 :]):
+            written.write_bytes(damaged)
+            with pytest.raises(UserError, match="damaged"):
+                AtomicCheckpoints().load_checkpoint(written)
+
+    def test_a_newer_format(self, written, tmp_path):
+        write_tensors(tmp_path / "new.safetensors", {"a": torch.ones(1)}, HEADER | {"format": 4})
+        with pytest.raises(UserError, match=r"format 4, .* update kshot"):
+            AtomicCheckpoints().load_checkpoint(tmp_path / "new.safetensors")
+
+    def test_other_programs_read_it(self, written):
+        if written.suffix == ".ckpt":
+            assert set(torch.load(written, weights_only=True)["state_dict"]) == {"a", "b"}
+            assert zipfile.ZipFile(written).testzip() is None
+        else:
+            assert set(load_file(written)) == {"a", "b"}
+
+    def test_numbers(self):
+        check_numbers({"a": torch.ones(2), "b": torch.ones(2, dtype=torch.int8)}, ["float32", "int8"])
+        check_numbers({"a": torch.ones(2).half()}, None)
+        for bad in (torch.ones(2, dtype=torch.int8), torch.ones(2).half()):
+            with pytest.raises(UserError, match=r"checkpoint's a is of .*, and its run had float32"):
+                check_numbers({"a": bad}, ["float32"])
+        for value in (math.nan, math.inf):
+            with pytest.raises(UserError, match="a holds values that are not finite"):
+                check_numbers({"a": torch.tensor([1.0, value])}, None)

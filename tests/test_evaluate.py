@@ -9,6 +9,7 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 
 from kshot.adapters import FullTuning, LoRA
 from kshot.backbones import OpenClip
+from kshot.callbacks import Fitting, Merged, WeightAverage
 from kshot.classifiers import CoOp, LinearProbe, TextPrompt
 from kshot.data import FewShotDataModule
 from kshot.evaluate import Evaluation, Meter
@@ -90,9 +91,10 @@ def test_the_zero_shot_row_is_that_of_the_untouched_backbone(backbone, data, set
 def test_an_image_that_is_not_counted_is_noticed(backbone, data, monkeypatch):
     module = build(backbone, data)
     monkeypatch.setattr(FewShotDataModule, "test_sizes", lambda self: {"test": 540})
-    with pytest.raises(AssertionError, match="539 of 540 images of test"):
+    with pytest.raises(RuntimeError, match="539 of 540 images of test"):
         evaluate(module, data, make_trainer())
-    assert evaluate(module, data, make_trainer(limit_test_batches=2)).counts == {"test": 256}
+    cut_short = evaluate(module, data, make_trainer(limit_test_batches=2))
+    assert (cut_short.counts, cut_short.sizes) == ({"test": 256}, {"test": 540})
 
 
 def test_test_sets_run_merged_and_leave_nothing_held(backbone, data, monkeypatch):
@@ -131,5 +133,12 @@ def test_several_test_sets_are_served_in_turn_and_the_first_again_at_the_end(bac
     assert module.classifier.task.class_names == ("zero", "one", "two", "three", "four")
 
 
-def test_the_evaluator_is_every_module_s_callback(backbone, data):
-    assert any(isinstance(c, Evaluation) for c in build(backbone, data, classifier=LinearProbe).configure_callbacks())
+@pytest.mark.parametrize(
+    ("stage", "kinds"),
+    [("fit", {Fitting}), ("validate", {WeightAverage, Merged}), ("test", {WeightAverage, Evaluation})],
+)
+def test_each_stage_has_the_callbacks_that_it_needs(stage, kinds, backbone, data):
+    module, trainer = build(backbone, data, classifier=LinearProbe), make_trainer(limit_val_batches=0)
+    trainer.state.fn = stage
+    module.trainer = trainer
+    assert {type(callback) for callback in module.configure_callbacks()} == kinds

@@ -18,24 +18,27 @@ from torch import Tensor
 from kshot.classifiers.base import GaussianAverage, TextClassifier
 from kshot.errors import UserError
 from kshot.holding import merged, stored_as
+from kshot.metrics import MetricsFile
 from kshot.prepare import choose, low_precision, prepare
 
 Module = Any  # a FewShotModule, which imports this file
 
 
-class Preparation(Callback):
-    """Prepares a fit before there is an optimizer, and frees what was kept for it when it ends."""
+class Fitting(Callback):
+    """Prepares a fit before there is an optimizer, refuses what is not finite, and frees at the end what was kept.
+
+    Whether all is finite it asks at ends of epochs, before a file to resume from is written, so that no step waits for
+    the device. Of several devices each asks for itself: gradients are shared, and with them what is not finite.
+    """
 
     def __init__(self) -> None:
         self.open = ExitStack()
+        self.bad_step: Tensor | None = None  # the first whose loss was not finite, or -1; on the device
 
     def setup(self, trainer: Trainer, pl_module: Module, stage: str) -> None:
         """Tries one step, keeps features, starts what starts from the shots."""
-        data: Any = getattr(trainer, "datamodule", None)
-        if data is not None:
-            pl_module.split = data.split_info()
         if stage == "fit":
-            prepare(pl_module, data, trainer)
+            prepare(pl_module, getattr(trainer, "datamodule", None), trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: Module) -> None:
         """Stores frozen weights in the precision of the run, and holds class features that nothing trains."""
@@ -49,6 +52,23 @@ class Preparation(Callback):
                 if not text.requires_grad:
                     part.held = text
                     self.open.callback(setattr, part, "held", None)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Module, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Looks at the loss, without waiting for it."""
+        del pl_module, batch, batch_idx
+        bad = torch.where(torch.isfinite(outputs["loss"].detach()), -1, trainer.global_step)
+        self.bad_step = bad if self.bad_step is None else torch.where(self.bad_step < 0, bad, self.bad_step)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Module) -> None:  # noqa: ARG002  Lightning's signature
+        """Raises UserError that names the first step whose loss was not finite."""
+        step = -1 if self.bad_step is None else int(self.bad_step)
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        finite = [torch.isfinite(p.detach()).all() for group in groups for p in group["params"]]
+        if step >= 0 or (finite and not torch.stack(finite).all()):
+            what = f"The loss is not finite at step {step}" if step >= 0 else "What was trained is not finite"
+            raise UserError(
+                f"{what}: lower model.optimizer.lr, or compute in --trainer.precision 32-true or bf16-mixed."
+            )
 
     def on_fit_end(self, trainer: Trainer, pl_module: Module) -> None:
         """Lets the classifier choose what is left to choose, and frees what was kept."""
@@ -100,34 +120,6 @@ class Merged(Callback):
         """Leaves."""
         del trainer, pl_module, exception
         self.open.close()
-
-
-class FiniteLoss(Callback):
-    """Refuses to go on when a loss, or what trains, is not finite.
-
-    It asks at ends of epochs, before a file to resume from is written, so that no step waits for the device. Of several
-    devices each asks for itself: gradients are shared, and with them what is not finite.
-    """
-
-    def __init__(self) -> None:
-        self.bad_step: Tensor | None = None  # the first such step, or -1; on the device
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Module, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Looks at the loss, without waiting for it."""
-        del pl_module, batch, batch_idx
-        bad = torch.where(torch.isfinite(outputs["loss"].detach()), -1, trainer.global_step)
-        self.bad_step = bad if self.bad_step is None else torch.where(self.bad_step < 0, bad, self.bad_step)
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: Module) -> None:  # noqa: ARG002  Lightning's signature
-        """Raises UserError that names the first step whose loss was not finite."""
-        step = -1 if self.bad_step is None else int(self.bad_step)
-        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-        finite = [torch.isfinite(p.detach()).all() for group in groups for p in group["params"]]
-        if step >= 0 or (finite and not torch.stack(finite).all()):
-            what = f"The loss is not finite at step {step}" if step >= 0 else "What was trained is not finite"
-            raise UserError(
-                f"{what}: lower model.optimizer.lr, or compute in --trainer.precision 32-true or bf16-mixed."
-            )
 
 
 class WeightAverage(Callback):
@@ -200,17 +192,19 @@ class WeightAverage(Callback):
 
 
 class ResumeFile(Checkpoint):
-    """Keeps one file to resume from, ``checkpoints/last.ckpt``, written at ends of epochs.
+    """Keeps one file to resume from, ``checkpoints/last.ckpt``, written at ends of epochs, with the metrics so far.
 
     Args:
         seconds: least time between two files; the last epoch is always written.
 
     Attributes:
         folder: where to write; set once the run directory exists, until then nothing is written.
+        metrics: the run's, which go on from those of a file.
     """
 
     def __init__(self, seconds: float) -> None:
         self.folder: Path | None = None
+        self.metrics = MetricsFile()
         self.seconds = seconds
         self.written = time.monotonic()
 
@@ -219,12 +213,23 @@ class ResumeFile(Checkpoint):
         last = (
             0 < (trainer.max_epochs or 0) <= trainer.current_epoch + 1 or 0 < trainer.max_steps <= trainer.global_step
         )
-        _ = trainer.callback_metrics  # a progress bar, on the first device alone, has asked for means over all of them
+        found = trainer.callback_metrics  # on all devices alike: means over all of them are computed by this
         due = last or time.monotonic() - self.written >= self.seconds
         folder, due = trainer.strategy.broadcast((self.folder, due))
         if folder is not None and due:
+            # Lightning logs an epoch after this hook: a file without its losses would lose them for a resumed run.
+            losses = {name: float(value) for name, value in found.items() if name.startswith("train/")}
+            self.metrics.log_metrics({"epoch": trainer.current_epoch} | losses, step=trainer.global_step - 1)
             trainer.save_checkpoint(folder / "last.ckpt")
             self.written = time.monotonic()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The metrics, as plain data."""
+        return {"rows": {key: dict(row) for key, row in self.metrics.rows.items()}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on with the metrics of a file."""
+        self.metrics.rows = {key: dict(row) for key, row in state_dict.get("rows", {}).items()}
 
 
 class Progress(TQDMProgressBar):

@@ -1,9 +1,8 @@
-"""Small checkpoints: trainable tensors only, written so that a full disk never costs the previous one."""
+"""Small checkpoints: trainable tensors only, each file with its digest, written so that a full disk costs none."""
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import lightning
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch import Trainer
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -18,12 +18,14 @@ from torch import Tensor, nn
 from kshot.classifiers import Classifier, PromptSRC
 from kshot.errors import UserError, first_line
 from kshot.files import write_atomically
+from kshot.header import FORMAT, check_fits, check_same_run, header_of
+from kshot.sealing import BLANK, add_zip_comment, check_seal, seal
 from kshot.slots import AdapterLayer
 
-FORMAT = 2  # 1: PromptSRC's context inside an inner classifier, and a file to resume from with averages of its own
 HEADER = "kshot"  # key of the checkpoint's description, in both kinds of file
 TRAINING = "kshot_training"  # key of what only a resumed run needs
-INDIFFERENT = {"dropout", "path", "save_bits"}  # settings that change how a method trains or runs, not what it learnt
+FIRST_SEALED = 3  # format from which every file carries a digest
+SEAL = "kshot_seal"  # key of the digest in a safetensors file
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
@@ -31,30 +33,54 @@ class AtomicCheckpoints(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         del storage_options
-        write_atomically(Path(path), lambda file: torch.save(checkpoint, file))
+
+        def write(file: Path) -> None:
+            torch.save(checkpoint, file)
+            add_zip_comment(file)
+            seal(file)
+
+        write_atomically(Path(path), write)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
-        """Reads a checkpoint without ever unpickling code; raises UserError for no such file, or not a checkpoint."""
+        """Reads a checkpoint without ever unpickling code.
+
+        Raises:
+            UserError: no such file, not a checkpoint, or one of which a bit has changed.
+        """
         del weights_only
         file = Path(path)
         if not file.is_file():
             raise UserError(f"There is no checkpoint {file}.")
+        loaded: dict[str, Any]
         try:
+            sealed = check_seal(file)
             if file.suffix == ".safetensors":
                 tensors, header = read_tensors(file)
-                return {"state_dict": tensors, HEADER: header, "pytorch-lightning_version": lightning.__version__}
-            loaded: dict[str, Any] = torch.load(file, map_location=map_location or "cpu", weights_only=True)
+                loaded = {"state_dict": tensors, HEADER: header, "pytorch-lightning_version": lightning.__version__}
+            else:
+                loaded = torch.load(file, map_location=map_location or "cpu", weights_only=True)
+            written = loaded.get(HEADER, {}).get("format", 1)
         except UserError:
             raise
         except Exception as error:  # a broken file may raise anything in a reader
             raise UserError(f"{file} is no checkpoint that can be read safely: {first_line(error)}") from error
+        if written not in range(1, FORMAT + 1):
+            raise UserError(f"{file} has format {written!r}, and this version reads up to {FORMAT}: update kshot.")
+        if not sealed and written >= FIRST_SEALED:
+            raise UserError(f"{file} is damaged: its digest is gone. Take another copy of it.")
         return loaded
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
-    """Writes a safetensors file with its description in the header."""
+    """Writes a safetensors file with its description, and its digest, in the header."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, lambda file: save_file(contiguous, file, metadata={HEADER: json.dumps(header)}))
+    told = json.dumps({**header, "dtypes": dtypes_of(tensors)})
+
+    def write(file: Path) -> None:
+        save_file(contiguous, file, metadata={HEADER: told, SEAL: BLANK})
+        seal(file)
+
+    write_atomically(path, write)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -104,15 +130,32 @@ def accept(checkpoint: dict[str, Any], module: Any) -> None:
     """Makes a checkpoint one of this module, which takes on the shapes that training decided.
 
     Raises:
-        UserError: it is one of another backbone, method, basis or task.
+        UserError: it is one of another backbone, method, basis or task, or holds other tensors.
     """
-    check_origin(checkpoint.get(HEADER, {}), module.header())
+    header = checkpoint.get(HEADER, {})
+    check_fits(header, header_of(module))
     from_first_format(checkpoint, module.classifier)
+    check_numbers(checkpoint["state_dict"], header.get("dtypes"))
     saved = checkpoint["state_dict"] = unpacked(checkpoint["state_dict"], module)
     take_on_rows(saved, module)
     check_tensors(saved, module.tuned_state())
     for shared, state in zip(module.shared, checkpoint.get(TRAINING, []), strict=False):  # none in the small file
         shared.load_state_dict(state, strict=False)
+
+
+def dtypes_of(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The kinds of numbers that tensors hold, for the header of their file."""
+    return sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})
+
+
+def check_numbers(saved: Mapping[str, Tensor], dtypes: Sequence[str] | None) -> None:
+    """Raises UserError for a tensor of other numbers than the run had that wrote it, and for one that is not finite."""
+    for name, tensor in saved.items():
+        (kind,) = dtypes_of({name: tensor})
+        if dtypes is not None and kind not in dtypes:
+            raise UserError(f"The checkpoint's {name} is of {kind}, and its run had {' and '.join(dtypes)}.")
+        if not tensor.isfinite().all():
+            raise UserError(f"The checkpoint's {name} holds values that are not finite.")
 
 
 def take_on_rows(saved: Mapping[str, Tensor], module: Any) -> None:
@@ -130,15 +173,27 @@ def training_state(shared: nn.Module) -> dict[str, Tensor]:
     return {name: buffer for name, buffer in shared.named_buffers() if name in kept}
 
 
-def check_resumable(checkpoint: Mapping[str, Any], path: Any) -> None:
-    """Raises UserError for weights alone, and for a file of an earlier version, whose optimizer had other groups."""
+def check_resumable(checkpoint: Mapping[str, Any], path: Any, module: Any, trainer: Trainer) -> None:
+    """Raises UserError for a file that a run cannot go on from.
+
+    That is one of weights alone, of an earlier format, of a run with other settings, or of a longer run.
+    """
+    header = checkpoint.get(HEADER, {})
     if "optimizer_states" not in checkpoint:
         raise UserError(f"{path} holds weights only; to resume, give checkpoints/last.ckpt of a run.")
-    written = checkpoint.get(HEADER, {}).get("format", 1)
-    if written != FORMAT:
+    if header.get("format", 1) != FORMAT:
         raise UserError(
-            f"{path} has format {written}, and this version resumes from format {FORMAT}: it can be tested."
+            f"{path} has format {header.get('format', 1)}, and this version resumes from format {FORMAT}: it can be "
+            "tested."
         )
+    check_fits(header, header_of(module))
+    check_same_run(header, header_of(module), path)
+    for name, done, most in (
+        ("max_epochs", checkpoint["epoch"] + 1, trainer.max_epochs),
+        ("max_steps", checkpoint["global_step"], trainer.max_steps),
+    ):
+        if most is not None and 0 <= most < done:
+            raise UserError(f"{path} is of a run that has come to {done}, beyond --trainer.{name} {most}.")
 
 
 def from_first_format(checkpoint: dict[str, Any], classifier: Classifier) -> None:
@@ -153,44 +208,6 @@ def from_first_format(checkpoint: dict[str, Any], classifier: Classifier) -> Non
             prefix = ".".join(filter(None, ("classifier", name))) + "."
             for key in [key for key in state if key.startswith(f"{prefix}inner.")]:
                 state[prefix + key.removeprefix(f"{prefix}inner.")] = state.pop(key)
-
-
-def check_origin(header: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    """Raises UserError for a checkpoint of another backbone, method, setting, frozen basis or task: what differs."""
-    if header.get("backbone_sha256") != own["backbone_sha256"]:
-        theirs = str(header.get("backbone_sha256"))[:12]
-        raise UserError(
-            f"The checkpoint belongs to the backbone {header.get('backbone')} (weights {theirs}), and the config names "
-            f"{own['backbone']} (weights {own['backbone_sha256'][:12]})."
-        )
-    if header.get("method") != own["method"]:
-        raise UserError(f"The checkpoint was trained by {header.get('method')}, and the config says {own['method']}.")
-    if header.get("class_names") != own["class_names"]:
-        names = header.get("class_names") or []
-        raise UserError(
-            f"The checkpoint tells {len(names)} classes apart ({', '.join(names[:3])}, ...), and the config "
-            f"{len(own['class_names'])} ({', '.join(own['class_names'][:3])}, ...). To test on other classes, keep the "
-            "data set that it was trained on, and set --data.protocol cross-dataset --data.targets '[NAME]'."
-        )
-    for key, what in (("adapter", "adapter"), ("frozen", "frozen basis")):
-        there = header.get(key)
-        found = None if there is None else first_difference(there, json.loads(json.dumps(own[key])))
-        if found is not None:
-            raise UserError(f"The checkpoint's {what} has {found[0]} {found[1]}, and the config's has {found[2]}.")
-
-
-def first_difference(there: Any, here: Any, where: str = "") -> tuple[str, Any, Any] | None:
-    """Where two pieces of plain data differ first, and how; floats may differ by a thousandth."""
-    if isinstance(there, dict) and isinstance(here, dict):
-        keys = sorted((there.keys() | here.keys()) - INDIFFERENT)
-        pairs = [(there.get(key), here.get(key), f"{where}.{key}".lstrip(".")) for key in keys]
-    elif isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
-        pairs = [(a, b, where) for a, b in zip(there, here, strict=True)]
-    else:
-        floats = isinstance(there, float) and isinstance(here, float)
-        same = math.isclose(there, here, rel_tol=1e-3, abs_tol=1e-3) if floats else there == here
-        return None if same else (where, there, here)
-    return next(filter(None, (first_difference(*pair) for pair in pairs)), None)
 
 
 def counted(names: Mapping[str, Sequence[str]]) -> list[str]:

@@ -1,9 +1,13 @@
-"""The command line: its start without torch, and how it ends: with a result, one line for a mistake, or interrupted."""
+"""The command line: its start without torch, and how it ends: with a result, one line for a mistake, or by a signal."""
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 STARTED = time.time()
 USAGE = """\
@@ -25,9 +29,48 @@ examples:
 
 'python main.py fit --help' lists all options; a name given to --config is a path, or a file in configs/."""
 
+FAULT = "This is a fault of kshot, not of yours: please report it with all of these lines, as README.md says."
+
+
+class Ended(BaseException):
+    """A signal ended the process: no Exception, so that nobody on the way takes it for a fault of its own."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+@contextmanager
+def ending_on_signals() -> Iterator[None]:
+    """Lets Ctrl-C and SIGTERM end what runs inside as an exception, so that files are closed; once: a second one kills.
+
+    Elsewhere than in the main thread, which alone hears of signals, it does nothing.
+    """
+    ends = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in ends]
+
+    def end(number: int, frame: object) -> None:
+        del frame
+        signal.signal(number, signal.SIG_DFL)
+        raise Ended(number)
+
+    here = threading.current_thread() is threading.main_thread()
+    try:
+        if here:
+            for number in ends:
+                signal.signal(number, end)
+        yield
+    finally:
+        if here:
+            for number, handler in zip(ends, before, strict=True):
+                signal.signal(number, handler)
+
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs the command line; a user's mistake ends with one line and exit code 2."""
+    """Runs the command line.
+
+    Ends with 0, or one line and 2 for a user's mistake, 130 after Ctrl-C, 143 after SIGTERM. Any other exception is a
+    fault of kshot: it leaves with its traceback, which makes 1.
+    """
     given = sys.argv[1:] if arguments is None else arguments
     if given in ([], ["-h"], ["--help"]):  # answered without torch
         print(USAGE)
@@ -36,20 +79,22 @@ def main(arguments: list[str] | None = None) -> None:
     from kshot.lean import load_lightning
 
     try:
-        load_lightning()
-        from kshot.commands import run
+        with ending_on_signals():
+            load_lightning()
+            from kshot.commands import run
 
-        run(given, STARTED)
-    except (KeyboardInterrupt, SystemExit) as end:
-        if isinstance(end, SystemExit) and not isinstance(end.__context__, KeyboardInterrupt):
-            raise  # not the one with which Lightning ends a fit that was interrupted
-        print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
+            run(given, STARTED)
+    except (Ended, KeyboardInterrupt) as end:
+        number = end.number if isinstance(end, Ended) else signal.SIGINT
+        what = "interrupted." if number == signal.SIGINT else "ended by SIGTERM."
+        print(" ".join([what, *getattr(end, "__notes__", [])]), file=sys.stderr)
+        raise SystemExit(128 + number) from None
     except Exception as error:  # raised again unless a UserError is behind it
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, UserError):  # jsonargparse wraps what a constructor raises
             cause = cause.__cause__ or cause.__context__
         if cause is None:
+            error.add_note(FAULT)
             raise
-        print(f"error: {cause}", file=sys.stderr)
+        print(" ".join([f"error: {cause}", *getattr(error, "__notes__", [])]), file=sys.stderr)
         raise SystemExit(2) from None

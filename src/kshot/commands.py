@@ -10,6 +10,7 @@ import shlex
 import time
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,14 @@ from kshot.config import CommandLine, Tree, read_command_line
 from kshot.data.datamodule import FewShotDataModule
 from kshot.errors import UserError, first_line
 from kshot.foreign import released_tensors
+from kshot.header import header_of
 from kshot.module import FewShotModule
 from kshot.prepare import check_classes
 from kshot.record import RunOptions
 from kshot.run import DEFAULTS, Tested, evaluate, finish, fit
 from kshot.settings import LINKED, OPTIONS, add_options, help_text, needed, settings
 
+RESUME_FROM = ("checkpoints", "last.ckpt")  # in a run directory
 TRAINER_DEFAULTS = DEFAULTS | {
     "logger": False,
     "enable_model_summary": False,
@@ -49,7 +52,7 @@ def run(arguments: Sequence[str], started: float | None = None) -> FewShotCLI:
     """
     started = time.time() if started is None else started
     settle_chatter()
-    line = read_command_line(arguments, list(OPTIONS))
+    line = read_command_line(with_resume(arguments), list(OPTIONS))
     if line.help_for or "help" in line.flags:
         print(help_text(line))
         raise SystemExit(0)
@@ -58,8 +61,33 @@ def run(arguments: Sequence[str], started: float | None = None) -> FewShotCLI:
         cli = FewShotCLI(line, tree, started)
     except ArgumentError as error:
         raise UserError(needed(places, tree) or " ".join(str(error).split())[:600]) from error
-    getattr(cli, f"run_{line.command}")()
+    try:
+        getattr(cli, f"run_{line.command}")()
+    except BaseException as error:
+        cli.tell_how_to_resume(error)
+        raise
+    finally:
+        cli.lock.close()
     return cli
+
+
+def with_resume(arguments: Sequence[str]) -> list[str]:
+    """The words of a command line with ``--resume RUN`` written out: the run's own config, and its file to resume from.
+
+    Raises:
+        UserError: it is no run that can be resumed.
+    """
+    words = [part for word in arguments for part in (word.split("=", 1) if word.startswith("--resume=") else [word])]
+    if "--resume" not in words[1:]:
+        return words
+    at = words.index("--resume")
+    if words[0] != "fit" or at + 1 == len(words):
+        raise UserError("--resume belongs to fit, and takes the directory of a run: fit --resume runs/clip_16shot/001.")
+    config, file = Path(words[at + 1], "config.yaml"), Path(words[at + 1], *RESUME_FROM)
+    for path in (config, file):
+        if not path.is_file():
+            raise UserError(f"--resume {words[at + 1]}: there is no {path}, from which a run could go on.")
+    return ["fit", "--config", str(config), *words[1:at], *words[at + 2 :], "--ckpt_path", str(file)]
 
 
 def settle_chatter() -> None:
@@ -98,6 +126,7 @@ class FewShotCLI(LightningCLI):
     def __init__(self, line: CommandLine, tree: Tree, started: float) -> None:
         self.line = line
         self.directory: Path | None = None
+        self.lock = ExitStack()  # of the directory
         super().__init__(
             FewShotModule,
             FewShotDataModule,
@@ -129,6 +158,7 @@ class FewShotCLI(LightningCLI):
         """Builds data, model and trainer, and gives the data the image size of the backbone."""
         super().instantiate_classes()
         self.datamodule.use_image_size(self.model.backbone.image_size)
+        self.model.meet(self.datamodule)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The configured trainer with safe checkpoint files, which validates where something is decided by it."""
@@ -154,14 +184,31 @@ class FewShotCLI(LightningCLI):
         if getattr(self.trainer, "fast_dev_run", False) or not self.trainer.is_global_zero:
             return
         name = self.options.name or "+".join(Path(c).stem for c in self.line.configs) or self.line.command
-        self.directory = record.new_directory(Path(self.options.root), name)
+        begun = self.unfinished_run()
+        self.directory = begun or record.new_directory(Path(self.options.root), name)
+        self.lock.enter_context(record.owned(self.directory))
         self.config["run"]["name"] = name  # so that the saved file, given again, adds to the same folder
         text = self.parser.dump(self.config, skip_none=False, skip_validation=True)
         record.write_text(self.directory / "config.yaml", text)
-        self.trainer.loggers = [*self.trainer.loggers, *record.loggers(self.directory)]
-        self.resume_file.folder = self.directory / "checkpoints"
+        self.resume_file.folder = self.directory / RESUME_FROM[0]
+        self.resume_file.folder.mkdir(exist_ok=True)
+        self.resume_file.metrics.file = self.directory / "metrics.csv"
+        self.trainer.loggers = [*self.trainer.loggers, self.resume_file.metrics, *record.loggers(self.directory)]
         if self.line.command != "predict":
             self.datamodule.write_manifest(self.directory / "split.json")
+
+    def unfinished_run(self) -> Path | None:
+        """The directory of the run that a fit goes on with; one that has its result stays as it is."""
+        path = Path(self.config["ckpt_path"] or "")
+        directory = path.parent.parent
+        own = self.line.command == "fit" and path.parts[-2:] == RESUME_FROM and (directory / "config.yaml").is_file()
+        return directory if own and not (directory / "result.json").exists() else None
+
+    def tell_how_to_resume(self, error: BaseException) -> None:
+        """Adds to what ended the run the command with which it goes on, where there is a file to go on from."""
+        if self.line.command == "fit" and self.directory and self.directory.joinpath(*RESUME_FROM).is_file():
+            command = shlex.join(["python", "main.py", "fit", "--resume", str(self.directory)])
+            error.add_note(f"Go on with: {command}")
 
     def check_checkpoint(self) -> str | None:
         """The checkpoint to run from; raises UserError if it is missing or does not fit, before anything is written."""
@@ -175,7 +222,7 @@ class FewShotCLI(LightningCLI):
             return None
         checkpoint = AtomicCheckpoints().load_checkpoint(path)
         if command == "fit":
-            check_resumable(checkpoint, path)
+            check_resumable(checkpoint, path, self.model, self.trainer)
         self.model.on_load_checkpoint(checkpoint)
         return str(path)
 
@@ -185,12 +232,10 @@ class FewShotCLI(LightningCLI):
         """Trains, saves what was learnt, tests it and reports."""
         path, clock, run = self.check_checkpoint(), time.time(), (self.model, self.datamodule, self.trainer)
         fit(*run, ckpt_path=path, on_prepared=self.open_directory, finishing=False)
-        if self.trainer.interrupted:
-            raise KeyboardInterrupt
         self.seconds["fit"] = time.time() - clock
         unrounded = self.finish()
         if self.directory is not None:
-            write_tensors(self.directory / "tuned.safetensors", packed(self.model), self.model.header())
+            write_tensors(self.directory / "tuned.safetensors", packed(self.model), header_of(self.model))
         if self.options.test:
             self.test(None, unrounded)
 
@@ -264,7 +309,7 @@ class FewShotCLI(LightningCLI):
         if out.exists():
             raise UserError(f"{out} exists already: choose another --out.")
         tensors, origin = released_tensors(Path(file), model)
-        header = model.header() | {"imported": origin}  # of which shots, no file says
+        header = header_of(model) | {"imported": origin}  # of which shots, no file says
         model.on_load_checkpoint({"state_dict": dict(tensors), HEADER: header})
         write_tensors(out, tensors, header)
         parameters = sum(tensor.numel() for tensor in tensors.values())
@@ -294,6 +339,8 @@ class FewShotCLI(LightningCLI):
             "zero_shot_acc": first.get("zero_shot_acc"),
             "test_sets": tested.sets,
             "tested": tested.counts,
+            "test_images": tested.sizes,
+            "left_out": tested.left_out,
             "summary": record.summary(data.protocol, tested.sets),
             "zero_shot_summary": record.summary(data.protocol, tested.sets, "zero_shot_acc"),
             "per_class": "per_class.csv",

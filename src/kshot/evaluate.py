@@ -74,12 +74,16 @@ class Evaluation(Callback):
         sets: figures by test set, the one with the classes trained on first.
         per_class: accuracy of each class by test set.
         counts: images counted by test set.
+        sizes: images that there are by test set; more than were counted where the trainer limits the batches.
+        left_out: unreadable images by part.
     """
 
     def __init__(self) -> None:
         self.sets: dict[str, dict[str, float]] = {}
         self.per_class: dict[str, list[float]] = {}
         self.counts: dict[str, int] = {}
+        self.sizes: dict[str, int] = {}
+        self.left_out: dict[str, int] = {}
         self.open = ExitStack()
         self.current: TestSet | None = None
 
@@ -88,7 +92,8 @@ class Evaluation(Callback):
         data: Any = getattr(trainer, "datamodule", None)
         task = pl_module.classifier.task
         self.test_sets = [TestSet("test", *vars(task).values())] if data is None else list(data.test_sets)
-        self.sizes: dict[str, int] = {} if data is None else data.test_sizes()
+        if data is not None:
+            self.sizes, self.left_out = data.test_sizes(), data.skipped
         self.trained_on = task
 
     def on_test_batch_start(
@@ -138,8 +143,9 @@ class Evaluation(Callback):
         self.sets[name], self.per_class[name], self.counts[name] = self.meter.results()
         limit = trainer.limit_test_batches  # a number of batches, or a share of them
         whole = isinstance(limit, float) and limit == 1.0
-        wanted = self.sizes.get(name, self.counts[name])
-        assert not whole or self.counts[name] == wanted, f"{self.counts[name]} of {wanted} images of {name} counted"
+        counted, wanted = self.counts[name], self.sizes.setdefault(name, self.counts[name])
+        if whole and counted != wanted:
+            raise RuntimeError(f"{counted} of {wanted} images of {name} were counted")
         self.current = None
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: Module) -> None:

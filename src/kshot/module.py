@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torchmetrics.classification import MulticlassAccuracy
 
-from kshot import __version__
 from kshot.adapters.base import Adapter, Layers, Shared, derived_seed
 from kshot.backbones import Backbone
-from kshot.callbacks import FiniteLoss, Merged, Preparation, WeightAverage
-from kshot.checkpoint import FORMAT, HEADER, TRAINING, AtomicCheckpoints, accept, training_state
+from kshot.callbacks import Fitting, Merged, WeightAverage
+from kshot.checkpoint import HEADER, TRAINING, AtomicCheckpoints, accept, dtypes_of, training_state
 from kshot.classifiers import Classifier, ClassifierFactory, Task, TextPrompt
 from kshot.classifiers.base import closed_form, title_of
 from kshot.data.parts import Batch
 from kshot.errors import UserError
 from kshot.evaluate import Evaluation
+from kshot.header import data_settings, header_of
 from kshot.layering import check_stored
 from kshot.optim import OptimizerFactory, ScheduleFactory, make_optimizer, make_schedule
 from kshot.templates import DEFAULT_TEMPLATE
@@ -68,7 +68,7 @@ class FewShotModule(pl.LightningModule):
         if _given_hyperparameters.get() is not None:  # the command line's plain config; in a script these are modules
             self.save_hyperparameters()
         self.strict_loading = False  # only trainable tensors are saved; on_load_checkpoint compares the names itself
-        self.adapter, self.cache_features, self.head_lr = adapter, cache_features, head_lr
+        self.adapter, self.targets, self.cache_features, self.head_lr = adapter, targets, cache_features, head_lr
         self.optimizer_factory, self.schedule_factory = optimizer, schedule
         self.classifier: Classifier = classifier(backbone=backbone, task=Task(tuple(class_names), tuple(templates)))
         if adapter is not None:
@@ -81,6 +81,7 @@ class FewShotModule(pl.LightningModule):
             adapter.attach(backbone, list(targets))
         self.run_seed = torch.initial_seed()
         self.split: dict[str, Any] | None = None  # of the data that it runs on, for the header
+        self.drawn_from: dict[str, Any] | None = None  # and how that gives it images
         self.accuracy = MulticlassAccuracy(max(2, len(class_names)), average="micro")  # of the validation shots
 
     @classmethod
@@ -88,6 +89,10 @@ class FewShotModule(pl.LightningModule):
         """Rebuilds a module from a file to resume from, once its settings name nothing but classes of their kind."""
         check_stored(AtomicCheckpoints().load_checkpoint(checkpoint_path).get("hyper_parameters", {}), cls)
         return super().load_from_checkpoint(checkpoint_path, *rest, **options)
+
+    def meet(self, data: Any) -> None:
+        """Notes which images it is to be trained and measured on, and how a FewShotDataModule gives them."""
+        self.split, self.drawn_from = data.split_info(), data_settings(data)
 
     def detach(self) -> Backbone:
         """Takes the adapter off, and gives the untouched backbone back; this module is not to be used any more."""
@@ -175,8 +180,14 @@ class FewShotModule(pl.LightningModule):
     # ------------------------------------------------------------------------------------------------ training
 
     def configure_callbacks(self) -> list[pl.Callback]:
-        """What every run does around the steps, whoever made the trainer."""
-        return [Preparation(), FiniteLoss(), WeightAverage(), Merged(), Evaluation()]
+        """What a stage does around its steps, whoever made the trainer; Lightning calls each of them at every hook."""
+        if self.trainer.state.fn == "test":
+            return [WeightAverage(), Evaluation()]
+        if self.trainer.state.fn != "fit":
+            return [WeightAverage(), Merged()]
+        averages = any(group.get("average") is not None for group in self.param_groups())
+        judges = self.trainer.limit_val_batches != 0
+        return [Fitting(), *[WeightAverage()] * averages, *[Merged()] * judges]
 
     def param_groups(self) -> list[dict[str, Any]]:
         """All that trains, in groups: the classifier's, the adapter's, and unfrozen parameters of the towers.
@@ -260,24 +271,10 @@ class FewShotModule(pl.LightningModule):
         buffers = {n: b for n, b in self.named_buffers() if n in kept and id(b) not in inside}
         return {name: p.detach() for name, p in self.trained().items()} | buffers
 
-    def header(self) -> dict[str, Any]:
-        """What a checkpoint says of itself, and what a loaded one is compared with."""
-        return {
-            "format": FORMAT,
-            "method": self.method,
-            "backbone": self.backbone.name,
-            "backbone_sha256": self.backbone.weight_sha256,
-            "class_names": list(self.classifier.task.class_names),
-            "adapter": None if self.adapter is None else self.adapter.settings(),
-            "frozen": [shared.fingerprint() for shared in self.shared],
-            "split": self.split,
-            "kshot": __version__,
-        }
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leaves the frozen weights out."""
         checkpoint["state_dict"] = self.tuned_state()
-        checkpoint[HEADER] = self.header()
+        checkpoint[HEADER] = header_of(self) | {"dtypes": dtypes_of(checkpoint["state_dict"])}
         checkpoint[TRAINING] = [training_state(shared) for shared in self.shared]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -34,6 +34,7 @@ def prepare(module: Module, data: Data, trainer: Trainer) -> None:
     place(module, trainer)
     steps = planned_steps(trainer)
     if data is not None:
+        module.meet(data)
         check_validation(module, data)
         check_classes(module, data)
     check_devices(module, trainer)

@@ -11,14 +11,13 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.loggers.csv_logs import CSVLogger
 from lightning.pytorch.loggers.logger import Logger
 from torch import Tensor
 
@@ -66,15 +65,35 @@ def new_directory(root: Path, name: str) -> Path:
             return directory
 
 
-def loggers(directory: Path) -> list[Logger]:
-    """A CSV log always, and TensorBoard's when it is installed."""
-    found: list[Logger] = [CSVLogger(directory, name="", version="")]
-    with suppress(PackageNotFoundError):
-        distribution("tensorboard")
-        from lightning.pytorch.loggers import TensorBoardLogger
+@contextmanager
+def owned(directory: Path) -> Iterator[None]:
+    """Has a run directory for this process alone.
 
-        found.append(TensorBoardLogger(directory, name="", version="tensorboard"))
-    return found
+    Raises:
+        UserError: another one writes there.
+    """
+    try:
+        import fcntl  # not on Windows
+    except ModuleNotFoundError:
+        yield
+        return
+    with (directory / ".lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with the process, however that ends
+        except OSError as error:
+            raise UserError(f"{directory} is being written by another process: wait, or start a new run.") from error
+        yield
+
+
+def loggers(directory: Path) -> list[Logger]:
+    """TensorBoard's log, when it is installed."""
+    try:
+        distribution("tensorboard")
+    except PackageNotFoundError:
+        return []
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    return [TensorBoardLogger(directory, name="", version="tensorboard")]
 
 
 def git_commit() -> str | None:
@@ -213,6 +232,12 @@ def table_rows(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield f"  {name}", shown(each["acc"], each.get("zero_shot_acc"))
         for name, value in result["summary"].items():
             yield f"  {name.replace('_', ' ')}", shown(value, result["zero_shot_summary"].get(name))
+    for name, count in result["tested"].items():
+        if count < result["test_images"][name]:
+            yield "cut short", f"{count} of {result['test_images'][name]} images of {name} (limit_test_batches)"
+    for part, count in result["left_out"].items():
+        if count:
+            yield "left out", f"{count} unreadable images of {part}"
     yield "trainable parameters", f"{result['trainable_parameters']:,} of {result['total_parameters']:,}"
     adapter, ranks = result["adapter"] or {}, list((result["ranks"] or {}).values())
     size = [f"{name} {adapter[name]:.4g}" for name in ("alpha", "scale", "lr") if adapter.get(name) is not None]

@@ -41,11 +41,15 @@ class Tested:
         sets: figures by test set, the one with the classes trained on first.
         per_class: accuracy of each class by test set.
         counts: images counted by test set.
+        sizes: images that there are by test set.
+        left_out: unreadable images by part.
     """
 
     sets: dict[str, dict[str, float]]
     per_class: dict[str, list[float]]
     counts: dict[str, int]
+    sizes: dict[str, int]
+    left_out: dict[str, int]
 
 
 def build(backbone: Backbone, data: FewShotDataModule, seed: int = 1, **settings: Any) -> FewShotModule:
@@ -65,10 +69,12 @@ def build(backbone: Backbone, data: FewShotDataModule, seed: int = 1, **settings
     data.use_image_size(backbone.image_size)
     seed_everything(seed, verbose=False)
     try:
-        return FewShotModule(backbone, class_names=data.class_names, templates=data.templates, **settings)
+        module = FewShotModule(backbone, class_names=data.class_names, templates=data.templates, **settings)
     except Exception:
         backbone.detach()
         raise
+    module.meet(data)
+    return module
 
 
 def make_trainer(callbacks: Sequence[Callback] = (), **settings: Any) -> Trainer:
@@ -104,7 +110,7 @@ def fit(
         UserError: what does not fit, before the first step; or a loss that is not finite.
     """
     if ckpt_path is not None:
-        check_resumable(AtomicCheckpoints().load_checkpoint(ckpt_path), ckpt_path)
+        check_resumable(AtomicCheckpoints().load_checkpoint(ckpt_path), ckpt_path, module, trainer)
     with attached(trainer, store, None if on_prepared is None else Prepared(on_prepared)):
         trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
     if finishing:
@@ -128,7 +134,7 @@ def evaluate(
     with attached(trainer, store):
         trainer.test(module, datamodule=data, ckpt_path=ckpt_path, verbose=False)
     found = next(callback for callback in trainer.callbacks if isinstance(callback, Evaluation))  # type: ignore[attr-defined]
-    return Tested(found.sets, found.per_class, found.counts)
+    return Tested(found.sets, found.per_class, found.counts, found.sizes, found.left_out)
 
 
 class Prepared(Callback):

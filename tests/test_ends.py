@@ -1,0 +1,182 @@
+"""How a run ends, and goes on: signals, mistakes, faults; one directory, one metrics file, each epoch once."""
+
+import csv
+import json
+import os
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_cli import QUICK, fit, refused
+
+from kshot.cli import FAULT, main
+from kshot.metrics import MetricsFile
+from kshot.module import FewShotModule
+from kshot.record import owned
+
+LONG = ["--trainer.max_epochs", "5", "--run.save_every", "0"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """A run of five epochs that nothing interrupts."""
+    return fit(tmp_path_factory.mktemp("whole"), *LONG)
+
+
+def cut(monkeypatch, root: Path, what, epoch: int = 3, *options: str) -> BaseException:
+    """Runs a fit in whose epoch something happens; what it ended with."""
+    start = FewShotModule.on_train_epoch_start
+
+    def at_start(self):
+        if self.current_epoch == epoch:
+            what()
+        start(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FewShotModule, "on_train_epoch_start", at_start)
+        with pytest.raises((SystemExit, ZeroDivisionError)) as end:
+            fit(root, *LONG, *options)
+    return end.value
+
+
+def kill(number):
+    return lambda: os.kill(os.getpid(), number)
+
+
+def table(directory: Path) -> list[dict[str, str]]:
+    with (directory / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def same_end(whole: Path, other: Path) -> None:
+    a, b = (load_file(each / "tuned.safetensors") for each in (whole, other))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert table(other) == table(whole)
+    results = [json.loads((each / "result.json").read_text()) for each in (whole, other)]
+    assert results[0]["acc"] == results[1]["acc"]
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "words"), [(signal.SIGINT, 130, "interrupted."), (signal.SIGTERM, 143, "ended by SIGTERM.")]
+)
+def test_a_signal_ends_with_its_code_and_the_command_that_goes_on(
+    number, code, words, whole, tmp_path, monkeypatch, capsys
+):
+    handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    end = cut(monkeypatch, tmp_path, kill(number))
+    assert isinstance(end, SystemExit)
+    assert end.code == code
+    (directory,) = tmp_path.glob("*/*")
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line == f"{words} Go on with: python main.py fit --resume {directory}"
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert not (directory / "result.json").exists()
+    main(["fit", "--resume", str(directory)])
+    assert list(tmp_path.glob("*/*")) == [directory]
+    same_end(whole, directory)
+
+
+def test_a_signal_before_anything_is_written(tmp_path, monkeypatch, capsys):
+    end = cut(monkeypatch, tmp_path, kill(signal.SIGTERM), 0)
+    assert end.code == 143
+    assert capsys.readouterr().err.splitlines()[-1] == "ended by SIGTERM."
+
+
+def test_a_fault_of_ours_leaves_its_traceback_and_where_to_report_it(whole, tmp_path, monkeypatch):
+    def fault():
+        raise ZeroDivisionError("ours")
+
+    end = cut(monkeypatch, tmp_path, fault)
+    assert isinstance(end, ZeroDivisionError)
+    (directory,) = tmp_path.glob("*/*")
+    assert end.__notes__ == [f"Go on with: python main.py fit --resume {directory}", FAULT]
+    monkeypatch.chdir(tmp_path)
+    main(["fit", "--config", "clip_16shot.yaml", *QUICK, *LONG, "--run.root", str(tmp_path / "elsewhere"),
+          "--ckpt_path", str(directory / "checkpoints" / "last.ckpt")])  # fmt: skip
+    assert not (tmp_path / "elsewhere").exists()
+    same_end(whole, directory)
+
+
+def test_a_finished_run_stays_as_it_is(whole, tmp_path):
+    before = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
+    main(["fit", "--resume", str(whole), "--trainer.max_epochs", "6", "--run.root", str(tmp_path)])
+    assert {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()} == before
+    (longer,) = tmp_path.glob("*/*")
+    assert table(longer)[:5] == table(whole)[:5]
+    assert [row["epoch"] for row in table(longer)][:6] == list("012345")
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--trainer.max_epochs", "4"], "come to 5, beyond --trainer.max_epochs 4"),
+        (["--data.batch_size", "7"], "data.batch_size 32, and this one has 7"),
+        (["--data.shots", "1"], "data.shots 2, and this one has 1"),
+        (["--data.split_seed", "2"], "data.split_seed 1, and this one has 2"),
+        (["--data.augment", "null"], "data.augment"),
+        (["--seed_everything", "2"], "seed_everything 1, and this one has 2"),
+        (["--model.optimizer.lr", "0.0021"], "model.optimizer.lr 0.002, and this one has 0.0021"),
+        (["--model.optimizer", "SGD"], "model.optimizer"),
+        (["--model.schedule", "null"], "model.schedule"),
+        (["--model.head_lr", "0.1"], "model.head_lr None, and this one has 0.1"),
+        (["--model.adapter.dropout", "0.1"], "model.adapter.dropout 0.0, and this one has 0.1"),
+        (["--model.targets", "[text.*.q]"], "model.targets"),
+        (["--data.template", "a {}"], "model.templates"),
+    ],
+)
+def test_going_on_as_another_run_is_refused(options, named, whole, tmp_path, capsys):
+    line = refused(capsys, ["fit", "--resume", str(whole), "--run.root", str(tmp_path), *options])
+    assert named in line
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("words", [["--resume"], ["--resume", "nowhere"], ["--resume=nowhere"]])
+def test_nothing_to_resume(words, capsys):
+    assert "--resume" in refused(capsys, ["fit", *words])
+
+
+def test_two_processes_do_not_write_one_run(whole, tmp_path, capsys):
+    with owned(tmp_path), pytest.raises(Exception, match="is being written by another process"), owned(tmp_path):
+        pass
+    with owned(tmp_path):
+        pass
+
+
+def test_elsewhere_than_in_the_main_thread_signals_are_left_alone():
+    ends = []
+
+    def run():
+        with pytest.raises(SystemExit) as end:
+            main(["fit", "--resume", "nowhere"])
+        ends.append(end.value.code)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert ends == [2]
+
+
+class TestMetricsFile:
+    def test_a_row_an_epoch(self, tmp_path):
+        metrics = MetricsFile()
+        metrics.log_metrics({"epoch": 0, "val/acc": 0.5}, step=3)
+        metrics.log_metrics({"epoch": 0, "train/loss": 2.0}, step=4)
+        metrics.log_metrics({"rate": 0.1}, step=4)
+        metrics.save()
+        assert list(tmp_path.iterdir()) == []
+        metrics.file = tmp_path / "metrics.csv"
+        metrics.save()
+        metrics.log_metrics({"epoch": 1, "train/loss": 1.0}, step=8)
+        metrics.save()
+        assert len(table(tmp_path)) == 2, "written a moment ago"
+        metrics.finalize("success")
+        rows = [{name: value for name, value in row.items() if value} for row in table(tmp_path)]
+        assert rows == [
+            {"epoch": "0", "step": "4", "val/acc": "0.5", "train/loss": "2.0"},
+            {"step": "4", "rate": "0.1"},
+            {"epoch": "1", "step": "8", "train/loss": "1.0"},
+        ]
