@@ -80,6 +80,22 @@ def test_a_signal_ends_with_its_code_and_the_command_that_goes_on(
     same_end(whole, directory)
 
 
+@pytest.mark.parametrize("method", ["promptsrc", "tip_adapter_f"])
+def test_a_run_that_ended_while_it_was_tested_needs_no_step_more(method, tmp_path, monkeypatch):
+    """What follows the last step is done by who resumes: the mean over epochs is taken, what is left is chosen."""
+    options = [*LONG, "--config", f"methods/{method}.yaml", "--trainer.max_epochs", "2", "--data.shots", "4"]
+    whole = fit(tmp_path / "whole", *options)
+    with monkeypatch.context() as patch:
+        patch.setattr(FewShotModule, "test_step", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(SystemExit) as end:
+            fit(tmp_path / "cut", *options)
+    assert end.value.code == 143
+    (directory,) = (tmp_path / "cut").glob("*/*")
+    (directory / "tuned.safetensors").unlink()
+    main(["fit", "--resume", str(directory)])
+    same_end(whole, directory)
+
+
 def test_a_signal_before_anything_is_written(tmp_path, monkeypatch, capsys):
     end = cut(monkeypatch, tmp_path, kill(signal.SIGTERM), 0)
     assert end.code == 143

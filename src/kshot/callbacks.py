@@ -170,8 +170,8 @@ class WeightAverage(Callback):
         if self.wanted is not None:
             self.add(self.wanted, trainer.current_epoch + 1, pl_module.trained())
 
-    def on_train_end(self, trainer: Trainer, pl_module: Module) -> None:  # noqa: ARG002  Lightning's signature
-        """Takes the mean, once: what is done to the tensors afterwards stays."""
+    def on_fit_end(self, trainer: Trainer, pl_module: Module) -> None:  # noqa: ARG002  Lightning's signature
+        """Takes the mean, once: what is done to the tensors afterwards stays. A resumed fit may have no step left."""
         self.take(pl_module)
 
     def _take_loaded(self, trainer: Trainer, pl_module: Module) -> None:
