@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +60,7 @@ class AtomicCheckpoints(TorchCheckpointIO):
                 tensors, header = read_tensors(file)
                 loaded = {"state_dict": tensors, HEADER: header, "pytorch-lightning_version": lightning.__version__}
             else:
-                loaded = torch.load(file, map_location=map_location or "cpu", weights_only=True)
+                loaded = read_archive(file, map_location)
             written = loaded.get(HEADER, {}).get("format", 1)
         except UserError:
             raise
@@ -90,6 +92,19 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if HEADER not in metadata:
             raise UserError(f"{path} was not written by kshot: its header names no method.")
         return {name: file.get_tensor(name) for name in file.keys()}, json.loads(metadata[HEADER])  # noqa: SIM118  no mapping
+
+
+def read_archive(path: Path, map_location: Any = None) -> dict[str, Any]:
+    """Reads what ``torch.save`` wrote of tensors and plain values; raises UserError for what swells when it is read."""
+    size = path.stat().st_size
+    with suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise UserError(f"{path} is compressed, which torch.save does not do: it is no checkpoint.")
+    loaded: dict[str, Any] = torch.load(path, map_location=map_location or "cpu", weights_only=True)
+    state = loaded["state_dict"]
+    if not all(isinstance(tensor, Tensor) and tensor.nbytes <= size for tensor in state.values()):
+        raise UserError(f"{path} is no checkpoint: its state_dict holds other than tensors, or larger ones than it.")
+    return loaded
 
 
 def packed(module: Any) -> dict[str, Tensor]:
