@@ -6,13 +6,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from kshot.adapters.base import Layers, SearchProblem, Shared, SlotAdapter, kaiming_uniform, require_rank
+from kshot.adapters.base import Layers, SearchProblem, Shared, SlotAdapter, kaiming_uniform
 from kshot.layers import LowRankLayer
 from kshot.products import Factors
 from kshot.slots import Slot
@@ -35,9 +35,6 @@ class AutoLoRA(SlotAdapter):
         rank_rule: softmax counts softmax(a)_j ≥ 1/k (paper), raw counts a_j / Σ a ≥ 1/k (the authors' code).
         first_order: takes the gradient of a at the weights as they are, without looking ahead (DARTS with ξ = 0): two
             passes a step instead of five.
-
-    Raises:
-        UserError: a setting outside its range.
     """
 
     max_rank: int = 8
@@ -53,11 +50,10 @@ class AutoLoRA(SlotAdapter):
         self.require("alpha", 0 < self.alpha < math.inf, "be a positive number")
         self.require("search_steps", self.search_steps is None or self.search_steps >= 1, "be at least 1")
         self.require("search_lr", 0 < self.search_lr < math.inf, "be a positive number")
-        self.require("rank_rule", self.rank_rule in {"softmax", "raw"}, "be softmax or raw")
+        self.require_known("rank_rule")
 
     def prepare(self, slots: Mapping[str, Slot]) -> RankSearch:
-        for slot in slots.values():
-            require_rank(type(self).__name__, self.max_rank, slot)
+        self.require_rank(self.max_rank, slots)
         return RankSearch(self, slots)
 
     def wrap(self, slot: Slot, shared: RankSearch) -> AutoLoRALayer:  # noqa: ARG002  it finds its layers by their slots
@@ -111,30 +107,20 @@ def rank_of(a: Tensor, rule: RankRule) -> int:
 
 
 class RankSearch(Shared):
-    """Algorithm 1 of the paper: steps on a by validation loss and on the weights by training loss in turn, then ranks.
-
-    Attributes:
-        slots: of its layers.
-    """
+    """Algorithm 1 of the paper: steps on a by validation loss, on the weights by training loss, in turn; then ranks."""
 
     def __init__(self, settings: AutoLoRA, slots: Mapping[str, Slot]) -> None:
-        super().__init__()
-        self.settings, self.slots = settings, tuple(slots)
-
-    def own(self, layers: Layers) -> list[AutoLoRALayer]:
-        """The layers of this search."""
-        return [cast(AutoLoRALayer, layers[name]) for name in self.slots]
+        super().__init__(slots)
+        self.settings = settings
 
     def ranks(self, layers: Layers) -> dict[str, int]:
-        """The ranks that layers have, by slot."""
         return {layer.slot.name: len(layer.A) for layer in self.own(layers)}
 
     def search(self, problem: SearchProblem) -> None:
-        own = self.own(problem.layers)
-        searching = [(layer, layer.a) for layer in own if layer.a is not None]
-        if not searching:
+        layers = [layer for layer in self.own(problem.layers) if layer.a is not None]
+        if not layers:
             return
-        layers, a = [layer for layer, _ in searching], [a for _, a in searching]
+        a = [layer.a for layer in layers]
         weights = [w for w in problem.parameters if all(w is not other for other in a)]
         initial = [w.detach().clone() for w in weights]
         dropout = layers[0].dropout
@@ -150,8 +136,8 @@ class RankSearch(Shared):
             step(outer, a, hypergradient(train_loss, val_loss, weights, a, eta))
             step(inner, weights, gradients(train_loss(), weights))
         assign(weights, initial)
-        for layer, found in searching:
-            rank = rank_of(found, self.settings.rank_rule)
+        for layer in layers:
+            rank = rank_of(layer.a, self.settings.rank_rule)
             layer.settle(layer.A[:rank], layer.B[:, :rank])
             layer.dropout = dropout
 

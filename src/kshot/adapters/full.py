@@ -26,6 +26,9 @@ class FullTuning(Adapter):
 
     only: Literal["all", "bias", "norm"] = "all"
 
+    def __post_init__(self) -> None:
+        self.require_known("only")
+
     @torch.inference_mode(False)
     def attach(self, backbone: Backbone, targets: Sequence[str]) -> None:
         named = dict(backbone.named_tower_parameters())

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from kshot.adapters.base import Shared, SlotAdapter
-from kshot.adapters.random_basis import describe, permutation, values, words
+from kshot.adapters.random_basis import describe, permutation, values
 from kshot.layers import FullRankLayer
 from kshot.slots import Slot
 
@@ -39,9 +39,6 @@ class PRANC(SlotAdapter):
         hashes: of ``hashed``: how many independent permutations are added up (the authors' ``ppb``).
         scale: s.
         seed: of the basis, which is a function of it and of the slots' names alone.
-
-    Raises:
-        UserError: a setting outside its range.
     """
 
     coefficients: int = 1000
@@ -53,12 +50,11 @@ class PRANC(SlotAdapter):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.require_known("scope", "basis")
         self.require("coefficients", 1 <= self.coefficients < 2**31, "lie in 1 ... 2^31 - 1")
-        self.require("scope", self.scope in ("layer", "global"), "be layer or global")
-        self.require("basis", self.basis in ("hashed", "uniform", "normal", "sign"), "be a known basis")
         self.require("hashes", self.hashes >= 1, "be at least 1")
         self.require("hashes", self.hashes == 1 or self.basis == "hashed", "be 1 unless basis is hashed")
-        self.require("scale", math.isfinite(self.scale) and self.scale > 0, "be a positive number")
+        self.require("scale", 0 < self.scale < math.inf, "be a positive number")
         self.require("seed", 0 <= self.seed < 2**63, "lie in 0 ... 2^63 - 1")
 
     def prepare(self, slots: Mapping[str, Slot]) -> Coefficients:
@@ -115,11 +111,9 @@ class Coefficients(Shared):
     def fingerprint(self) -> dict[str, Any]:
         settings, place = self.settings, next(iter(self.places.values()))
         if settings.basis == "hashed":
-            first = words(settings.seed, place.stream, 0, 16)
-            about = describe(settings.seed, place.stream, "permutation", [settings.hashes, place.total], first)
+            about = describe(settings.seed, place.stream, "permutation", [settings.hashes, place.total])
         else:
-            first = values(settings.seed, place.stream, settings.basis, 0, 16)
-            about = describe(settings.seed, place.stream, settings.basis, [settings.coefficients, place.total], first)
+            about = describe(settings.seed, place.stream, settings.basis, [settings.coefficients, place.total])
         about |= {"coefficients": settings.coefficients, "scope": settings.scope}
         if settings.scope == "global":  # the same targets, then: names of tensors do not tell
             about["starts"] = {name: place.start for name, place in self.places.items()}
