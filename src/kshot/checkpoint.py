@@ -180,7 +180,7 @@ def check_origin(header: Mapping[str, Any], own: Mapping[str, Any]) -> None:
 
 
 def first_difference(there: Any, here: Any, where: str = "") -> tuple[str, Any, Any] | None:
-    """Where two pieces of plain data differ first, and how; floats may differ by a thousandth."""
+    """Where two pieces of plain data differ first, and how; floats may differ by a ten-thousandth."""
     if isinstance(there, dict) and isinstance(here, dict):
         keys = sorted((there.keys() | here.keys()) - INDIFFERENT)
         pairs = [(there.get(key), here.get(key), f"{where}.{key}".lstrip(".")) for key in keys]
@@ -188,7 +188,7 @@ def first_difference(there: Any, here: Any, where: str = "") -> tuple[str, Any, 
         pairs = [(a, b, where) for a, b in zip(there, here, strict=True)]
     else:
         floats = isinstance(there, float) and isinstance(here, float)
-        same = math.isclose(there, here, rel_tol=1e-3, abs_tol=1e-3) if floats else there == here
+        same = math.isclose(there, here, rel_tol=1e-4, abs_tol=1e-4) if floats else there == here
         return None if same else (where, there, here)
     return next(filter(None, (first_difference(*pair) for pair in pairs)), None)
 

@@ -69,11 +69,17 @@ class Shared(nn.Module):
 
     Args:
         slots: names of the slots whose layers share it, where it works on the layers.
+        described: what coefficients mean nothing without, such as seed, generator and checksum of a basis, in plain
+            data. A checkpoint carries it, and is refused where it differs.
     """
 
-    def __init__(self, slots: Iterable[str] = ()) -> None:
+    def __init__(self, slots: Iterable[str] = (), described: Mapping[str, Any] | None = None) -> None:
         super().__init__()
-        self.slots = tuple(slots)
+        self.slots, self.described = tuple(slots), dict(described or {})
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What was described, for the header of a checkpoint."""
+        return self.described
 
     def own(self, layers: Layers) -> list[Any]:
         """Those of some layers that share this, in the order of its slots."""
@@ -81,13 +87,6 @@ class Shared(nn.Module):
 
     def ranks(self, layers: Layers) -> dict[str, int]:  # noqa: ARG002  for subclasses
         """The rank of each slot, where the method chooses ranks itself."""
-        return {}
-
-    def fingerprint(self) -> dict[str, Any]:
-        """What coefficients mean nothing without, such as seed, generator and checksum of a basis, in plain data.
-
-        A checkpoint carries it, and is refused where it differs.
-        """
         return {}
 
     def begin_pass(self, layers: Layers) -> None:

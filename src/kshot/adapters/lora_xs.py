@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kshot.adapters.base import Shared, generator_for
 from kshot.adapters.lora import LoRA
-from kshot.adapters.svd import SingularPairs, fingerprint, svd_of
+from kshot.adapters.svd import fingerprint, svd_of
 from kshot.layers import LowRankLayer
 from kshot.products import Factors
 from kshot.slots import Slot
@@ -40,7 +40,8 @@ class LoRAXS(LoRA):
         super().prepare(slots)
         if self.save_factors:
             return None
-        return SingularPairs({name: fingerprint(svd_of(slot.weight), self.rank) for name, slot in slots.items()})
+        prints = {name: fingerprint(svd_of(slot.weight), self.rank) for name, slot in slots.items()}
+        return Shared(described={"svd": prints})
 
     def wrap(self, slot: Slot, shared: Any) -> LoRAXSLayer:  # type: ignore[override]  # noqa: ARG002
         return LoRAXSLayer(slot, self.rank, self.scale, self.init_std, self.save_factors)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any, Literal
@@ -115,9 +115,7 @@ class Combinations(Shared):
             keep = device if total * sum(inputs + outputs) <= KEPT else None
             self.A = LayerSide(settings, [f"nola.{name}.A" for name in slots], inputs, 1.0, keep)
             self.B = LayerSide(settings, [f"nola.{name}.B" for name in slots], outputs, settings.scale, keep)
-
-    def fingerprint(self) -> dict[str, Any]:
-        return {"A": self.A.fingerprint(), "B": self.B.fingerprint()}
+        self.described = {"A": self.A.described, "B": self.B.described}
 
     def begin_pass(self, layers: Layers) -> None:
         own = self.own(layers)
@@ -142,21 +140,18 @@ class Side(nn.Module, ABC):
 
     Args:
         settings: of the method.
-        streams: of random numbers.
+        streams: of random numbers; the first, and with it the generator, is described.
         widths: by layer.
         scale: of the factor.
+        first: width of what comes from the first stream.
     """
 
-    def __init__(self, settings: NOLA, streams: Sequence[str], widths: Sequence[int], scale: float) -> None:
+    def __init__(self, settings: NOLA, streams: Sequence[str], widths: Sequence[int], scale: float, first: int) -> None:
         super().__init__()
         self.bases, self.rank, self.seed = settings.bases, settings.rank, settings.seed
         self.streams, self.widths = streams, widths
-        self.shape = (self.bases, widths[0], self.rank)  # of what comes from the first stream
         self.scales = [scale * entry_scale(settings, width) for width in widths]
-
-    def fingerprint(self) -> dict[str, Any]:
-        """Describes the first stream, and with it the generator."""
-        return describe(self.seed, self.streams[0], "uniform", self.shape)
+        self.described = describe(self.seed, streams[0], "uniform", (self.bases, first, self.rank))
 
     def forward(self, which: Sequence[int], coefficients: Sequence[Tensor]) -> Sequence[Tensor]:
         """The combinations of some layers, (width, r) each, with their gradients."""
@@ -179,13 +174,10 @@ class Side(nn.Module, ABC):
         """The combinations of some layers, without gradients."""
         return [self.combine_one(index, c) for index, c in zip(which, coefficients, strict=True)]
 
-    def project(self, which: Sequence[int], gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+    def project(self, which: Collection[int], gradients: Collection[Tensor]) -> list[Tensor]:
         """The gradients of their coefficients, (K,) each: the adjoint of :meth:`combine`."""
-        scaled = [None if g is None else self.scales[i] * g.flatten() for i, g in zip(which, gradients, strict=True)]
-        return [
-            None if g is None else torch.cat([m @ g for _, m in self.chunks(i, g)])
-            for i, g in zip(which, scaled, strict=True)
-        ]
+        scaled = [(i, self.scales[i] * g.flatten()) for i, g in zip(which, gradients, strict=True)]
+        return [torch.cat([m @ g for _, m in self.chunks(i, g)]) for i, g in scaled]
 
 
 class Combine(torch.autograd.Function):
@@ -202,8 +194,10 @@ class Combine(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         """Gradients of the coefficients, None for layers that the loss did not reach."""
-        with torch.autocast(next(g for g in gradients if g is not None).device.type, enabled=False):
-            return (None, None, *ctx.side.project(ctx.which, gradients))
+        reached = {i: g for i, g in zip(ctx.which, gradients, strict=True) if g is not None}
+        with torch.autocast(next(iter(reached.values())).device.type, enabled=False):
+            found = dict(zip(reached, ctx.side.project(reached.keys(), reached.values()), strict=True))
+        return (None, None, *(found.get(i) for i in ctx.which))
 
 
 def entry_scale(settings: NOLA, width: int) -> float:
@@ -218,9 +212,8 @@ class SharedSide(Side):
     matrices: Tensor
 
     def __init__(self, settings: NOLA, stream: str, widths: Sequence[int], scale: float, device: torch.device) -> None:
-        super().__init__(settings, [stream], widths, scale)
-        self.shape = (self.bases, max(widths), self.rank)
-        drawn = basis(self.seed, stream, "uniform", self.shape, device=device).flatten(1)
+        super().__init__(settings, [stream], widths, scale, max(widths))
+        drawn = basis(self.seed, stream, "uniform", (self.bases, max(widths) * self.rank), device=device)
         self.register_buffer("matrices", drawn, persistent=False)
 
     def chunks(self, index: int, like: Tensor) -> Iterator[tuple[slice, Tensor]]:  # noqa: ARG002  it is at hand
@@ -232,11 +225,10 @@ class SharedSide(Side):
         rows = (stacked @ self.matrices[:, : widest * self.rank]).unflatten(1, (widest, self.rank))
         return [row[: self.widths[i]] for i, row in zip(which, rows, strict=True)]
 
-    def project(self, which: Sequence[int], gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
-        reached = [(i, self.scales[i] * g.flatten()) for i, g in zip(which, gradients, strict=True) if g is not None]
-        rows = nn.utils.rnn.pad_sequence([g for _, g in reached], batch_first=True)
-        found = dict(zip((i for i, _ in reached), rows @ self.matrices[:, : rows.shape[1]].T, strict=True))
-        return [found.get(i) for i in which]
+    def project(self, which: Collection[int], gradients: Collection[Tensor]) -> list[Tensor]:
+        scaled = [self.scales[i] * g.flatten() for i, g in zip(which, gradients, strict=True)]
+        rows = nn.utils.rnn.pad_sequence(scaled, batch_first=True)
+        return list(rows @ self.matrices[:, : rows.shape[1]].T)
 
 
 class LayerSide(Side):
@@ -245,7 +237,7 @@ class LayerSide(Side):
     def __init__(
         self, settings: NOLA, streams: Sequence[str], widths: Sequence[int], scale: float, device: torch.device | None
     ) -> None:
-        super().__init__(settings, streams, widths, scale)
+        super().__init__(settings, streams, widths, scale, widths[0])
         self.keep = device is not None
         for index in range(len(widths) if self.keep else 0):
             drawn = self.draw(index, 0, self.bases, torch.empty(0, device=device))

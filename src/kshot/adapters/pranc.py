@@ -94,7 +94,6 @@ class Coefficients(Shared):
 
     def __init__(self, settings: PRANC, slots: Mapping[str, Slot]) -> None:
         super().__init__()
-        self.settings = settings
         sizes = {name: slots[name].weight.numel() for name in sorted(slots)}
         total, ends = sum(sizes.values()), accumulate(sizes.values())
         self.kept = 4 * settings.coefficients * total <= KEPT
@@ -108,8 +107,7 @@ class Coefficients(Shared):
             self.register_parameter("alpha", None)
             self.places = {name: Place(f"pranc.{name}", 0, size) for name, size in sizes.items()}
 
-    def fingerprint(self) -> dict[str, Any]:
-        settings, place = self.settings, next(iter(self.places.values()))
+        place = next(iter(self.places.values()))
         if settings.basis == "hashed":
             about = describe(settings.seed, place.stream, "permutation", [settings.hashes, place.total])
         else:
@@ -117,7 +115,7 @@ class Coefficients(Shared):
         about |= {"coefficients": settings.coefficients, "scope": settings.scope}
         if settings.scope == "global":  # the same targets, then: names of tensors do not tell
             about["starts"] = {name: place.start for name, place in self.places.items()}
-        return {"pranc": about}
+        self.described = {"pranc": about}
 
 
 class PRANCLayer(FullRankLayer):

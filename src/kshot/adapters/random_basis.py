@@ -175,15 +175,11 @@ class FrozenBases(Shared):
     ) -> None:
         super().__init__()
         require_memory(4 * sum(map(math.prod, shapes.values())), method, advice)
-        self.described = {}
         for name, shape in shapes.items():
             given = seed, f"{method.lower()}.{name}", distribution, shape
             drawn = basis(*given, sparsity=sparsity, device=device).mul_(gain(shape))
             self.described[name] = describe(*given, sparsity=sparsity, gain=gain(shape))
             self.register_buffer(name, drawn, persistent=False)
-
-    def fingerprint(self) -> dict[str, Any]:
-        return self.described
 
 
 def require_memory(bytes_needed: int, who: str, advice: str) -> None:

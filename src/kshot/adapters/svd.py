@@ -11,22 +11,20 @@ import hashlib
 import math
 import os
 from collections import OrderedDict
-from collections.abc import Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-from kshot.adapters.base import Shared
 from kshot.errors import UserError
 from kshot.files import cache_folder, write_atomically
 
 MEMORY = 1 << 30  # bytes of decompositions kept in memory: twice what all blocks of a ViT-B take
 ON_DISK = 256 * 256  # elements from which a weight is faster read than decomposed
-TOLERANCE = 1e-4  # rounding moves fingerprints by less than 1e-8, the flip of one pair in a thousand by about 0.1
 
 
 class SVD(NamedTuple):
@@ -66,8 +64,7 @@ def svd_of(weight: Tensor) -> SVD:
     assert weight.ndim == 2
     out, width = weight.shape
     if weight.is_meta:
-        n = min(out, width)
-        return SVD(*(torch.empty(shape, dtype=torch.float32, device="meta") for shape in ((out, n), (n,), (n, width))))
+        return _empty(out, width)
     with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
         values = weight.detach().to("cpu", torch.float32).contiguous()
         digest = hashlib.sha256(f"{out} {width}\n".encode())
@@ -76,6 +73,11 @@ def svd_of(weight: Tensor) -> SVD:
         svd = _memory.get(key) or _from_disk(key, values)
         _remember(key, svd)
         return SVD(*(t.to(weight.device) for t in svd))
+
+
+def _empty(out: int, width: int) -> SVD:
+    n = min(out, width)
+    return SVD(*(torch.empty(shape, dtype=torch.float32, device="meta") for shape in ((out, n), (n,), (n, width))))
 
 
 def _remember(key: str, svd: SVD) -> None:
@@ -87,13 +89,13 @@ def _remember(key: str, svd: SVD) -> None:
 
 def _from_disk(key: str, values: Tensor) -> SVD:
     file = _file_of(key, values)
-    svd = _read(file, values) if file else None
+    if file is None:
+        return _decompose(values)
+    svd = _read(file, values)
     if svd is None:
         svd = _decompose(values)
-        if file:
-            tensors = svd._asdict()
-            with suppress(UserError):  # a folder that cannot be written costs the next process a second
-                write_atomically(file, lambda beside: save_file(tensors, beside))
+        with suppress(UserError):  # a folder that cannot be written costs the next process a second
+            write_atomically(file, partial(save_file, svd._asdict()))
     return svd
 
 
@@ -106,14 +108,12 @@ def _file_of(key: str, values: Tensor) -> Path | None:
 
 
 def _read(file: Path, values: Tensor) -> SVD | None:
-    out, width = values.shape
-    n = min(out, width)
     try:
         svd = SVD(**load(file.read_bytes()))  # not mapped: the file may be cut while the tensors are in use
     except Exception:  # a broken file may raise anything in a reader
         return None
-    as_expected = [t.shape for t in svd] == [(out, n), (n,), (n, width)] and all(t.dtype == torch.float32 for t in svd)
-    return svd if as_expected else None
+    pairs = zip(svd, _empty(*values.shape), strict=True)
+    return svd if all((a.shape, a.dtype) == (b.shape, b.dtype) for a, b in pairs) else None
 
 
 def _decompose(values: Tensor) -> SVD:
@@ -132,8 +132,8 @@ def fingerprint(svd: SVD, rank: int | None = None) -> float:
 
     p and q are fixed vectors of ±1, so each p·u_j is of order 1; c_j = 1/2 + frac(j (√5 - 1) / 2), j = 1 ... r, differs
     by at least 0.38 between neighbours; g_j = s_j² / (s_j² + 10⁻⁶ s_1²) leaves out pairs that are arbitrary because
-    their singular value is zero. A flip of one pair, a rotation of two or another weight move f by about 1/√r to 1.
-    Singular values count through g alone.
+    their singular value is zero. A flip of one pair, a rotation of two or another weight move f by about 1/√r to 1,
+    rounding by less than 1e-8. Singular values count through g alone.
 
     Args:
         svd: of any weight; of a meta tensor, the fingerprint is nan.
@@ -158,11 +158,6 @@ def _signs(count: int, start: int) -> Tensor:
     return 1.0 - 2.0 * ((h ^ (h >> 15)) & 1).double()
 
 
-def same(a: float, b: float) -> bool:
-    """Whether two fingerprints are those of one basis: they differ by at most 1e-4, relative where they exceed 1."""
-    return math.isclose(a, b, rel_tol=TOLERANCE, abs_tol=TOLERANCE)
-
-
 def relative_gap(svd: SVD) -> float:
     """The smallest (s_j - s_{j+1}) / s_1: how well single pairs are determined.
 
@@ -175,18 +170,3 @@ def relative_gap(svd: SVD) -> float:
         return math.nan
     s = svd.s.detach().to("cpu", torch.float64)
     return float((s[:-1] - s[1:]).min() / s[0].clamp_min(1e-300))
-
-
-class SingularPairs(Shared):
-    """Says which singular pairs the coefficients of a method stand on, so that a checkpoint is refused on others.
-
-    Args:
-        fingerprints: of the pairs in use, by slot, from :func:`fingerprint`.
-    """
-
-    def __init__(self, fingerprints: Mapping[str, float]) -> None:
-        super().__init__()
-        self.fingerprints = dict(fingerprints)
-
-    def fingerprint(self) -> dict[str, Any]:
-        return {"svd": self.fingerprints}

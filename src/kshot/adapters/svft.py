@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from kshot.adapters.base import SlotAdapter, generator_for
+from kshot.adapters.base import Shared, SlotAdapter, generator_for
 from kshot.adapters.random_basis import words
-from kshot.adapters.svd import SVD, SingularPairs, fingerprint, relative_gap, svd_of
+from kshot.adapters.svd import SVD, fingerprint, relative_gap, svd_of
 from kshot.errors import UserError
 from kshot.holding import Castable
 from kshot.layers import FullRankLayer
@@ -39,9 +39,6 @@ class SVFT(SlotAdapter):
         save_factors: checkpoints hold U, Σ and Vᵀ; None keeps those of weights with (almost) equal singular values,
             whose vectors may come out otherwise on another machine, unless the pattern is plain.
         seed: of the random pattern.
-
-    Raises:
-        UserError: a setting outside its range.
     """
 
     pattern: Literal["plain", "banded", "random", "top_k"] = "plain"
@@ -54,21 +51,20 @@ class SVFT(SlotAdapter):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require("pattern", self.pattern in ("plain", "banded", "random", "top_k"), "be a known pattern")
+        self.require_known("pattern", "start")
         self.require("band", self.band >= 1, "be at least 1; without any, the pattern is plain")
         chosen = self.pattern in ("random", "top_k")
         self.require("entries", self.entries is None or chosen, "be null unless the pattern is random or top_k")
         self.require("entries", self.entries is None or self.entries >= 1, "be at least 1")
-        self.require("start", self.start in ("zero", "reference"), "be zero or reference")
         self.require("seed", 0 <= self.seed < 2**63, "lie in 0 ... 2^63 - 1")
 
-    def prepare(self, slots: Mapping[str, Slot]) -> SingularPairs | None:
+    def prepare(self, slots: Mapping[str, Slot]) -> Shared | None:
         """Tells bases apart, pairs of small singular values included: M may weigh them as much as any other."""
         found = {name: svd for name, slot in slots.items() if not self.stores(svd := svd_of(slot.weight))}
         prints = {name: fingerprint(svd._replace(s=torch.ones_like(svd.s))) for name, svd in found.items()}
-        return SingularPairs(prints) if prints else None
+        return Shared(described={"svd": prints}) if prints else None
 
-    def wrap(self, slot: Slot, shared: SingularPairs | None) -> SVFTLayer:  # noqa: ARG002  the basis is the slot's own
+    def wrap(self, slot: Slot, shared: Shared | None) -> SVFTLayer:  # noqa: ARG002  the basis is the slot's own
         svd = svd_of(slot.weight)
         if self.save_factors is False and self.is_ambiguous(svd):
             raise UserError(
@@ -199,7 +195,7 @@ class SVFTLayer(FullRankLayer, Castable):
         return self.u, self.s, self.vt
 
     def delta(self) -> Tensor:
-        return self.u @ self.omega.times(self.m(), self.vt.T).T
+        return self.build(self.u.dtype)
 
     def build(self, dtype: torch.dtype) -> Tensor:
         u, _, _ = self.frozen(dtype)
