@@ -212,11 +212,8 @@ class RankBudget(Shared):
 
     def prune(self, own: Sequence[AdaLoRALayer], budget: int) -> list[Tensor]:
         """Sets E to 0 where scores are lowest; gives what is kept, (r,) booleans a layer."""
-        surplus = self.settings.initial_rank * len(own) - budget
-        if surplus <= 0:
-            return [torch.ones_like(layer.kept) for layer in own]
-        scores = self.scores(own)
-        threshold = torch.cat(scores).kthvalue(surplus).values
+        surplus, scores = self.settings.initial_rank * len(own) - budget, self.scores(own)
+        threshold = torch.cat(scores).kthvalue(surplus).values if surplus > 0 else -math.inf
         kept = [~(score <= threshold) for score in scores]
         for layer, keep in zip(own, kept, strict=True):
             layer.E.masked_fill_(~keep[:, None], 0)

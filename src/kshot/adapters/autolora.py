@@ -17,8 +17,6 @@ from kshot.layers import LowRankLayer
 from kshot.products import Factors
 from kshot.slots import Slot
 
-RankRule = Literal["softmax", "raw"]
-
 
 @dataclass(frozen=True)
 class AutoLoRA(SlotAdapter):
@@ -41,7 +39,7 @@ class AutoLoRA(SlotAdapter):
     alpha: float = 16.0
     search_steps: int | None = None
     search_lr: float = 1e-3
-    rank_rule: RankRule = "softmax"
+    rank_rule: Literal["softmax", "raw"] = "softmax"
     first_order: bool = False
 
     def __post_init__(self) -> None:
@@ -99,7 +97,7 @@ class AutoLoRALayer(LowRankLayer):
         return dict(saved)
 
 
-def rank_of(a: Tensor, rule: RankRule) -> int:
+def rank_of(a: Tensor, rule: str) -> int:
     """The rank that an a, (k,), stands for: its entries of at least average weight."""
     a = a.detach().double()
     weight = a.softmax(0) if rule == "softmax" else a / a.sum()

@@ -225,11 +225,9 @@ def select_slots(backbone: Backbone, patterns: Sequence[str]) -> dict[str, Slot]
     chosen = select(single, [p for p in patterns if p not in only_fused], what)
     chosen |= select(fused, only_fused, what)
     for name, slot in chosen.items():
-        other = slot.taken()
         rivals = [n for n, s in chosen.items() if s.projection is slot.projection and n != name]
-        if other is None and slot.part == slot.projection.whole and rivals:
-            other = rivals[0]
-        if other is not None:
+        whole = slot.part == slot.projection.whole
+        if other := slot.taken() or (rivals[0] if whole and rivals else None):
             raise UserError(f"{name} and {other} are the same rows of one weight: a row takes one adapter.")
     return chosen
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -88,8 +87,7 @@ class NOLALayer(LowRankLayer):
         return [self.combinations.combine([self])[0] if self.made is None else self.made]
 
     def stored(self) -> dict[str, Tensor]:
-        packed = [pack(name, p.detach(), self.save_bits) for name, p in self.named_parameters()]
-        return {name: tensor for one in packed for name, tensor in one.items()}
+        return pack("alpha", self.alpha.detach(), self.save_bits) | pack("beta", self.beta.detach(), self.save_bits)
 
     def from_stored(self, saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: unpack(name, saved) for name in dict.fromkeys(key.split(".")[0] for key in saved)}
@@ -113,8 +111,8 @@ class Combinations(Shared):
             self.B: Side = SharedSide(settings, "nola.B", outputs, settings.scale, device)
         else:
             keep = device if total * sum(inputs + outputs) <= KEPT else None
-            self.A = LayerSide(settings, [f"nola.{name}.A" for name in slots], inputs, 1.0, keep)
-            self.B = LayerSide(settings, [f"nola.{name}.B" for name in slots], outputs, settings.scale, keep)
+            self.A = Side(settings, [f"nola.{name}.A" for name in slots], inputs, 1.0, keep)
+            self.B = Side(settings, [f"nola.{name}.B" for name in slots], outputs, settings.scale, keep)
         self.described = {"A": self.A.described, "B": self.B.described}
 
     def begin_pass(self, layers: Layers) -> None:
@@ -133,25 +131,48 @@ class Combinations(Shared):
         return [Factors(b, v.A0 + a.T) for v, a, b in zip(layers, down, up, strict=True)]
 
 
-class Side(nn.Module, ABC):
+class Side(nn.Module):
     """The basis of one factor in every layer: K matrices of (width, r), where A_kᵀ is (in, r) and B_k is (out, r).
 
-    They are drawn with variance 1; the scale that a layer's should have goes to its coefficients.
+    They are drawn with variance 1; the scale that a layer's should have goes to its coefficients. Here each layer has
+    its own, which are kept on a device if one is named, else made anew, a few at a time.
 
     Args:
         settings: of the method.
         streams: of random numbers; the first, and with it the generator, is described.
         widths: by layer.
         scale: of the factor.
-        first: width of what comes from the first stream.
+        keep: the device, or None.
     """
 
-    def __init__(self, settings: NOLA, streams: Sequence[str], widths: Sequence[int], scale: float, first: int) -> None:
+    def __init__(
+        self, settings: NOLA, streams: Sequence[str], widths: Sequence[int], scale: float, keep: torch.device | None
+    ) -> None:
         super().__init__()
         self.bases, self.rank, self.seed = settings.bases, settings.rank, settings.seed
-        self.streams, self.widths = streams, widths
+        self.streams, self.widths, self.kept = streams, widths, keep is not None
         self.scales = [scale * entry_scale(settings, width) for width in widths]
-        self.described = describe(self.seed, streams[0], "uniform", (self.bases, first, self.rank))
+        self.described = describe(self.seed, streams[0], "uniform", (self.bases, widths[0], self.rank))
+        for index in range(len(widths) if self.kept else 0):
+            drawn = self.draw(index, 0, self.bases, torch.empty(0, device=keep))
+            self.register_buffer(f"matrices_{index}", drawn, persistent=False)
+
+    def draw(self, index: int, first: int, count: int, like: Tensor) -> Tensor:
+        """Matrices of a layer from the given one on, (count, width r)."""
+        size, stream = self.widths[index] * self.rank, self.streams[index]
+        place = first * size, count * size
+        drawn = values(self.seed, stream, "uniform", *place, device=like.device, dtype=like.dtype)
+        return drawn.view(count, size)
+
+    def chunks(self, index: int, like: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """The matrices of one layer, (some of K, width r), with where they stand among the K."""
+        if self.kept:
+            yield slice(None), self.get_buffer(f"matrices_{index}")
+            return
+        step = max(1, CHUNK // (self.widths[index] * self.rank))
+        for first in range(0, self.bases, step):
+            count = min(step, self.bases - first)
+            yield slice(first, first + count), self.draw(index, first, count, like)
 
     def forward(self, which: Sequence[int], coefficients: Sequence[Tensor]) -> Sequence[Tensor]:
         """The combinations of some layers, (width, r) each, with their gradients."""
@@ -160,10 +181,6 @@ class Side(nn.Module, ABC):
         with torch.autocast(coefficients[0].device.type, enabled=False):
             found: Sequence[Tensor] = Combine.apply(self, which, *coefficients)
         return found
-
-    @abstractmethod
-    def chunks(self, index: int, like: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """The matrices of one layer, (some of K, width r), with where they stand among the K."""
 
     def combine_one(self, index: int, coefficients: Tensor) -> Tensor:
         """The combination of one layer by plain operations."""
@@ -180,8 +197,35 @@ class Side(nn.Module, ABC):
         return [torch.cat([m @ g for _, m in self.chunks(i, g)]) for i, g in scaled]
 
 
+class SharedSide(Side):
+    """One basis for all layers, of which each takes the leading rows: one product combines for all."""
+
+    matrices: Tensor
+
+    def __init__(self, settings: NOLA, stream: str, widths: Sequence[int], scale: float, device: torch.device) -> None:
+        super().__init__(settings, [stream], widths, scale, None)
+        shape = (self.bases, max(widths), self.rank)
+        self.described = describe(self.seed, stream, "uniform", shape)
+        drawn = basis(self.seed, stream, "uniform", shape, device=device)
+        self.register_buffer("matrices", drawn.flatten(1), persistent=False)
+
+    def chunks(self, index: int, like: Tensor) -> Iterator[tuple[slice, Tensor]]:  # noqa: ARG002  it is at hand
+        yield slice(None), self.matrices[:, : self.widths[index] * self.rank]
+
+    def combine(self, which: Sequence[int], coefficients: Sequence[Tensor]) -> list[Tensor]:
+        stacked = torch.stack([self.scales[i] * c for i, c in zip(which, coefficients, strict=True)])
+        widest = max(self.widths[i] for i in which)
+        rows = (stacked @ self.matrices[:, : widest * self.rank]).unflatten(1, (widest, self.rank))
+        return [row[: self.widths[i]] for i, row in zip(which, rows, strict=True)]
+
+    def project(self, which: Collection[int], gradients: Collection[Tensor]) -> list[Tensor]:
+        scaled = [self.scales[i] * g.flatten() for i, g in zip(which, gradients, strict=True)]
+        rows = nn.utils.rnn.pad_sequence(scaled, batch_first=True)
+        return list(rows @ self.matrices[:, : rows.shape[1]].T)
+
+
 class Combine(torch.autograd.Function):
-    """Coefficients of some layers to their factors of one side."""
+    """Coefficients of some layers to their factors of one side, with one product each way where they share a basis."""
 
     @staticmethod
     def forward(ctx: Any, side: Side, which: Sequence[int], *coefficients: Tensor) -> tuple[Tensor, ...]:
@@ -204,60 +248,6 @@ def entry_scale(settings: NOLA, width: int) -> float:
     """Standard deviation of the entries of A_k or B_k, given in or out."""
     inverse = {"official": 3 * settings.bases, "vit": 3 * width * settings.rank, "randlora": 1}[settings.start]
     return 1 / math.sqrt(inverse)
-
-
-class SharedSide(Side):
-    """One basis for all layers, of which each takes the leading rows: one product combines for all."""
-
-    matrices: Tensor
-
-    def __init__(self, settings: NOLA, stream: str, widths: Sequence[int], scale: float, device: torch.device) -> None:
-        super().__init__(settings, [stream], widths, scale, max(widths))
-        drawn = basis(self.seed, stream, "uniform", (self.bases, max(widths) * self.rank), device=device)
-        self.register_buffer("matrices", drawn, persistent=False)
-
-    def chunks(self, index: int, like: Tensor) -> Iterator[tuple[slice, Tensor]]:  # noqa: ARG002  it is at hand
-        yield slice(None), self.matrices[:, : self.widths[index] * self.rank]
-
-    def combine(self, which: Sequence[int], coefficients: Sequence[Tensor]) -> list[Tensor]:
-        stacked = torch.stack([self.scales[i] * c for i, c in zip(which, coefficients, strict=True)])
-        widest = max(self.widths[i] for i in which)
-        rows = (stacked @ self.matrices[:, : widest * self.rank]).unflatten(1, (widest, self.rank))
-        return [row[: self.widths[i]] for i, row in zip(which, rows, strict=True)]
-
-    def project(self, which: Collection[int], gradients: Collection[Tensor]) -> list[Tensor]:
-        scaled = [self.scales[i] * g.flatten() for i, g in zip(which, gradients, strict=True)]
-        rows = nn.utils.rnn.pad_sequence(scaled, batch_first=True)
-        return list(rows @ self.matrices[:, : rows.shape[1]].T)
-
-
-class LayerSide(Side):
-    """A basis for each layer: on a device if that is named, else made anew, a few matrices at a time."""
-
-    def __init__(
-        self, settings: NOLA, streams: Sequence[str], widths: Sequence[int], scale: float, device: torch.device | None
-    ) -> None:
-        super().__init__(settings, streams, widths, scale, widths[0])
-        self.keep = device is not None
-        for index in range(len(widths) if self.keep else 0):
-            drawn = self.draw(index, 0, self.bases, torch.empty(0, device=device))
-            self.register_buffer(f"matrices_{index}", drawn, persistent=False)
-
-    def draw(self, index: int, first: int, count: int, like: Tensor) -> Tensor:
-        """Matrices of a layer from the given one on, (count, width r)."""
-        size, stream = self.widths[index] * self.rank, self.streams[index]
-        place = first * size, count * size
-        drawn = values(self.seed, stream, "uniform", *place, device=like.device, dtype=like.dtype)
-        return drawn.view(count, size)
-
-    def chunks(self, index: int, like: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        if self.keep:
-            yield slice(None), self.get_buffer(f"matrices_{index}")
-            return
-        step = max(1, CHUNK // (self.widths[index] * self.rank))
-        for first in range(0, self.bases, step):
-            count = min(step, self.bases - first)
-            yield slice(first, first + count), self.draw(index, first, count, like)
 
 
 def pack(name: str, tensor: Tensor, bits: int) -> dict[str, Tensor]:

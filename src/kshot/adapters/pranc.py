@@ -97,16 +97,14 @@ class Coefficients(Shared):
         sizes = {name: slots[name].weight.numel() for name in sorted(slots)}
         total, ends = sum(sizes.values()), accumulate(sizes.values())
         self.kept = 4 * settings.coefficients * total <= KEPT
+        self.alpha = None
         if settings.scope == "global":
             weight = next(iter(slots.values())).weight
-            self.alpha = nn.Parameter(
-                torch.zeros(settings.coefficients, device="cpu" if weight.is_meta else weight.device)
-            )
+            device = "cpu" if weight.is_meta else weight.device
+            self.alpha = nn.Parameter(torch.zeros(settings.coefficients, device=device))
             self.places = {n: Place("pranc", end - sizes[n], total) for n, end in zip(sizes, ends, strict=True)}
         else:
-            self.register_parameter("alpha", None)
             self.places = {name: Place(f"pranc.{name}", 0, size) for name, size in sizes.items()}
-
         place = next(iter(self.places.values()))
         if settings.basis == "hashed":
             about = describe(settings.seed, place.stream, "permutation", [settings.hashes, place.total])
@@ -125,10 +123,9 @@ class PRANCLayer(FullRankLayer):
 
     def __init__(self, slot: Slot, settings: PRANC, shared: Coefficients) -> None:
         super().__init__(slot)
-        self.settings, self.place, self.size = settings, shared.places[slot.name], slot.weight.numel()
-        self.shared = shared
-        own = nn.Parameter(torch.zeros(settings.coefficients)) if shared.alpha is None else None
-        self.register_parameter("alpha", own)
+        self.settings, self.shared = settings, shared
+        self.place, self.size = shared.places[slot.name], slot.weight.numel()
+        self.alpha = nn.Parameter(torch.zeros(settings.coefficients)) if shared.alpha is None else None
 
     def coefficients(self) -> nn.Parameter:
         """α, (K,): the layer's own, or that of all."""
@@ -217,12 +214,10 @@ class Combination(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, layer: DenseLayer, alpha: Tensor) -> Tensor:
-        """Returns ΔW, (out, in)."""
         ctx.layer = layer
         return layer.build(alpha.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
-        """The gradient of α."""
         return None, *ctx.layer.pullback(gradient)

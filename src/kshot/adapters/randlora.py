@@ -201,12 +201,10 @@ class ScaledBasis(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, lambdas: Tensor, gammas: Tensor, base: Tensor) -> Tensor:
-        """Returns Â, (n r, d)."""
         ctx.save_for_backward(lambdas, gammas, base)
         return scaled(lambdas, gammas, base)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
-        """Gradients of Λ and Γ."""
         return (*pulled_back(gradient, *ctx.saved_tensors), None)

@@ -68,7 +68,7 @@ def values(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Elements of an endless sequence of mean 0 and variance 1: the same bits however the sequence is cut.
+    """Elements, (count,), of an endless sequence of mean 0 and variance 1: the same bits however it is cut.
 
     Each is computed in float32 with at most one rounding, and cast at the end:
 
@@ -78,14 +78,8 @@ def values(
       (k + 2^15 + ½) / 2^16, all of them divided by their root mean square, in float32. No value lies beyond ±4.33.
     * ``ternary``, 2 a word: with k a half in two's complement and t = round(2^32 / sparsity), +1 where k ≥ 2^31 - t,
       -1 where k < t - 2^31, else 0, times float32(√(sparsity / 2)). So +1 and -1 have the probability 1 / sparsity
-      each; a sparsity of 2 leaves no zeros.
+      each; a sparsity of 2 leaves no zeros, and one outside 2 to 65,536 is a UserError.
     * ``sign``, 64 a word: +1 for a bit that is set, -1 for one that is not.
-
-    Returns:
-        (count,), of the dtype.
-
-    Raises:
-        UserError: a sparsity outside 2 to 65,536 for ``ternary``, or an impossible seed.
     """
     assert dtype.is_floating_point
     per_word, decode = _decoder(distribution, sparsity)
@@ -117,11 +111,9 @@ def permutation(seed: int, stream: str, start: int, count: int, device: torch.de
 
 
 def checksum(tensor: Tensor) -> str:
-    """A cheap proof that the same basis came out again.
+    """A cheap proof that the same basis came out again: ``sha256:`` and the first 16 hexadecimal digits.
 
-    Returns:
-        ``sha256:`` and the first 16 hexadecimal digits of the hash of the first 16 values in row-major order, or of
-        all where there are fewer, as little-endian float32.
+    It is of the first 16 values in row-major order, or of all where there are fewer, as little-endian float32.
     """
     first = tensor.detach().reshape(-1)[:16].to("cpu", torch.float32).tolist()
     return "sha256:" + hashlib.sha256(struct.pack(f"<{len(first)}f", *first)).hexdigest()[:16]

@@ -71,20 +71,16 @@ def svd_of(weight: Tensor) -> SVD:
         digest.update(values.numpy().data)
         key = digest.hexdigest()
         svd = _memory.get(key) or _from_disk(key, values)
-        _remember(key, svd)
+        _memory[key] = svd
+        _memory.move_to_end(key)
+        while sum(t.nbytes for kept in _memory.values() for t in kept) > MEMORY:
+            _memory.popitem(last=False)
         return SVD(*(t.to(weight.device) for t in svd))
 
 
 def _empty(out: int, width: int) -> SVD:
     n = min(out, width)
     return SVD(*(torch.empty(shape, dtype=torch.float32, device="meta") for shape in ((out, n), (n,), (n, width))))
-
-
-def _remember(key: str, svd: SVD) -> None:
-    _memory[key] = svd
-    _memory.move_to_end(key)
-    while sum(t.nbytes for kept in _memory.values() for t in kept) > MEMORY:
-        _memory.popitem(last=False)
 
 
 def _from_disk(key: str, values: Tensor) -> SVD:

@@ -184,8 +184,7 @@ class SVFTLayer(FullRankLayer, Castable):
         size = omega.size
         drawn = torch.randn(size, generator=generator_for(slot.name)) if reference else torch.zeros(size)
         self.values = nn.Parameter(math.sqrt(2 / size) * drawn)
-        gated = reference or settings.gate
-        self.register_parameter("gate", nn.Parameter(torch.zeros(())) if gated else None)
+        self.gate = nn.Parameter(torch.zeros(())) if reference or settings.gate else None
 
     def m(self) -> Tensor:
         """The entries of M on Ω, (|Ω|,)."""
