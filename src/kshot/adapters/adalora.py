@@ -70,13 +70,9 @@ class AdaLoRA(SlotAdapter):
 
 
 class AdaLoRALayer(LowRankLayer):
-    """``y + s drop(x) (E ⊙ A)ᵀ Bᵀ``; A, (r, in), and B, (out, r), start at N(0, 0.02²), E, (r, 1), at zero.
+    """``y + s drop(x) (E ⊙ A)ᵀ Bᵀ``; A, (r, in), and B, (out, r), start at N(0, 0.02²), E, (r, 1), at zero."""
 
-    Attributes:
-        kept: (r,), False for triplets that were pruned for good. Files hold the others alone.
-    """
-
-    kept: Tensor
+    kept: Tensor  # (r,), False for triplets that were pruned for good; files hold the others alone
 
     def __init__(self, slot: Slot, rank: int, scale: float) -> None:
         super().__init__(slot)
@@ -111,14 +107,10 @@ class RankBudget(Shared):
 
     A pruned triplet has E[k] = 0. It goes on training and returns when its score rises again, until the pattern is
     fixed, t_f steps before the end. From then on its E is set to 0 after every step.
-
-    Attributes:
-        importance: Ī, smoothed sensitivity of every element of every A, E and B, in one row, by slot.
-        uncertainty: Ū, smoothed deviation of the sensitivity from Ī.
     """
 
-    importance: Tensor
-    uncertainty: Tensor
+    importance: Tensor  # Ī, smoothed sensitivity of every element of every A, E and B, in one row, by slot
+    uncertainty: Tensor  # Ū, smoothed deviation of the sensitivity from Ī, likewise
 
     def __init__(self, settings: AdaLoRA, slots: Mapping[str, Slot]) -> None:
         super().__init__(slots)

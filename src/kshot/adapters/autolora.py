@@ -59,16 +59,11 @@ class AutoLoRA(SlotAdapter):
 
 
 class AutoLoRALayer(LowRankLayer):
-    """In the search ``y + s (drop(x) Aᵀ) (B ⊙ softmax(a))ᵀ`` with a, (k,), from 1; then LoRA.
-
-    Attributes:
-        a: how much each term counts; None after the search.
-        searched: the last a, (k,), for the record; None before.
-    """
+    """In the search ``y + s (drop(x) Aᵀ) (B ⊙ softmax(a))ᵀ`` with a, (k,), from 1; then LoRA."""
 
     undecayed = frozenset({"a"})
-    a: nn.Parameter | None
-    searched: Tensor | None
+    a: nn.Parameter | None  # how much each term counts; None after the search
+    searched: Tensor | None  # the last a, for the record; None before
 
     def __init__(self, slot: Slot, rank: int, alpha: float) -> None:
         super().__init__(slot)

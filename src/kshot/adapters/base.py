@@ -115,25 +115,15 @@ class Shared(nn.Module):
 
 @dataclass(frozen=True)
 class SearchProblem:
-    """What a method may use to decide what to train: the run's loss on two disjoint halves of the shots.
+    """What a method may use to decide what to train: the run's loss on two disjoint halves of the shots."""
 
-    Attributes:
-        layers: of the method.
-        train: endless batches of one half.
-        val: endless batches of the other.
-        loss: of a batch, with the graph.
-        optimizer: makes the run's optimizer for parameters.
-        parameters: all that train.
-        steps: optimizer steps in the run.
-    """
-
-    layers: Layers
-    train: Iterator[Any]
-    val: Iterator[Any]
-    loss: Callable[[Any], Tensor]
-    optimizer: Callable[[Iterable[nn.Parameter]], Optimizer]
-    parameters: Sequence[nn.Parameter]
-    steps: int
+    layers: Layers  # of the method
+    train: Iterator[Any]  # endless batches of one half
+    val: Iterator[Any]  # endless batches of the other
+    loss: Callable[[Any], Tensor]  # of a batch, with the graph
+    optimizer: Callable[[Iterable[nn.Parameter]], Optimizer]  # makes the run's optimizer for parameters
+    parameters: Sequence[nn.Parameter]  # all that train
+    steps: int  # optimizer steps in the run
 
 
 @dataclass(frozen=True, kw_only=True)

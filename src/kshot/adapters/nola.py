@@ -61,14 +61,10 @@ class NOLA(RankAdapter):
 
 
 class NOLALayer(LowRankLayer):
-    """Has the coefficients. What they combine to is made for all layers of a pass together.
-
-    Attributes:
-        made: the factors, for the time of a pass.
-    """
+    """Has the coefficients. What they combine to is made for all layers of a pass together."""
 
     A0: Tensor
-    made: Factors | None = None
+    made: Factors | None = None  # for the time of a pass
 
     def __init__(self, slot: Slot, combinations: Combinations, settings: NOLA) -> None:
         super().__init__(slot)
@@ -94,12 +90,7 @@ class NOLALayer(LowRankLayer):
 
 
 class Combinations(Shared):
-    """The bases, and what the coefficients of layers combine to by them.
-
-    Attributes:
-        A: of the factors (r, in).
-        B: of the factors (out, r).
-    """
+    """The bases, A of the factors (r, in) and B of (out, r), and what the coefficients of layers combine to by them."""
 
     def __init__(self, settings: NOLA, slots: Mapping[str, Slot]) -> None:
         super().__init__(slots)

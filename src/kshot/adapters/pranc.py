@@ -82,21 +82,15 @@ class Place(NamedTuple):
 
 
 class Coefficients(Shared):
-    """The coefficients of the global scope, and the place of every slot in the basis.
+    """The coefficients of the global scope, and the place of every slot in the basis."""
 
-    Attributes:
-        alpha: α, (K,), or None where each layer has its own.
-        places: by slot.
-        kept: whether a dense basis is small enough to be kept in memory.
-    """
-
-    alpha: nn.Parameter | None
+    alpha: nn.Parameter | None  # α, (K,), or None where each layer has its own
 
     def __init__(self, settings: PRANC, slots: Mapping[str, Slot]) -> None:
         super().__init__()
         sizes = {name: slots[name].weight.numel() for name in sorted(slots)}
         total, ends = sum(sizes.values()), accumulate(sizes.values())
-        self.kept = 4 * settings.coefficients * total <= KEPT
+        self.kept = 4 * settings.coefficients * total <= KEPT  # a dense basis, in memory
         self.alpha = None
         if settings.scope == "global":
             weight = next(iter(slots.values())).weight

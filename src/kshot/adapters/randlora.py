@@ -82,17 +82,13 @@ class Rows(NamedTuple):
 
 
 class RandomBases(FrozenBases, Castable):
-    """A, (r, d), and B, (D, n, r), for the largest d, D and n of all layers; each takes what it needs of them.
-
-    Attributes:
-        rows: parts of B_flat in float32 without their zeros, made when layers are; by rows, terms, and whether they are
-            transposed.
-    """
+    """A, (r, d), and B, (D, n, r), for the largest d, D and n of all layers; each takes what it needs of them."""
 
     def __init__(self, settings: RandLoRA, shapes: Mapping[str, tuple[int, ...]], device: torch.device) -> None:
         advice, kind = "adapt slots of smaller matrices", (settings.basis, settings.sparsity)
         super().__init__("RandLoRA", settings.seed, shapes, device, advice, *kind)
         self.rare = settings.basis == "ternary" and 2 / settings.sparsity < SPARSE
+        # Parts of B_flat in float32 without their zeros: by rows, terms, and whether they are transposed.
         self.rows: dict[tuple[int, int, bool], Rows] = {}
 
     def frozen_tensors(self) -> tuple[Tensor]:

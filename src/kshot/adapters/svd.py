@@ -28,17 +28,11 @@ ON_DISK = 256 * 256  # elements from which a weight is faster read than decompos
 
 
 class SVD(NamedTuple):
-    """A thin decomposition, float32, singular values descending.
+    """A thin decomposition, float32, singular values descending, n = min(out, in)."""
 
-    Attributes:
-        u: (out, n), n = min(out, in), orthonormal columns.
-        s: (n,).
-        vt: (n, in), orthonormal rows.
-    """
-
-    u: Tensor
-    s: Tensor
-    vt: Tensor
+    u: Tensor  # (out, n), orthonormal columns
+    s: Tensor  # (n,)
+    vt: Tensor  # (n, in), orthonormal rows
 
 
 _memory: OrderedDict[str, SVD] = OrderedDict()  # by key, the least recently used first

@@ -108,17 +108,13 @@ class SVFT(SlotAdapter):
 
 
 class Band(nn.Module):
-    """Ω of 2b + 1 diagonals. Values lie diagonal by diagonal: 0, 1, -1, 2, -2, ...; that of d holds M[j - d, j].
-
-    Attributes:
-        size: |Ω| = n (2b + 1) - b (b + 1).
-    """
+    """Ω of 2b + 1 diagonals. Values lie diagonal by diagonal: 0, 1, -1, 2, -2, ...; that of d holds M[j - d, j]."""
 
     def __init__(self, n: int, band: int) -> None:
         super().__init__()
         offsets = [0] + [sign * d for d in range(1, band + 1) for sign in (1, -1)]
         self.lengths = [n - abs(d) for d in offsets]
-        self.size = sum(self.lengths)
+        self.size = sum(self.lengths)  # |Ω| = n (2b + 1) - b (b + 1)
         self.rows = [slice(max(-d, 0), n - max(d, 0)) for d in offsets]
         self.columns = [slice(max(d, 0), n - max(-d, 0)) for d in offsets]
 
@@ -138,17 +134,9 @@ class Band(nn.Module):
 
 
 class Positions(nn.Module):
-    """Ω of any positions; they are stored with the values, which mean nothing without them.
+    """Ω of any positions in M, (n, n); they are stored with the values, which mean nothing without them."""
 
-    Args:
-        n: of M, (n, n).
-        flat: row · n + column of each, (|Ω|,).
-
-    Attributes:
-        size: |Ω|.
-    """
-
-    flat: Tensor
+    flat: Tensor  # row · n + column of each, (|Ω|,)
 
     def __init__(self, n: int, flat: Tensor) -> None:
         super().__init__()
@@ -180,8 +168,7 @@ class SVFTLayer(FullRankLayer, Castable):
         stored, reference = settings.stores(svd), settings.start == "reference"
         for name, factor in svd._asdict().items():
             self.register_buffer(name, factor.clone() if stored else factor, persistent=stored)
-        self.omega = omega
-        size = omega.size
+        self.omega, size = omega, omega.size
         drawn = torch.randn(size, generator=generator_for(slot.name)) if reference else torch.zeros(size)
         self.values = nn.Parameter(math.sqrt(2 / size) * drawn)
         self.gate = nn.Parameter(torch.zeros(())) if reference or settings.gate else None
