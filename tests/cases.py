@@ -88,6 +88,7 @@ CASES: dict[str, dict[str, Case]] = {
     },
 }
 BAD: dict[str, list[dict[str, Any]]] = {
+    "FullTuning": [{"only": "biases"}],
     "LoRA": [
         {"rank": 0},
         {"rank": -1},

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from kshot.adapters import Adapter
 from kshot.backbones.base import Backbone
+from kshot.header import TOLERANCE, first_difference
 from kshot.slots import AdapterLayer, Projection, merge, unmerge
 
 SHAPES = {"qkv": (72, 24), "proj": (24, 24), "fc1": (96, 24), "fc2": (24, 96)}  # (out, in)
@@ -103,6 +104,11 @@ def relative(a: Tensor, b: Tensor) -> float:
     return float(
         (a.detach().double() - b.detach().double()).abs().max() / b.detach().double().abs().max().clamp(min=1e-30)
     )
+
+
+def same(a: float, b: float) -> bool:
+    """Whether a checkpoint takes two fingerprints for those of one basis."""
+    return first_difference(a, b, tolerance=TOLERANCE) is None
 
 
 def step(

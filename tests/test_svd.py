@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from oracle import same
 from torch import Tensor
 
 from kshot.adapters import svd as module
-from kshot.adapters.svd import SVD, fingerprint, relative_gap, same, svd_of
+from kshot.adapters.svd import SVD, fingerprint, relative_gap, svd_of
 from kshot.errors import UserError
 
 BIG = (256, 260)  # large enough to be kept on disk

@@ -17,6 +17,7 @@ settings_of = lambda c: {"class": type(c).__name__}  # noqa: E731  SHIM
 
 FORMAT = 3  # 2: without digest, and without settings but the adapter's. 1: also averages and PromptSRC kept otherwise
 INDIFFERENT = frozenset({"path", "save_bits"})  # how a method runs and is stored, not what it learns
+TOLERANCE = 1e-4  # of fingerprints: rounding moves them by less than 1e-8, the flip of one pair in a thousand by 0.1
 TRAINED_WITH = frozenset({"dropout"})  # what a measurement does not depend on
 
 
@@ -102,7 +103,7 @@ def check_fits(header: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     found = first_difference(stated, here, "model", INDIFFERENT | TRAINED_WITH)
     if found is not None:
         raise UserError(f"The checkpoint has {found[0]} {found[1]}, and the config {found[2]}.")
-    found = first_difference(header.get("frozen"), own["frozen"], "frozen basis", tolerance=1e-3)
+    found = first_difference(header.get("frozen"), own["frozen"], "frozen basis", tolerance=TOLERANCE)
     if found is not None:
         raise UserError(f"The checkpoint's {found[0]} is {found[1]}, and the config's {found[2]}.")
 

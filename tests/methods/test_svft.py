@@ -7,10 +7,11 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from oracle import same
 from reference_tower import trained_numbers
 
 from kshot.adapters import SVFT, svft
-from kshot.adapters.svd import SVD, same, svd_of
+from kshot.adapters.svd import SVD, svd_of
 from kshot.adapters.svft import Band, Positions, SingularProduct
 from kshot.errors import UserError
 from kshot.holding import merged, stored_as

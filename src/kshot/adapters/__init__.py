@@ -14,23 +14,3 @@ from kshot.adapters.pranc import PRANC
 from kshot.adapters.randlora import RandLoRA
 from kshot.adapters.svft import SVFT
 from kshot.adapters.vera import VeRA
-
-__all__ = [
-    "NOLA",
-    "PRANC",
-    "SVFT",
-    "AdaLoRA",
-    "Adapter",
-    "AutoLoRA",
-    "DoRA",
-    "FullTuning",
-    "HydraLoRA",
-    "LoRA",
-    "LoRAXS",
-    "PiSSA",
-    "RandLoRA",
-    "SearchProblem",
-    "Shared",
-    "SlotAdapter",
-    "VeRA",
-]

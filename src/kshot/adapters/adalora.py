@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from kshot.adapters.base import Layers, Shared, SlotAdapter, generator_for, require_rank
+from kshot.adapters.base import Layers, Shared, SlotAdapter, generator_for
 from kshot.errors import UserError
 from kshot.layers import LowRankLayer
 from kshot.products import Factors
@@ -32,9 +31,6 @@ class AdaLoRA(SlotAdapter):
         beta2: β₂, smoothing of its uncertainty.
         orthogonality: γ, weight of the term that keeps A and B orthogonal.
         squared: the term sums squared norms, as the paper has it, instead of norms, as its code and PEFT have it.
-
-    Raises:
-        UserError: a setting outside its range.
     """
 
     initial_rank: int = 12
@@ -52,7 +48,7 @@ class AdaLoRA(SlotAdapter):
         super().__post_init__()
         self.require("initial_rank", self.initial_rank >= 1, "be at least 1")
         self.require("target_rank", 1 <= self.target_rank <= self.initial_rank, "lie between 1 and initial_rank")
-        self.require("alpha", math.isfinite(self.scale) and self.scale > 0, "be a positive number")
+        self.require("alpha", 0 < self.scale < math.inf, "be a positive number")
         self.require("initial_steps", self.initial_steps is None or self.initial_steps >= 0, "not be negative")
         self.require("final_steps", self.final_steps is None or self.final_steps >= 0, "not be negative")
         self.require("every", self.every is None or self.every >= 1, "be at least 1")
@@ -66,8 +62,7 @@ class AdaLoRA(SlotAdapter):
         return (self.initial_rank if self.alpha is None else self.alpha) / (self.initial_rank + 1e-5)
 
     def prepare(self, slots: Mapping[str, Slot]) -> RankBudget:
-        for slot in slots.values():
-            require_rank(type(self).__name__, self.initial_rank, slot)
+        self.require_rank(self.initial_rank, slots)
         return RankBudget(self, slots)
 
     def wrap(self, slot: Slot, shared: RankBudget) -> AdaLoRALayer:  # noqa: ARG002  it finds its layers by their slots
@@ -75,13 +70,9 @@ class AdaLoRA(SlotAdapter):
 
 
 class AdaLoRALayer(LowRankLayer):
-    """``y + s drop(x) (E ⊙ A)ᵀ Bᵀ``; A, (r, in), and B, (out, r), start at N(0, 0.02²), E, (r, 1), at zero.
+    """``y + s drop(x) (E ⊙ A)ᵀ Bᵀ``; A, (r, in), and B, (out, r), start at N(0, 0.02²), E, (r, 1), at zero."""
 
-    Attributes:
-        kept: (r,), False for triplets that were pruned for good. Files hold the others alone.
-    """
-
-    kept: Tensor
+    kept: Tensor  # (r,), False for triplets that were pruned for good; files hold the others alone
 
     def __init__(self, slot: Slot, rank: int, scale: float) -> None:
         super().__init__(slot)
@@ -116,19 +107,14 @@ class RankBudget(Shared):
 
     A pruned triplet has E[k] = 0. It goes on training and returns when its score rises again, until the pattern is
     fixed, t_f steps before the end. From then on its E is set to 0 after every step.
-
-    Attributes:
-        slots: of its layers, in the order of what follows.
-        importance: Ī, smoothed sensitivity of every element of every A, E and B, in one row.
-        uncertainty: Ū, smoothed deviation of the sensitivity from Ī.
     """
 
-    importance: Tensor
-    uncertainty: Tensor
+    importance: Tensor  # Ī, smoothed sensitivity of every element of every A, E and B, in one row, by slot
+    uncertainty: Tensor  # Ū, smoothed deviation of the sensitivity from Ī, likewise
 
     def __init__(self, settings: AdaLoRA, slots: Mapping[str, Slot]) -> None:
-        super().__init__()
-        self.settings, self.slots = settings, tuple(slots)
+        super().__init__(slots)
+        self.settings = settings
         self.steps = self.initial_steps = self.final_steps = 0
         self.every = 1
         elements = settings.initial_rank * sum(s.in_features + 1 + s.out_features for s in slots.values())
@@ -136,12 +122,7 @@ class RankBudget(Shared):
         self.register_buffer("importance", torch.zeros(elements, device=device))
         self.register_buffer("uncertainty", torch.zeros(elements, device=device))
 
-    def own(self, layers: Layers) -> list[AdaLoRALayer]:
-        """The layers of this budget."""
-        return [cast(AdaLoRALayer, layers[name]) for name in self.slots]
-
     def ranks(self, layers: Layers) -> dict[str, int]:
-        """The ranks that layers have, by slot; pruning lowers them when it ends."""
         return {layer.slot.name: int(layer.kept.sum()) for layer in self.own(layers)}
 
     def penalty(self, layers: Layers) -> Tensor | None:
@@ -223,11 +204,8 @@ class RankBudget(Shared):
 
     def prune(self, own: Sequence[AdaLoRALayer], budget: int) -> list[Tensor]:
         """Sets E to 0 where scores are lowest; gives what is kept, (r,) booleans a layer."""
-        surplus = self.settings.initial_rank * len(own) - budget
-        if surplus <= 0:
-            return [torch.ones_like(layer.kept) for layer in own]
-        scores = self.scores(own)
-        threshold = torch.cat(scores).kthvalue(surplus).values
+        surplus, scores = self.settings.initial_rank * len(own) - budget, self.scores(own)
+        threshold = torch.cat(scores).kthvalue(surplus).values if surplus > 0 else -math.inf
         kept = [~(score <= threshold) for score in scores]
         for layer, keep in zip(own, kept, strict=True):
             layer.E.masked_fill_(~keep[:, None], 0)

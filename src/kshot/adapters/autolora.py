@@ -6,18 +6,16 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from kshot.adapters.base import Layers, SearchProblem, Shared, SlotAdapter, kaiming_uniform, require_rank
+from kshot.adapters.base import Layers, SearchProblem, Shared, SlotAdapter, kaiming_uniform
 from kshot.layers import LowRankLayer
 from kshot.products import Factors
 from kshot.slots import Slot
-
-RankRule = Literal["softmax", "raw"]
 
 
 @dataclass(frozen=True)
@@ -35,16 +33,13 @@ class AutoLoRA(SlotAdapter):
         rank_rule: softmax counts softmax(a)_j ≥ 1/k (paper), raw counts a_j / Σ a ≥ 1/k (the authors' code).
         first_order: takes the gradient of a at the weights as they are, without looking ahead (DARTS with ξ = 0): two
             passes a step instead of five.
-
-    Raises:
-        UserError: a setting outside its range.
     """
 
     max_rank: int = 8
     alpha: float = 16.0
     search_steps: int | None = None
     search_lr: float = 1e-3
-    rank_rule: RankRule = "softmax"
+    rank_rule: Literal["softmax", "raw"] = "softmax"
     first_order: bool = False
 
     def __post_init__(self) -> None:
@@ -53,11 +48,10 @@ class AutoLoRA(SlotAdapter):
         self.require("alpha", 0 < self.alpha < math.inf, "be a positive number")
         self.require("search_steps", self.search_steps is None or self.search_steps >= 1, "be at least 1")
         self.require("search_lr", 0 < self.search_lr < math.inf, "be a positive number")
-        self.require("rank_rule", self.rank_rule in {"softmax", "raw"}, "be softmax or raw")
+        self.require_known("rank_rule")
 
     def prepare(self, slots: Mapping[str, Slot]) -> RankSearch:
-        for slot in slots.values():
-            require_rank(type(self).__name__, self.max_rank, slot)
+        self.require_rank(self.max_rank, slots)
         return RankSearch(self, slots)
 
     def wrap(self, slot: Slot, shared: RankSearch) -> AutoLoRALayer:  # noqa: ARG002  it finds its layers by their slots
@@ -65,16 +59,11 @@ class AutoLoRA(SlotAdapter):
 
 
 class AutoLoRALayer(LowRankLayer):
-    """In the search ``y + s (drop(x) Aᵀ) (B ⊙ softmax(a))ᵀ`` with a, (k,), from 1; then LoRA.
-
-    Attributes:
-        a: how much each term counts; None after the search.
-        searched: the last a, (k,), for the record; None before.
-    """
+    """In the search ``y + s (drop(x) Aᵀ) (B ⊙ softmax(a))ᵀ`` with a, (k,), from 1; then LoRA."""
 
     undecayed = frozenset({"a"})
-    a: nn.Parameter | None
-    searched: Tensor | None
+    a: nn.Parameter | None  # how much each term counts; None after the search
+    searched: Tensor | None  # the last a, for the record; None before
 
     def __init__(self, slot: Slot, rank: int, alpha: float) -> None:
         super().__init__(slot)
@@ -103,7 +92,7 @@ class AutoLoRALayer(LowRankLayer):
         return dict(saved)
 
 
-def rank_of(a: Tensor, rule: RankRule) -> int:
+def rank_of(a: Tensor, rule: str) -> int:
     """The rank that an a, (k,), stands for: its entries of at least average weight."""
     a = a.detach().double()
     weight = a.softmax(0) if rule == "softmax" else a / a.sum()
@@ -111,30 +100,20 @@ def rank_of(a: Tensor, rule: RankRule) -> int:
 
 
 class RankSearch(Shared):
-    """Algorithm 1 of the paper: steps on a by validation loss and on the weights by training loss in turn, then ranks.
-
-    Attributes:
-        slots: of its layers.
-    """
+    """Algorithm 1 of the paper: steps on a by validation loss, on the weights by training loss, in turn; then ranks."""
 
     def __init__(self, settings: AutoLoRA, slots: Mapping[str, Slot]) -> None:
-        super().__init__()
-        self.settings, self.slots = settings, tuple(slots)
-
-    def own(self, layers: Layers) -> list[AutoLoRALayer]:
-        """The layers of this search."""
-        return [cast(AutoLoRALayer, layers[name]) for name in self.slots]
+        super().__init__(slots)
+        self.settings = settings
 
     def ranks(self, layers: Layers) -> dict[str, int]:
-        """The ranks that layers have, by slot."""
         return {layer.slot.name: len(layer.A) for layer in self.own(layers)}
 
     def search(self, problem: SearchProblem) -> None:
-        own = self.own(problem.layers)
-        searching = [(layer, layer.a) for layer in own if layer.a is not None]
-        if not searching:
+        layers = [layer for layer in self.own(problem.layers) if layer.a is not None]
+        if not layers:
             return
-        layers, a = [layer for layer, _ in searching], [a for _, a in searching]
+        a = [layer.a for layer in layers]
         weights = [w for w in problem.parameters if all(w is not other for other in a)]
         initial = [w.detach().clone() for w in weights]
         dropout = layers[0].dropout
@@ -150,8 +129,8 @@ class RankSearch(Shared):
             step(outer, a, hypergradient(train_loss, val_loss, weights, a, eta))
             step(inner, weights, gradients(train_loss(), weights))
         assign(weights, initial)
-        for layer, found in searching:
-            rank = rank_of(found, self.settings.rank_rule)
+        for layer in layers:
+            rank = rank_of(layer.a, self.settings.rank_rule)
             layer.settle(layer.A[:rank], layer.B[:, :rank])
             layer.dropout = dropout
 

@@ -8,14 +8,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from fnmatch import fnmatchcase
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from kshot.backbones.base import Backbone
-from kshot.errors import UserError
+from kshot.errors import UserError, require
 from kshot.slots import AdapterLayer, Path, Slot
 
 T = TypeVar("T")
@@ -23,7 +23,11 @@ Layers = Mapping[str, AdapterLayer]  # by slot
 
 
 class Adapter(ABC):
-    """The settings of a method. Subclasses are frozen dataclasses; a YAML names them by ``class_path``."""
+    """The settings of a method. Subclasses are frozen dataclasses; a YAML names them by ``class_path``.
+
+    Raises:
+        UserError: a setting outside its range, when it is made.
+    """
 
     @abstractmethod
     def attach(self, backbone: Backbone, targets: Sequence[str]) -> None:
@@ -46,13 +50,15 @@ class Adapter(ABC):
         return given | ({} if scale is None else {"scale": scale})
 
     def require(self, name: str, holds: bool, what: str) -> None:
-        """Refuses a setting.
+        """Refuses a setting by :func:`kshot.errors.require`."""
+        require(type(self).__name__, name, getattr(self, name), holds, what)
 
-        Raises:
-            UserError: ``holds`` is False; ``what`` completes "rank is 0, and must ...".
-        """
-        if not holds:
-            raise UserError(f"{type(self).__name__}: {name} is {getattr(self, name)}, and must {what}.")
+    def require_known(self, *names: str) -> None:
+        """Refuses words that the annotations of these settings do not list."""
+        kinds = get_type_hints(type(self))
+        for name in names:
+            known = get_args(kinds[name])
+            self.require(name, getattr(self, name) in known, f"be one of {', '.join(map(str, known))}")
 
 
 class Shared(nn.Module):
@@ -60,17 +66,27 @@ class Shared(nn.Module):
 
     Frozen bases, a rank budget, or a search: the run calls the hooks below, so that none of it can be forgotten. It
     lies in ``backbone.shared``. What a resumed run needs beside the trained tensors are its persistent buffers.
+
+    Args:
+        slots: names of the slots whose layers share it, where it works on the layers.
+        described: what coefficients mean nothing without, such as seed, generator and checksum of a basis, in plain
+            data. A checkpoint carries it, and is refused where it differs.
     """
+
+    def __init__(self, slots: Iterable[str] = (), described: Mapping[str, Any] | None = None) -> None:
+        super().__init__()
+        self.slots, self.described = tuple(slots), dict(described or {})
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What was described, for the header of a checkpoint."""
+        return self.described
+
+    def own(self, layers: Layers) -> list[Any]:
+        """Those of some layers that share this, in the order of its slots."""
+        return [layers[name] for name in self.slots if name in layers]
 
     def ranks(self, layers: Layers) -> dict[str, int]:  # noqa: ARG002  for subclasses
         """The rank of each slot, where the method chooses ranks itself."""
-        return {}
-
-    def fingerprint(self) -> dict[str, Any]:
-        """What coefficients mean nothing without, such as seed, generator and checksum of a basis, in plain data.
-
-        A checkpoint carries it, and is refused where it differs.
-        """
         return {}
 
     def begin_pass(self, layers: Layers) -> None:
@@ -99,25 +115,15 @@ class Shared(nn.Module):
 
 @dataclass(frozen=True)
 class SearchProblem:
-    """What a method may use to decide what to train: the run's loss on two disjoint halves of the shots.
+    """What a method may use to decide what to train: the run's loss on two disjoint halves of the shots."""
 
-    Attributes:
-        layers: of the method.
-        train: endless batches of one half.
-        val: endless batches of the other.
-        loss: of a batch, with the graph.
-        optimizer: makes the run's optimizer for parameters.
-        parameters: all that train.
-        steps: optimizer steps in the run.
-    """
-
-    layers: Layers
-    train: Iterator[Any]
-    val: Iterator[Any]
-    loss: Callable[[Any], Tensor]
-    optimizer: Callable[[Iterable[nn.Parameter]], Optimizer]
-    parameters: Sequence[nn.Parameter]
-    steps: int
+    layers: Layers  # of the method
+    train: Iterator[Any]  # endless batches of one half
+    val: Iterator[Any]  # endless batches of the other
+    loss: Callable[[Any], Tensor]  # of a batch, with the graph
+    optimizer: Callable[[Iterable[nn.Parameter]], Optimizer]  # makes the run's optimizer for parameters
+    parameters: Sequence[nn.Parameter]  # all that train
+    steps: int  # optimizer steps in the run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +145,14 @@ class SlotAdapter(Adapter):
     def __post_init__(self) -> None:
         self.require("dropout", 0 <= self.dropout < 1, "lie in [0, 1)")
 
+    def require_rank(self, rank: int, slots: Mapping[str, Slot]) -> None:
+        """Refuses a rank that the matrix of a slot cannot have."""
+        for name, slot in slots.items():
+            side = min(slot.in_features, slot.out_features)
+            if rank > side:
+                method = type(self).__name__
+                raise UserError(f"{method}: rank {rank} is larger than the smaller side, {side}, of the slot {name}.")
+
     def prepare(self, slots: Mapping[str, Slot]) -> Shared | None:  # noqa: ARG002  for subclasses
         """Makes what all layers share, such as random bases; None when nothing is shared."""
         return None
@@ -153,14 +167,40 @@ class SlotAdapter(Adapter):
         shared = self.prepare(slots)
         layers = {name: self.wrap(slot, shared) for name, slot in slots.items()}
         for name, layer in layers.items():
-            if self.path not in ("auto", *layer.paths):
-                known = ", ".join(("auto", *layer.paths))
-                raise UserError(f"{type(self).__name__}: path is {self.path}, and must be one of {known}.")
+            known = ("auto", *layer.paths)
+            self.require("path", self.path in known, f"be one of {', '.join(known)}")
             layer.path, layer.dropout = self.path, self.dropout
             weight = slots[name].weight
             slots[name].attach(layer if weight.is_meta else layer.to(weight.device))
         if shared is not None:
             backbone.shared.append(shared)
+
+
+@dataclass(frozen=True)
+class RankAdapter(SlotAdapter):
+    """A method with one rank for all layers.
+
+    Args:
+        rank: r.
+        alpha: the scale is s = alpha / rank; None takes alpha = rank, so s = 1.
+    """
+
+    rank: int = 8
+    alpha: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require("rank", self.rank >= 1, "be at least 1")
+        self.require("alpha", 0 < self.scale < math.inf, "be a positive number")
+
+    @property
+    def scale(self) -> float:
+        """The factor s."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    def prepare(self, slots: Mapping[str, Slot]) -> Shared | None:
+        self.require_rank(self.rank, slots)
+        return None
 
 
 def select_slots(backbone: Backbone, patterns: Sequence[str]) -> dict[str, Slot]:
@@ -175,11 +215,9 @@ def select_slots(backbone: Backbone, patterns: Sequence[str]) -> dict[str, Slot]
     chosen = select(single, [p for p in patterns if p not in only_fused], what)
     chosen |= select(fused, only_fused, what)
     for name, slot in chosen.items():
-        other = slot.taken()
         rivals = [n for n, s in chosen.items() if s.projection is slot.projection and n != name]
-        if other is None and slot.part == slot.projection.whole and rivals:
-            other = rivals[0]
-        if other is not None:
+        whole = slot.part == slot.projection.whole
+        if other := slot.taken() or (rivals[0] if whole and rivals else None):
             raise UserError(f"{name} and {other} are the same rows of one weight: a row takes one adapter.")
     return chosen
 
@@ -203,17 +241,6 @@ def select(named: Mapping[str, T], patterns: Sequence[str], what: str) -> dict[s
 def matches(pattern: str, names: Iterable[str]) -> bool:
     """Whether an ``fnmatch`` pattern matches any of the names."""
     return any(fnmatchcase(name, pattern) for name in names)
-
-
-def require_rank(method: str, rank: int, slot: Slot) -> None:
-    """Refuses a rank that the slot's matrix cannot have.
-
-    Raises:
-        UserError: names rank, slot and its smaller side.
-    """
-    smaller = min(slot.in_features, slot.out_features)
-    if rank > smaller:
-        raise UserError(f"{method}: rank {rank} is larger than the smaller side, {smaller}, of the slot {slot.name}.")
 
 
 def kaiming_uniform(name: str, rows: int, columns: int) -> Tensor:

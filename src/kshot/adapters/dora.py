@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from kshot.adapters.base import require_rank
 from kshot.adapters.lora import LoRA, LoRALayer
 from kshot.slots import Slot
 
@@ -24,8 +23,7 @@ class DoRA(LoRA):
     The settings are LoRA's. The paper takes alpha = 2 rank.
     """
 
-    def wrap(self, slot: Slot, shared: None) -> DoRALayer:  # noqa: ARG002  shares nothing
-        require_rank(type(self).__name__, self.rank, slot)
+    def wrap(self, slot: Slot, shared: Any) -> DoRALayer:  # noqa: ARG002  shares nothing
         return DoRALayer(slot, self.rank, self.scale)
 
 

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import nn
 
 from kshot.adapters.base import Adapter, select
 from kshot.backbones.base import Backbone
+
+NORMS = ("norm", "norm1d", "norm2d", "normfp32")  # how names of such classes end, also of libraries' own
 
 
 @dataclass(frozen=True)
@@ -26,18 +27,17 @@ class FullTuning(Adapter):
 
     only: Literal["all", "bias", "norm"] = "all"
 
+    def __post_init__(self) -> None:
+        self.require_known("only")
+
     @torch.inference_mode(False)
     def attach(self, backbone: Backbone, targets: Sequence[str]) -> None:
         named = dict(backbone.named_tower_parameters())
         if self.only == "bias":
             named = {name: p for name, p in named.items() if name.endswith("bias")}
         elif self.only == "norm":
-            of_norms = {id(p) for m in backbone.modules() if is_norm(m) for p in m.parameters(recurse=False)}
+            norms = [m for m in backbone.modules() if type(m).__name__.lower().endswith(NORMS)]
+            of_norms = {id(p) for m in norms for p in m.parameters(recurse=False)}
             named = {name: p for name, p in named.items() if id(p) in of_norms}
         kind = "parameters" if self.only == "all" else f"{self.only} parameters"
         backbone.unfreeze(list(select(named, targets, f"{kind} of {backbone.name}")))
-
-
-def is_norm(module: nn.Module) -> bool:
-    """Whether a module normalises, by its class's name: libraries have norms of their own beside torch's."""
-    return type(module).__name__.lower().endswith(("norm", "norm1d", "norm2d", "normfp32"))

@@ -2,51 +2,35 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kshot.adapters.base import SlotAdapter, kaiming_uniform, require_rank
+from kshot.adapters.base import RankAdapter, kaiming_uniform
 from kshot.errors import UserError
 from kshot.slots import AdapterLayer, Slot
 
 
 @dataclass(frozen=True)
-class HydraLoRA(SlotAdapter):
+class HydraLoRA(RankAdapter):
     """Low-rank adaptation with one A and several heads B, which a router mixes for every token.
 
     No weight expresses it, so it is never merged: evaluation costs what the adapter costs.
 
     Args:
-        rank: r of A and of every head.
-        heads: N. With one head it is LoRA.
-        alpha: the scale is s = alpha / rank; None takes alpha = rank, so s = 1.
-
-    Raises:
-        UserError: a rank or a number of heads below 1, a scale that is not a positive number, a dropout outside [0, 1).
+        heads: N, each of the rank. With one head it is LoRA.
     """
 
-    rank: int = 8
     heads: int = 3
-    alpha: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require("rank", self.rank >= 1, "be at least 1")
         self.require("heads", self.heads >= 1, "be at least 1")
-        self.require("alpha", math.isfinite(self.scale) and self.scale > 0, "be a positive number")
 
-    @property
-    def scale(self) -> float:
-        """The factor s."""
-        return 1.0 if self.alpha is None else self.alpha / self.rank
-
-    def wrap(self, slot: Slot, shared: None) -> HydraLoRALayer:  # noqa: ARG002  shares nothing
-        require_rank(type(self).__name__, self.rank, slot)
+    def wrap(self, slot: Slot, shared: Any) -> HydraLoRALayer:  # noqa: ARG002  shares nothing
         return HydraLoRALayer(slot, self.rank, self.heads, self.scale)
 
 

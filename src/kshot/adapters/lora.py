@@ -4,46 +4,33 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
-from kshot.adapters.base import SlotAdapter, kaiming_uniform, require_rank
+from kshot.adapters.base import RankAdapter, kaiming_uniform
 from kshot.layers import LowRankLayer
 from kshot.products import Factors
 from kshot.slots import Slot
 
 
 @dataclass(frozen=True)
-class LoRA(SlotAdapter):
+class LoRA(RankAdapter):
     """Low-rank adaptation.
 
     Args:
-        rank: r.
-        alpha: the scale is s = alpha / rank; None takes alpha = rank, so s = 1.
         rank_stabilised: s = alpha / √rank (rsLoRA, arXiv:2312.03732), as CLIP-LoRA uses.
-
-    Raises:
-        UserError: a rank below 1, a scale that is not a positive number, a dropout outside [0, 1).
     """
 
-    rank: int = 8
-    alpha: float | None = None
     rank_stabilised: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require("rank", self.rank >= 1, "be at least 1")
-        self.require("alpha", math.isfinite(self.scale) and self.scale > 0, "be a positive number")
 
     @property
     def scale(self) -> float:
-        """The factor s."""
         alpha = self.rank if self.alpha is None else self.alpha
         return alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
 
-    def wrap(self, slot: Slot, shared: None) -> LoRALayer:  # noqa: ARG002  shares nothing
-        require_rank(type(self).__name__, self.rank, slot)
+    def wrap(self, slot: Slot, shared: Any) -> LoRALayer:  # noqa: ARG002  shares nothing
         return LoRALayer(slot, self.rank, self.scale)
 
 

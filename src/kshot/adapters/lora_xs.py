@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kshot.adapters.base import generator_for, require_rank
+from kshot.adapters.base import Shared, generator_for
 from kshot.adapters.lora import LoRA
-from kshot.adapters.svd import SingularPairs, fingerprint, svd_of
+from kshot.adapters.svd import fingerprint, svd_of
 from kshot.layers import LowRankLayer
 from kshot.products import Factors
 from kshot.slots import Slot
@@ -22,16 +23,10 @@ class LoRAXS(LoRA):
     """LoRA with an extremely small number of parameters: rank² for each slot.
 
     Args:
-        rank: r.
-        alpha: the scale is s = alpha / rank; None takes alpha = rank, so s = 1.
-        rank_stabilised: s = alpha / √rank.
         init_std: standard deviation of the values that R starts from; the published start is 1e-5, and 0 changes
             nothing at step 0.
         save_factors: put the frozen factors into the checkpoint, r (in + out) numbers for each slot: it then loads even
             where singular vectors are found otherwise. Without them, such a checkpoint is refused.
-
-    Raises:
-        UserError: as LoRA, or ``init_std`` is negative or not finite.
     """
 
     init_std: float = 0.0
@@ -39,15 +34,16 @@ class LoRAXS(LoRA):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require("init_std", math.isfinite(self.init_std) and self.init_std >= 0, "be zero or a positive number")
+        self.require("init_std", 0 <= self.init_std < math.inf, "be zero or a positive number")
 
-    def prepare(self, slots: Mapping[str, Slot]) -> SingularPairs | None:
+    def prepare(self, slots: Mapping[str, Slot]) -> Shared | None:
+        super().prepare(slots)
         if self.save_factors:
             return None
-        return SingularPairs({name: fingerprint(svd_of(slot.weight), self.rank) for name, slot in slots.items()})
+        prints = {name: fingerprint(svd_of(slot.weight), self.rank) for name, slot in slots.items()}
+        return Shared(described={"svd": prints})
 
-    def wrap(self, slot: Slot, shared: SingularPairs | None) -> LoRAXSLayer:  # type: ignore[override]  # noqa: ARG002
-        require_rank(type(self).__name__, self.rank, slot)
+    def wrap(self, slot: Slot, shared: Any) -> LoRAXSLayer:  # type: ignore[override]  # noqa: ARG002
         return LoRAXSLayer(slot, self.rank, self.scale, self.init_std, self.save_factors)
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from kshot.adapters.base import require_rank
 from kshot.adapters.lora import LoRA, LoRALayer
 from kshot.adapters.svd import svd_of
 from kshot.products import Factors
@@ -21,8 +20,7 @@ class PiSSA(LoRA):
     The settings are LoRA's. The paper takes alpha = rank and no dropout.
     """
 
-    def wrap(self, slot: Slot, shared: None) -> PiSSALayer:  # noqa: ARG002  shares nothing
-        require_rank(type(self).__name__, self.rank, slot)
+    def wrap(self, slot: Slot, shared: Any) -> PiSSALayer:  # noqa: ARG002  shares nothing
         return PiSSALayer(slot, self.rank, self.scale)
 
 
@@ -49,7 +47,4 @@ class PiSSALayer(LoRALayer):
 
     def factors(self) -> list[Factors]:
         """B A - B₀A₀ = (B - B₀) A + B₀ (A - A₀): exactly zero at the start, and small terms that bfloat16 resolves."""
-        return [
-            Factors(self.scale * (self.B - self.B0), self.A),
-            Factors(self.scale * self.B0, self.A - self.A0),
-        ]
+        return [Factors(self.scale * (self.B - self.B0), self.A), Factors(self.scale * self.B0, self.A - self.A0)]

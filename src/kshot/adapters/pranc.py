@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from kshot.adapters.base import Shared, SlotAdapter
-from kshot.adapters.random_basis import describe, permutation, values, words
+from kshot.adapters.random_basis import describe, permutation, values
 from kshot.layers import FullRankLayer
 from kshot.slots import Slot
 
@@ -39,9 +39,6 @@ class PRANC(SlotAdapter):
         hashes: of ``hashed``: how many independent permutations are added up (the authors' ``ppb``).
         scale: s.
         seed: of the basis, which is a function of it and of the slots' names alone.
-
-    Raises:
-        UserError: a setting outside its range.
     """
 
     coefficients: int = 1000
@@ -53,12 +50,11 @@ class PRANC(SlotAdapter):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.require_known("scope", "basis")
         self.require("coefficients", 1 <= self.coefficients < 2**31, "lie in 1 ... 2^31 - 1")
-        self.require("scope", self.scope in ("layer", "global"), "be layer or global")
-        self.require("basis", self.basis in ("hashed", "uniform", "normal", "sign"), "be a known basis")
         self.require("hashes", self.hashes >= 1, "be at least 1")
         self.require("hashes", self.hashes == 1 or self.basis == "hashed", "be 1 unless basis is hashed")
-        self.require("scale", math.isfinite(self.scale) and self.scale > 0, "be a positive number")
+        self.require("scale", 0 < self.scale < math.inf, "be a positive number")
         self.require("seed", 0 <= self.seed < 2**63, "lie in 0 ... 2^63 - 1")
 
     def prepare(self, slots: Mapping[str, Slot]) -> Coefficients:
@@ -86,44 +82,32 @@ class Place(NamedTuple):
 
 
 class Coefficients(Shared):
-    """The coefficients of the global scope, and the place of every slot in the basis.
+    """The coefficients of the global scope, and the place of every slot in the basis."""
 
-    Attributes:
-        alpha: α, (K,), or None where each layer has its own.
-        places: by slot.
-        kept: whether a dense basis is small enough to be kept in memory.
-    """
-
-    alpha: nn.Parameter | None
+    alpha: nn.Parameter | None  # α, (K,), or None where each layer has its own
 
     def __init__(self, settings: PRANC, slots: Mapping[str, Slot]) -> None:
         super().__init__()
-        self.settings = settings
         sizes = {name: slots[name].weight.numel() for name in sorted(slots)}
         total, ends = sum(sizes.values()), accumulate(sizes.values())
-        self.kept = 4 * settings.coefficients * total <= KEPT
+        self.kept = 4 * settings.coefficients * total <= KEPT  # a dense basis, in memory
+        self.alpha = None
         if settings.scope == "global":
             weight = next(iter(slots.values())).weight
-            self.alpha = nn.Parameter(
-                torch.zeros(settings.coefficients, device="cpu" if weight.is_meta else weight.device)
-            )
+            device = "cpu" if weight.is_meta else weight.device
+            self.alpha = nn.Parameter(torch.zeros(settings.coefficients, device=device))
             self.places = {n: Place("pranc", end - sizes[n], total) for n, end in zip(sizes, ends, strict=True)}
         else:
-            self.register_parameter("alpha", None)
             self.places = {name: Place(f"pranc.{name}", 0, size) for name, size in sizes.items()}
-
-    def fingerprint(self) -> dict[str, Any]:
-        settings, place = self.settings, next(iter(self.places.values()))
+        place = next(iter(self.places.values()))
         if settings.basis == "hashed":
-            first = words(settings.seed, place.stream, 0, 16)
-            about = describe(settings.seed, place.stream, "permutation", [settings.hashes, place.total], first)
+            about = describe(settings.seed, place.stream, "permutation", [settings.hashes, place.total])
         else:
-            first = values(settings.seed, place.stream, settings.basis, 0, 16)
-            about = describe(settings.seed, place.stream, settings.basis, [settings.coefficients, place.total], first)
+            about = describe(settings.seed, place.stream, settings.basis, [settings.coefficients, place.total])
         about |= {"coefficients": settings.coefficients, "scope": settings.scope}
         if settings.scope == "global":  # the same targets, then: names of tensors do not tell
             about["starts"] = {name: place.start for name, place in self.places.items()}
-        return {"pranc": about}
+        self.described = {"pranc": about}
 
 
 class PRANCLayer(FullRankLayer):
@@ -133,10 +117,9 @@ class PRANCLayer(FullRankLayer):
 
     def __init__(self, slot: Slot, settings: PRANC, shared: Coefficients) -> None:
         super().__init__(slot)
-        self.settings, self.place, self.size = settings, shared.places[slot.name], slot.weight.numel()
-        self.shared = shared
-        own = nn.Parameter(torch.zeros(settings.coefficients)) if shared.alpha is None else None
-        self.register_parameter("alpha", own)
+        self.settings, self.shared = settings, shared
+        self.place, self.size = shared.places[slot.name], slot.weight.numel()
+        self.alpha = nn.Parameter(torch.zeros(settings.coefficients)) if shared.alpha is None else None
 
     def coefficients(self) -> nn.Parameter:
         """α, (K,): the layer's own, or that of all."""
@@ -225,12 +208,10 @@ class Combination(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, layer: DenseLayer, alpha: Tensor) -> Tensor:
-        """Returns ΔW, (out, in)."""
         ctx.layer = layer
         return layer.build(alpha.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
-        """The gradient of α."""
         return None, *ctx.layer.pullback(gradient)

@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from kshot.adapters.base import Shared, SlotAdapter, require_rank
-from kshot.adapters.random_basis import basis, describe, require_memory, values
+from kshot.adapters.base import RankAdapter
+from kshot.adapters.random_basis import FrozenBases
 from kshot.holding import Castable
 from kshot.layers import FullRankLayer, weight_pass
 from kshot.slots import Slot
-
-Entries = Literal["uniform", "normal", "ternary"]
-Vector = Literal["gamma", "lambda"]
 
 SPARSE = 0.15  # share of non-zeros below which sparse products were measured quicker on a CPU
 
 
 @dataclass(frozen=True)
-class RandLoRA(SlotAdapter):
+class RandLoRA(RankAdapter):
     """Random-basis adaptation of full rank. A smaller rank trains *more*: n (r + d) numbers a layer with n = ⌈d / r⌉.
 
     Args:
@@ -38,41 +34,26 @@ class RandLoRA(SlotAdapter):
         zero: the vector that starts at zero: gamma, with Λ = 1 / max(n, r), as the paper's code; or lambda, with
             Γ = 1 / max(n, d), as PEFT.
         seed: of the frozen bases, apart from the run's.
-
-    Raises:
-        UserError: a rank below 1, or above a layer's smaller side; a scale that is not a positive number; an unknown
-            word; an impossible sparsity or seed; a dropout outside [0, 1).
     """
 
     rank: int = 6
     alpha: float = 10.0
-    basis: Entries = "uniform"
+    basis: Literal["uniform", "normal", "ternary"] = "uniform"
     sparsity: float = 6.0
-    zero: Vector = "gamma"
+    zero: Literal["gamma", "lambda"] = "gamma"
     seed: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require("rank", self.rank >= 1, "be at least 1")
-        self.require("alpha", math.isfinite(self.scale) and self.scale > 0, "be a positive number")
-        self.require("basis", self.basis in get_args(Entries), f"be one of {', '.join(get_args(Entries))}")
+        self.require_known("basis", "zero")
         self.require("sparsity", 2 <= self.sparsity <= 65_536, "lie in [2, 65536]")
-        self.require("zero", self.zero in get_args(Vector), f"be one of {', '.join(get_args(Vector))}")
         self.require("seed", 0 <= self.seed < 2**63, "lie in [0, 2^63)")
 
-    @property
-    def scale(self) -> float:
-        """The factor s."""
-        return self.alpha / self.rank
-
     def prepare(self, slots: Mapping[str, Slot]) -> RandomBases:
-        for slot in slots.values():
-            require_rank(type(self).__name__, self.rank, slot)
+        super().prepare(slots)
         smaller = max(min(s.in_features, s.out_features) for s in slots.values())
         larger = max(max(s.in_features, s.out_features) for s in slots.values())
         shapes = {"A": (self.rank, smaller), "B": (larger, -(-smaller // self.rank), self.rank)}
-        bytes_needed = 4 * sum(math.prod(shape) for shape in shapes.values())
-        require_memory(bytes_needed, type(self).__name__, "adapt slots of smaller matrices")
         return RandomBases(self, shapes, next(iter(slots.values())).weight.device)
 
     def wrap(self, slot: Slot, shared: RandomBases) -> RandLoRALayer:
@@ -100,43 +81,22 @@ class Rows(NamedTuple):
         return torch.sparse_csr_tensor(*self, check_invariants=False) @ right
 
 
-class RandomBases(Shared, Castable):
-    """A, (r, d), and B, (D, n, r), for the largest d, D and n of all layers; each takes what it needs of them.
-
-    Attributes:
-        rows: parts of B_flat in float32 without their zeros, made when layers are; by rows, terms, and whether they are
-            transposed.
-    """
-
-    A: Tensor
-    B: Tensor
+class RandomBases(FrozenBases, Castable):
+    """A, (r, d), and B, (D, n, r), for the largest d, D and n of all layers; each takes what it needs of them."""
 
     def __init__(self, settings: RandLoRA, shapes: Mapping[str, tuple[int, ...]], device: torch.device) -> None:
-        super().__init__()
-        self.seed, self.distribution, self.sparsity = settings.seed, settings.basis, settings.sparsity
-        for name, shape in shapes.items():
-            drawn = basis(
-                self.seed, f"randlora.{name}", self.distribution, shape, sparsity=self.sparsity, device=device
-            )
-            self.register_buffer(name, drawn, persistent=False)
+        advice, kind = "adapt slots of smaller matrices", (settings.basis, settings.sparsity)
+        super().__init__("RandLoRA", settings.seed, shapes, device, advice, *kind)
+        self.rare = settings.basis == "ternary" and 2 / settings.sparsity < SPARSE
+        # Parts of B_flat in float32 without their zeros: by rows, terms, and whether they are transposed.
         self.rows: dict[tuple[int, int, bool], Rows] = {}
-
-    def fingerprint(self) -> dict[str, Any]:
-        """Describes both as they are drawn, whatever precision they were cast to since."""
-        found, kind, sparsity = {}, self.distribution, self.sparsity
-        for name, tensor in self.named_buffers():
-            stream = f"randlora.{name}"
-            first = values(self.seed, stream, kind, 0, 16, sparsity=sparsity)
-            found[name] = describe(self.seed, stream, kind, tensor.shape, first, sparsity=sparsity)
-        return found
 
     def frozen_tensors(self) -> tuple[Tensor]:
         return (self.B,)
 
     def prepare_rows(self, rows: int, terms: int) -> None:
         """Leaves zeros out for a layer where they are many enough that products are quicker without them."""
-        rare = self.distribution == "ternary" and 2 / self.sparsity < SPARSE
-        if rare and self.B.device.type == "cpu" and torch.backends.mkl.is_available():
+        if self.rare and self.B.device.type == "cpu" and torch.backends.mkl.is_available():
             flat = self.flat(rows, terms, self.B.dtype)
             for transposed in (False, True):
                 if (rows, terms, transposed) not in self.rows:
@@ -237,12 +197,10 @@ class ScaledBasis(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, lambdas: Tensor, gammas: Tensor, base: Tensor) -> Tensor:
-        """Returns Â, (n r, d)."""
         ctx.save_for_backward(lambdas, gammas, base)
         return scaled(lambdas, gammas, base)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
-        """Gradients of Λ and Γ."""
         return (*pulled_back(gradient, *ctx.saved_tensors), None)

@@ -13,6 +13,9 @@ The raw stream, :data:`GENERATOR`, is SplitMix64 (Steele, Lea and Flood 2014) wi
 
 Words are cut into halves, quarters or bits from the low end up. All streams walk one cycle of 2^64 states from places
 that the hash scatters: two streams of n words share a word with probability about 2n / 2^64.
+
+Functions take a ``seed``, 0 to 2^63 - 1 (UserError otherwise), and the name of a ``stream``, such as
+``nola.image.3.q.A``: other names give unrelated words. ``start`` is the index of the first of ``count`` elements.
 """
 
 from __future__ import annotations
@@ -22,13 +25,14 @@ import math
 import statistics
 import struct
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
 
+from kshot.adapters.base import Shared
 from kshot.errors import UserError
 from kshot.files import amount, memory_of_machine
 
@@ -49,21 +53,7 @@ _CHUNK_ELSEWHERE: Final = 1 << 22
 
 
 def words(seed: int, stream: str, start: int, count: int, device: torch.device | str = "cpu") -> Tensor:
-    """Words [start, start + count) of the raw stream, as the module describes it.
-
-    Args:
-        seed: 0 to 2^63 - 1.
-        stream: names the tensor, such as ``nola.image.3.q.A``: other names give unrelated words.
-        start: index of the first word.
-        count: how many.
-        device: where to make them.
-
-    Returns:
-        (count,), int64: the 64 bits of each word in two's complement.
-
-    Raises:
-        UserError: an impossible seed.
-    """
+    """Words of the raw stream, (count,), int64: the 64 bits of each in two's complement."""
     return _generate(seed, stream, start, count, 1, lambda raw: raw, torch.int64, device)
 
 
@@ -78,7 +68,7 @@ def values(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Elements [start, start + count) of an endless sequence of mean 0 and variance 1.
+    """Elements, (count,), of an endless sequence of mean 0 and variance 1: the same bits however it is cut.
 
     Each is computed in float32 with at most one rounding, and cast at the end:
 
@@ -88,24 +78,8 @@ def values(
       (k + 2^15 + ½) / 2^16, all of them divided by their root mean square, in float32. No value lies beyond ±4.33.
     * ``ternary``, 2 a word: with k a half in two's complement and t = round(2^32 / sparsity), +1 where k ≥ 2^31 - t,
       -1 where k < t - 2^31, else 0, times float32(√(sparsity / 2)). So +1 and -1 have the probability 1 / sparsity
-      each; a sparsity of 2 leaves no zeros.
+      each; a sparsity of 2 leaves no zeros, and one outside 2 to 65,536 is a UserError.
     * ``sign``, 64 a word: +1 for a bit that is set, -1 for one that is not.
-
-    Args:
-        seed: 0 to 2^63 - 1.
-        stream: names the tensor.
-        distribution: one of the above.
-        start: index of the first element.
-        count: how many.
-        sparsity: for ``ternary`` only, 2 to 65,536.
-        device: where to make them.
-        dtype: what to return.
-
-    Returns:
-        (count,), of the dtype: the same bits for the same element, however the sequence is cut.
-
-    Raises:
-        UserError: an impossible seed or sparsity.
     """
     assert dtype.is_floating_point
     per_word, decode = _decoder(distribution, sparsity)
@@ -121,11 +95,7 @@ def basis(
     sparsity: float = 6.0,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """A tensor of the given shape, float32, filled in row-major order from :func:`values`, whose arguments these are.
-
-    Raises:
-        UserError: an impossible seed or sparsity.
-    """
+    """A tensor of the given shape, float32, filled in row-major order from :func:`values`."""
     flat = values(seed, stream, distribution, 0, math.prod(shape), sparsity=sparsity, device=device)
     return flat.view(tuple(shape))
 
@@ -134,28 +104,16 @@ def basis(
 def permutation(seed: int, stream: str, start: int, count: int, device: torch.device | str = "cpu") -> Tensor:
     """The numbers 0 ... count - 1 in random order, (count,), int64: that of half words as signed numbers.
 
-    Equal ones, of which there are few, stay in their order.
-
-    Args:
-        seed: 0 to 2^63 - 1.
-        stream: names the tensor.
-        start: index of the first word; count / 2 of them, rounded up, are used.
-        count: how many numbers.
-        device: where to make them.
-
-    Raises:
-        UserError: an impossible seed.
+    Equal ones, of which there are few, stay in their order. Words from ``start`` on are used, count / 2, rounded up.
     """
     halves = words(seed, stream, start, -(-count // 2), device).view(torch.int32)[:count]
     return halves.argsort(stable=True)
 
 
 def checksum(tensor: Tensor) -> str:
-    """A cheap proof that the same basis came out again.
+    """A cheap proof that the same basis came out again: ``sha256:`` and the first 16 hexadecimal digits.
 
-    Returns:
-        ``sha256:`` and the first 16 hexadecimal digits of the hash of the first 16 values in row-major order, or of
-        all where there are fewer, as little-endian float32.
+    It is of the first 16 values in row-major order, or of all where there are fewer, as little-endian float32.
     """
     first = tensor.detach().reshape(-1)[:16].to("cpu", torch.float32).tolist()
     return "sha256:" + hashlib.sha256(struct.pack(f"<{len(first)}f", *first)).hexdigest()[:16]
@@ -166,35 +124,61 @@ def describe(
     stream: str,
     distribution: Distribution | Literal["permutation"],
     shape: Sequence[int],
-    first_values: Tensor,
     *,
     sparsity: float = 6.0,
+    gain: float = 1.0,
 ) -> dict[str, Any]:
-    """What a checkpoint's header says of a basis instead of storing it.
-
-    Args:
-        seed: 0 to 2^63 - 1.
-        stream: names the tensor.
-        distribution: of :func:`values`, or ``permutation``.
-        shape: of the tensor.
-        first_values: the tensor that was used, or at least its first 16 values.
-        sparsity: recorded for ``ternary`` only.
-    """
+    """What a checkpoint's header says of a basis instead of storing it; ``gain`` is what its values are times."""
+    if distribution == "permutation":
+        first = words(seed, stream, 0, 16)
+    else:
+        first = values(seed, stream, distribution, 0, 16, sparsity=sparsity).mul_(gain)
     info = {"generator": GENERATOR, "seed": seed, "stream": stream, "distribution": distribution, "shape": list(shape)}
-    info |= {"start": 0, "checksum": checksum(first_values)}  # the first element's place in the stream
+    info |= {"start": 0, "checksum": checksum(first)}  # the first element's place in the stream
     return info | ({"sparsity": sparsity} if distribution == "ternary" else {})
 
 
-def require_memory(bytes_needed: int, who: str, advice: str) -> None:
-    """Refuses what would take more than half of this machine's memory, where its size is known.
+class FrozenBases(Shared):
+    """Random A and B that all layers of a method share: buffers that no file holds, described in its header instead.
 
     Args:
-        bytes_needed: of the basis.
-        who: the method, as in ``NOLA``.
-        advice: what the user can change, as in ``lower bases or rank``.
+        method: its name; in small letters, ``<method>.<name>`` is the stream of a tensor.
+        seed: of both.
+        shapes: by name.
+        device: where to make them.
+        advice: what the user can change where memory does not suffice, as for :func:`require_memory`.
+        distribution: of :func:`values`, as is ``sparsity``.
+        gain: standard deviation of the entries, given the shape.
+    """
+
+    A: Tensor
+    B: Tensor
+
+    def __init__(
+        self,
+        method: str,
+        seed: int,
+        shapes: Mapping[str, tuple[int, ...]],
+        device: torch.device,
+        advice: str,
+        distribution: Distribution = "uniform",
+        sparsity: float = 6.0,
+        gain: Callable[[tuple[int, ...]], float] = lambda _: 1.0,
+    ) -> None:
+        super().__init__()
+        require_memory(4 * sum(map(math.prod, shapes.values())), method, advice)
+        for name, shape in shapes.items():
+            given = seed, f"{method.lower()}.{name}", distribution, shape
+            drawn = basis(*given, sparsity=sparsity, device=device).mul_(gain(shape))
+            self.described[name] = describe(*given, sparsity=sparsity, gain=gain(shape))
+            self.register_buffer(name, drawn, persistent=False)
+
+
+def require_memory(bytes_needed: int, who: str, advice: str) -> None:
+    """Refuses a basis that would take more than half of this machine's memory, where its size is known.
 
     Raises:
-        UserError: it would take more than half.
+        UserError: names the method and what the user can change, as in ``NOLA`` and ``lower bases or rank``.
     """
     memory = memory_of_machine()
     if memory is not None and bytes_needed > memory / 2:
@@ -205,7 +189,6 @@ def require_memory(bytes_needed: int, who: str, advice: str) -> None:
 
 
 def _key(seed: int, stream: str) -> int:
-    """Where a stream starts, 0 to 2^64 - 1."""
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
         raise UserError(f"seed is {seed!r}, and must be a whole number from 0 to 2^63 - 1.")
     return int.from_bytes(hashlib.sha256(f"{seed}/{stream}".encode()).digest()[:8], "little")
@@ -217,7 +200,6 @@ def _signed(word: int) -> int:
 
 
 def _float32(number: float) -> float:
-    """The nearest float32."""
     return float(struct.unpack("<f", struct.pack("<f", number))[0])
 
 
@@ -232,21 +214,7 @@ def _generate(
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> Tensor:
-    """Makes elements [start, start + count) of a sequence, a chunk of words at a time.
-
-    Args:
-        seed: of the stream.
-        stream: its name.
-        start: index of the first element.
-        count: how many.
-        per_word: how many elements a word makes.
-        decode: makes (n · per_word,) of (n,) words, which it may overwrite.
-        dtype: what to return.
-        device: where to make them.
-
-    Returns:
-        (count,).
-    """
+    """Makes elements a chunk of words at a time; ``decode``, (n,) to (n · per_word,), may overwrite the words."""
     assert start >= 0
     assert count >= 0
     assert sys.byteorder == "little"  # the decoders read the parts of a word through views
@@ -283,17 +251,12 @@ def _shifted(z: Tensor, shift: int, out: Tensor) -> Tensor:
 
 def _decoder(distribution: Distribution, sparsity: float) -> tuple[int, Callable[[Tensor], Tensor]]:
     """How many values a word makes, and how to make them."""
-    match distribution:
-        case "uniform":
-            return 2, _uniform
-        case "normal":
-            return 4, _normal
-        case "ternary":
-            threshold = _ternary_threshold(sparsity)
-            return 2, partial(_ternary, threshold=threshold, scale=_float32(math.sqrt(sparsity / 2)))
-        case "sign":
-            return 64, _sign
-    raise AssertionError(distribution)
+    if distribution == "ternary":
+        if not 2 <= sparsity <= _LARGEST_SPARSITY:
+            raise UserError(f"sparsity is {sparsity}, and must be a number from 2 to {_LARGEST_SPARSITY:,}.")
+        threshold = round(2**32 / sparsity)  # how many of the 2^32 halves give +1; as many give -1
+        return 2, partial(_ternary, threshold=threshold, scale=_float32(math.sqrt(sparsity / 2)))
+    return {"uniform": (2, _uniform), "normal": (4, _normal), "sign": (64, _sign)}[distribution]
 
 
 def _uniform(raw: Tensor) -> Tensor:
@@ -303,7 +266,6 @@ def _uniform(raw: Tensor) -> Tensor:
 
 
 def _normal(raw: Tensor) -> Tensor:
-    """Values of ``normal``, looked up."""
     index = raw.view(torch.int16).to(torch.int32).add_(2**15)
     return _normal_table().to(raw.device, non_blocking=True).index_select(0, index)
 
@@ -318,15 +280,7 @@ def _normal_table() -> Tensor:
     return torch.cat((-half.flip(0), half))
 
 
-def _ternary_threshold(sparsity: float) -> int:
-    """How many of the 2^32 halves give +1; as many give -1."""
-    if not 2 <= sparsity <= _LARGEST_SPARSITY:
-        raise UserError(f"sparsity is {sparsity}, and must be a number from 2 to {_LARGEST_SPARSITY:,}.")
-    return round(2**32 / sparsity)
-
-
 def _ternary(raw: Tensor, threshold: int, scale: float) -> Tensor:
-    """Values of ``ternary``."""
     half = raw.view(torch.int32)
     plus, minus = half >= 2**31 - threshold, half < threshold - 2**31
     return (plus.view(torch.int8) - minus.view(torch.int8)).to(torch.float32).mul_(scale)

@@ -11,36 +11,28 @@ import hashlib
 import math
 import os
 from collections import OrderedDict
-from collections.abc import Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-from kshot.adapters.base import Shared
 from kshot.errors import UserError
 from kshot.files import cache_folder, write_atomically
 
 MEMORY = 1 << 30  # bytes of decompositions kept in memory: twice what all blocks of a ViT-B take
 ON_DISK = 256 * 256  # elements from which a weight is faster read than decomposed
-TOLERANCE = 1e-4  # rounding moves fingerprints by less than 1e-8, the flip of one pair in a thousand by about 0.1
 
 
 class SVD(NamedTuple):
-    """A thin decomposition, float32, singular values descending.
+    """A thin decomposition, float32, singular values descending, n = min(out, in)."""
 
-    Attributes:
-        u: (out, n), n = min(out, in), orthonormal columns.
-        s: (n,).
-        vt: (n, in), orthonormal rows.
-    """
-
-    u: Tensor
-    s: Tensor
-    vt: Tensor
+    u: Tensor  # (out, n), orthonormal columns
+    s: Tensor  # (n,)
+    vt: Tensor  # (n, in), orthonormal rows
 
 
 _memory: OrderedDict[str, SVD] = OrderedDict()  # by key, the least recently used first
@@ -66,34 +58,34 @@ def svd_of(weight: Tensor) -> SVD:
     assert weight.ndim == 2
     out, width = weight.shape
     if weight.is_meta:
-        n = min(out, width)
-        return SVD(*(torch.empty(shape, dtype=torch.float32, device="meta") for shape in ((out, n), (n,), (n, width))))
+        return _empty(out, width)
     with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
         values = weight.detach().to("cpu", torch.float32).contiguous()
         digest = hashlib.sha256(f"{out} {width}\n".encode())
         digest.update(values.numpy().data)
         key = digest.hexdigest()
         svd = _memory.get(key) or _from_disk(key, values)
-        _remember(key, svd)
+        _memory[key] = svd
+        _memory.move_to_end(key)
+        while sum(t.nbytes for kept in _memory.values() for t in kept) > MEMORY:
+            _memory.popitem(last=False)
         return SVD(*(t.to(weight.device) for t in svd))
 
 
-def _remember(key: str, svd: SVD) -> None:
-    _memory[key] = svd
-    _memory.move_to_end(key)
-    while sum(t.nbytes for kept in _memory.values() for t in kept) > MEMORY:
-        _memory.popitem(last=False)
+def _empty(out: int, width: int) -> SVD:
+    n = min(out, width)
+    return SVD(*(torch.empty(shape, dtype=torch.float32, device="meta") for shape in ((out, n), (n,), (n, width))))
 
 
 def _from_disk(key: str, values: Tensor) -> SVD:
     file = _file_of(key, values)
-    svd = _read(file, values) if file else None
+    if file is None:
+        return _decompose(values)
+    svd = _read(file, values)
     if svd is None:
         svd = _decompose(values)
-        if file:
-            tensors = svd._asdict()
-            with suppress(UserError):  # a folder that cannot be written costs the next process a second
-                write_atomically(file, lambda beside: save_file(tensors, beside))
+        with suppress(UserError):  # a folder that cannot be written costs the next process a second
+            write_atomically(file, partial(save_file, svd._asdict()))
     return svd
 
 
@@ -106,14 +98,12 @@ def _file_of(key: str, values: Tensor) -> Path | None:
 
 
 def _read(file: Path, values: Tensor) -> SVD | None:
-    out, width = values.shape
-    n = min(out, width)
     try:
         svd = SVD(**load(file.read_bytes()))  # not mapped: the file may be cut while the tensors are in use
     except Exception:  # a broken file may raise anything in a reader
         return None
-    as_expected = [t.shape for t in svd] == [(out, n), (n,), (n, width)] and all(t.dtype == torch.float32 for t in svd)
-    return svd if as_expected else None
+    pairs = zip(svd, _empty(*values.shape), strict=True)
+    return svd if all((a.shape, a.dtype) == (b.shape, b.dtype) for a, b in pairs) else None
 
 
 def _decompose(values: Tensor) -> SVD:
@@ -132,8 +122,8 @@ def fingerprint(svd: SVD, rank: int | None = None) -> float:
 
     p and q are fixed vectors of ±1, so each p·u_j is of order 1; c_j = 1/2 + frac(j (√5 - 1) / 2), j = 1 ... r, differs
     by at least 0.38 between neighbours; g_j = s_j² / (s_j² + 10⁻⁶ s_1²) leaves out pairs that are arbitrary because
-    their singular value is zero. A flip of one pair, a rotation of two or another weight move f by about 1/√r to 1.
-    Singular values count through g alone.
+    their singular value is zero. A flip of one pair, a rotation of two or another weight move f by about 1/√r to 1,
+    rounding by less than 1e-8. Singular values count through g alone.
 
     Args:
         svd: of any weight; of a meta tensor, the fingerprint is nan.
@@ -158,11 +148,6 @@ def _signs(count: int, start: int) -> Tensor:
     return 1.0 - 2.0 * ((h ^ (h >> 15)) & 1).double()
 
 
-def same(a: float, b: float) -> bool:
-    """Whether two fingerprints are those of one basis: they differ by at most 1e-4, relative where they exceed 1."""
-    return math.isclose(a, b, rel_tol=TOLERANCE, abs_tol=TOLERANCE)
-
-
 def relative_gap(svd: SVD) -> float:
     """The smallest (s_j - s_{j+1}) / s_1: how well single pairs are determined.
 
@@ -175,18 +160,3 @@ def relative_gap(svd: SVD) -> float:
         return math.nan
     s = svd.s.detach().to("cpu", torch.float64)
     return float((s[:-1] - s[1:]).min() / s[0].clamp_min(1e-300))
-
-
-class SingularPairs(Shared):
-    """Says which singular pairs the coefficients of a method stand on, so that a checkpoint is refused on others.
-
-    Args:
-        fingerprints: of the pairs in use, by slot, from :func:`fingerprint`.
-    """
-
-    def __init__(self, fingerprints: Mapping[str, float]) -> None:
-        super().__init__()
-        self.fingerprints = dict(fingerprints)
-
-    def fingerprint(self) -> dict[str, Any]:
-        return {"svd": self.fingerprints}

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from kshot.adapters.base import SlotAdapter, generator_for
+from kshot.adapters.base import Shared, SlotAdapter, generator_for
 from kshot.adapters.random_basis import words
-from kshot.adapters.svd import SVD, SingularPairs, fingerprint, relative_gap, svd_of
+from kshot.adapters.svd import SVD, fingerprint, relative_gap, svd_of
 from kshot.errors import UserError
 from kshot.holding import Castable
 from kshot.layers import FullRankLayer
@@ -39,9 +39,6 @@ class SVFT(SlotAdapter):
         save_factors: checkpoints hold U, Σ and Vᵀ; None keeps those of weights with (almost) equal singular values,
             whose vectors may come out otherwise on another machine, unless the pattern is plain.
         seed: of the random pattern.
-
-    Raises:
-        UserError: a setting outside its range.
     """
 
     pattern: Literal["plain", "banded", "random", "top_k"] = "plain"
@@ -54,21 +51,20 @@ class SVFT(SlotAdapter):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require("pattern", self.pattern in ("plain", "banded", "random", "top_k"), "be a known pattern")
+        self.require_known("pattern", "start")
         self.require("band", self.band >= 1, "be at least 1; without any, the pattern is plain")
         chosen = self.pattern in ("random", "top_k")
         self.require("entries", self.entries is None or chosen, "be null unless the pattern is random or top_k")
         self.require("entries", self.entries is None or self.entries >= 1, "be at least 1")
-        self.require("start", self.start in ("zero", "reference"), "be zero or reference")
         self.require("seed", 0 <= self.seed < 2**63, "lie in 0 ... 2^63 - 1")
 
-    def prepare(self, slots: Mapping[str, Slot]) -> SingularPairs | None:
+    def prepare(self, slots: Mapping[str, Slot]) -> Shared | None:
         """Tells bases apart, pairs of small singular values included: M may weigh them as much as any other."""
         found = {name: svd for name, slot in slots.items() if not self.stores(svd := svd_of(slot.weight))}
         prints = {name: fingerprint(svd._replace(s=torch.ones_like(svd.s))) for name, svd in found.items()}
-        return SingularPairs(prints) if prints else None
+        return Shared(described={"svd": prints}) if prints else None
 
-    def wrap(self, slot: Slot, shared: SingularPairs | None) -> SVFTLayer:  # noqa: ARG002  the basis is the slot's own
+    def wrap(self, slot: Slot, shared: Shared | None) -> SVFTLayer:  # noqa: ARG002  the basis is the slot's own
         svd = svd_of(slot.weight)
         if self.save_factors is False and self.is_ambiguous(svd):
             raise UserError(
@@ -112,17 +108,13 @@ class SVFT(SlotAdapter):
 
 
 class Band(nn.Module):
-    """Ω of 2b + 1 diagonals. Values lie diagonal by diagonal: 0, 1, -1, 2, -2, ...; that of d holds M[j - d, j].
-
-    Attributes:
-        size: |Ω| = n (2b + 1) - b (b + 1).
-    """
+    """Ω of 2b + 1 diagonals. Values lie diagonal by diagonal: 0, 1, -1, 2, -2, ...; that of d holds M[j - d, j]."""
 
     def __init__(self, n: int, band: int) -> None:
         super().__init__()
         offsets = [0] + [sign * d for d in range(1, band + 1) for sign in (1, -1)]
         self.lengths = [n - abs(d) for d in offsets]
-        self.size = sum(self.lengths)
+        self.size = sum(self.lengths)  # |Ω| = n (2b + 1) - b (b + 1)
         self.rows = [slice(max(-d, 0), n - max(d, 0)) for d in offsets]
         self.columns = [slice(max(d, 0), n - max(-d, 0)) for d in offsets]
 
@@ -142,17 +134,9 @@ class Band(nn.Module):
 
 
 class Positions(nn.Module):
-    """Ω of any positions; they are stored with the values, which mean nothing without them.
+    """Ω of any positions in M, (n, n); they are stored with the values, which mean nothing without them."""
 
-    Args:
-        n: of M, (n, n).
-        flat: row · n + column of each, (|Ω|,).
-
-    Attributes:
-        size: |Ω|.
-    """
-
-    flat: Tensor
+    flat: Tensor  # row · n + column of each, (|Ω|,)
 
     def __init__(self, n: int, flat: Tensor) -> None:
         super().__init__()
@@ -184,12 +168,10 @@ class SVFTLayer(FullRankLayer, Castable):
         stored, reference = settings.stores(svd), settings.start == "reference"
         for name, factor in svd._asdict().items():
             self.register_buffer(name, factor.clone() if stored else factor, persistent=stored)
-        self.omega = omega
-        size = omega.size
+        self.omega, size = omega, omega.size
         drawn = torch.randn(size, generator=generator_for(slot.name)) if reference else torch.zeros(size)
         self.values = nn.Parameter(math.sqrt(2 / size) * drawn)
-        gated = reference or settings.gate
-        self.register_parameter("gate", nn.Parameter(torch.zeros(())) if gated else None)
+        self.gate = nn.Parameter(torch.zeros(())) if reference or settings.gate else None
 
     def m(self) -> Tensor:
         """The entries of M on Ω, (|Ω|,)."""
@@ -199,7 +181,7 @@ class SVFTLayer(FullRankLayer, Castable):
         return self.u, self.s, self.vt
 
     def delta(self) -> Tensor:
-        return self.u @ self.omega.times(self.m(), self.vt.T).T
+        return self.build(self.u.dtype)
 
     def build(self, dtype: torch.dtype) -> Tensor:
         u, _, _ = self.frozen(dtype)
