@@ -40,7 +40,7 @@ HEAD_SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def exported(package: Any, kind: type) -> list[type]:
-    found = [getattr(package, name) for name in package.__all__]
+    found = vars(package).values()
     return [c for c in found if inspect.isclass(c) and issubclass(c, kind) and not inspect.isabstract(c)]
 
 

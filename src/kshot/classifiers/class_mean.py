@@ -1,7 +1,5 @@
 """Nearest class mean, the simplest few-shot classifier (Mensink et al. 2013; Snell et al. 2017 call it prototypes)."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,7 +20,6 @@ class NearestClassMean(Classifier):
     needs = frozenset({"shots"})
     bound = "its means are those of the training classes"
 
-    @torch.inference_mode(False)
     def __init__(self, backbone: Backbone, task: Task, scale: float = 20.0, trainable: bool = False) -> None:
         super().__init__(backbone, task)
         self.scale = scale
