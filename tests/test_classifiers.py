@@ -25,6 +25,7 @@ from kshot.classifiers import (
     CoCoOp,
     CoOp,
     DePT,
+    KgCoOp,
     LinearProbe,
     LPPlusPlus,
     MaPLe,
@@ -632,6 +633,23 @@ class TestSettings:
         assert settings_of(own) == settings_of(copy_of(own)) == told
         assert settings_of(Bare(towers.backbone(), TASK, "imagenet7")) == {"class": "Bare", "templates": "imagenet7"}
         assert not any(p.is_inference() for p in own.parameters())
+
+    @pytest.mark.parametrize(
+        ("kind", "name", "value", "expected"),
+        [
+            (NearestClassMean, "scale", 0.0, "scale is 0.0, and must be above 0."),
+            (NearestClassMean, "scale", float("nan"), "scale is nan, and must be above 0."),
+            (KgCoOp, "weight", -8.0, "weight is -8.0, and must be at least 0."),
+            (PromptSRC, "text_weight", -1.0, "text_weight is -1.0, and must be at least 0."),
+            (PromptSRC, "image_weight", float("inf"), "image_weight is inf, and must be at least 0."),
+            (PromptSRC, "logit_weight", float("nan"), "logit_weight is nan, and must be at least 0."),
+            (CoOp, "position", "behind", "position is 'behind', and must be 'end', 'middle' or 'front'."),
+        ],
+    )
+    def test_of_no_sense_are_refused(self, kind, name, value, expected):
+        with pytest.raises(UserError) as error:
+            made(kind, {name: value})
+        assert str(error.value) == f"{kind.__name__}: {expected}"
 
     def test_a_list_that_changes_later(self):
         ratios = [0.1, 0.2]

@@ -56,6 +56,8 @@ class CoOp(TextClassifier):
             raise UserError(f"{who}: init_words {init_words!r} hold no token.")
         length = context_length if context_length is not None else len(tokens) or 16
         require(who, "context_length", length, length >= 1, "be at least 1")
+        known = position in ("end", "middle", "front")
+        require(who, "position", repr(position), known, "be 'end', 'middle' or 'front'")
         kept = self.keeps_words and length <= len(tokens) == len(words)
         if tokens and length != len(tokens) and not kept:
             raise UserError(
@@ -109,11 +111,10 @@ class CoOp(TextClassifier):
         before = {"end": length, "middle": length // 2, "front": 0}[self.position]
         if before == length and not self.class_specific:
             return self.shared_prompts(own.unsqueeze(0))
-        context = own if self.class_specific else own.expand(classes, -1, -1)
+        context = own.expand(classes, -1, -1)
         first, second = context[:, :before], context[:, before:]
-        suffix = torch.stack(
-            [torch.cat([rest[c, :n], second[c], rest[c, n:]]) for c, n in enumerate(self.name_lengths)]
-        )
+        suffixes = [torch.cat([rest[c, :n], second[c], rest[c, n:]]) for c, n in enumerate(self.name_lengths)]
+        suffix = torch.stack(suffixes)
         if self.class_specific:
             return start, torch.cat([first, suffix], 1).unsqueeze(0)
         return torch.cat([start, own[None, :before]], 1), suffix.unsqueeze(0)

@@ -1,5 +1,6 @@
 """KgCoOp: CoOp that stays near the hand-written prompts (Yao et al. 2023, arXiv:2303.13283)."""
 
+import math
 from collections.abc import Sequence
 
 import torch.nn.functional as F
@@ -9,6 +10,7 @@ from kshot.backbones.base import Backbone
 from kshot.classifiers.base import Task, exact
 from kshot.classifiers.coop import CoOp
 from kshot.classifiers.zero_shot import Anchored
+from kshot.errors import require
 
 
 class KgCoOp(Anchored, CoOp):
@@ -34,6 +36,7 @@ class KgCoOp(Anchored, CoOp):
     ) -> None:
         super().__init__(backbone, task, context_length, init_words=init_words)
         self.anchor(templates)
+        require("KgCoOp", "weight", weight, 0 <= weight < math.inf, "be at least 0")
         self.weight = weight
 
     def terms(self, features: Tensor, text: Tensor, label: Tensor, teacher: Tensor | None) -> dict[str, Tensor]:

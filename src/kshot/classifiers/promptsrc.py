@@ -1,5 +1,6 @@
 """PromptSRC: deep prompts in both towers that regulate themselves (Khattak et al. 2023, arXiv:2307.06948)."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -62,6 +63,9 @@ class PromptSRC(Anchored, CoOp):
     ) -> None:
         super().__init__(backbone, task, context_length, init_words=init_words, depth=depth)
         blocks = checked_blocks("PromptSRC", backbone, prompt_length, depth)
+        weights = {"text_weight": text_weight, "image_weight": image_weight, "logit_weight": logit_weight}
+        for name, weight in weights.items():
+            require("PromptSRC", name, weight, 0 <= weight < math.inf, "be at least 0")
         require("PromptSRC", "average_std", average_std, average_std > 0, "be positive")
         self.image_prompts = nn.Parameter(torch.randn(blocks, prompt_length, backbone.image_width) * 0.02)
         self.text_weight, self.image_weight, self.logit_weight = text_weight, image_weight, logit_weight
