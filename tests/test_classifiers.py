@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import json
 import pickle
 from collections import Counter
 from contextlib import nullcontext
@@ -24,8 +25,10 @@ from kshot.classifiers import (
     CoCoOp,
     CoOp,
     DePT,
+    KgCoOp,
     LinearProbe,
     LPPlusPlus,
+    MaPLe,
     NearestClassMean,
     PromptSRC,
     Shots,
@@ -40,10 +43,12 @@ from kshot.classifiers.base import (
     exact,
     exact_linear,
     own_parameters,
+    settings_of,
     title_of,
 )
 from kshot.errors import UserError
 from kshot.holding import merged
+from kshot.places import arguments_of
 
 NAMES = ("cat", "dog", "yellow bird", "x", "very small old car", "tree", "sea horse", "house", "pen", "cup")
 TASK = Task(NAMES[:4])
@@ -79,7 +84,7 @@ BOUND["TipAdapterF"] = BOUND["TipAdapter"]
 
 def exported() -> list[type[Classifier]]:
     """Every classifier that a config can name."""
-    things = [getattr(kshot.classifiers, name) for name in kshot.classifiers.__all__]
+    things = vars(kshot.classifiers).values()
     return [t for t in things if inspect.isclass(t) and issubclass(t, Classifier) and not inspect.isabstract(t)]
 
 
@@ -564,6 +569,95 @@ class TestFunctions:
         assert [g.get("head", False) for g in given.param_groups()] == [False, True]
 
 
+# a value for each setting of any classifier that is not its default
+OTHERS: dict[str, Any] = {
+    **{"C": 0.5, "alpha": 2.0, "alpha_grad": "fresh", "alpha_range": 4.0, "average_mean": None, "average_std": 5.0},
+    **{"balance": 0.3, "base": partial(CoOp, context_length=3), "beta": 3.0, "beta_range": 5.0, "class_specific": True},
+    **{"context_length": 3, "head": LinearProbe, "image_weight": 1.0, "init_words": "a big drawing of"},
+    **{"initial_alpha": 2.0, "initial_beta": 2.0, "iterations": 5, "logit_weight": 2.0, "momentum": 0.5},
+    **{"position": "front", "prompt_length": 2, "rate_factor": 2.0, "ratio": [0.2, 0.3], "reduction": 2, "scale": 3.0},
+    **{
+        "select": False,
+        "templates": SENTENCES,
+        "text_ratio": 0.5,
+        "text_weight": 1.0,
+        "trainable": True,
+        "weight": 2.0,
+    },
+}
+GIVEN = frozenset({"backbone", "task"})
+
+
+class TestSettings:
+    @pytest.mark.parametrize(
+        ("kind", "name"), [(kind, name) for kind in exported() for name in arguments_of(kind, GIVEN)[0]]
+    )
+    def test_changing_any_one_changes_what_is_told(self, kind, name):
+        default = arguments_of(kind, GIVEN)[0][name].default
+        value = not default if name == "normalize" else 1 + (default == 1) if name == "depth" else OTHERS[name]
+        others = {"init_words": None} if name == "context_length" and kind is not MaPLe else {}
+        backbone = towers.backbone()
+        before, same = (settings_of(kind(backbone, TASK, **others)) for _ in range(2))
+        told = settings_of(kind(backbone, TASK, **others, **{name: value}))
+        assert before == same
+        assert told != before
+        assert json.loads(json.dumps(told)) == told
+        if value is not None and not callable(value):
+            assert told[name] == (list(value) if name == "templates" else value)
+
+    def test_those_inside_are_told_with_their_class(self):
+        backbone = towers.backbone()
+        told = settings_of(DePT(backbone, TASK, base=partial(VPT, prompt_length=3, head=partial(CoOp, depth=2))))
+        assert told == {
+            **{"class": "DePT", "balance": 0.7, "rate_factor": 6.5},
+            "inner": {
+                **{"class": "VPT", "prompt_length": 3},
+                "inner": {"class": "CoOp", "class_specific": False, "position": "end", "depth": 2},
+            },
+        }
+        assert settings_of(VPT(backbone, TASK)) == settings_of(VPT(backbone, TASK, head=TextPrompt))
+
+    def test_of_a_class_of_ones_own(self):
+        class Bare(TextPrompt):
+            pass
+
+        class Own(LinearProbe):
+            def __init__(self, backbone, task, width, kind=torch.float32, *, rate: float = 0.5, **others):
+                super().__init__(backbone, task, **others)
+                self.more = torch.nn.Parameter(torch.zeros(width))
+
+        backbone = towers.backbone()
+        with torch.inference_mode():
+            own = Own(backbone, TASK, [1, 2], rate=0.1, normalize=False)
+        told = {"class": "Own", "normalize": False, "width": [1, 2], "kind": "torch.float32", "rate": 0.1}
+        assert settings_of(own) == settings_of(copy_of(own)) == told
+        assert settings_of(Bare(towers.backbone(), TASK, "imagenet7")) == {"class": "Bare", "templates": "imagenet7"}
+        assert not any(p.is_inference() for p in own.parameters())
+
+    @pytest.mark.parametrize(
+        ("kind", "name", "value", "expected"),
+        [
+            (NearestClassMean, "scale", 0.0, "scale is 0.0, and must be above 0."),
+            (NearestClassMean, "scale", float("nan"), "scale is nan, and must be above 0."),
+            (KgCoOp, "weight", -8.0, "weight is -8.0, and must be at least 0."),
+            (PromptSRC, "text_weight", -1.0, "text_weight is -1.0, and must be at least 0."),
+            (PromptSRC, "image_weight", float("inf"), "image_weight is inf, and must be at least 0."),
+            (PromptSRC, "logit_weight", float("nan"), "logit_weight is nan, and must be at least 0."),
+            (CoOp, "position", "behind", "position is 'behind', and must be 'end', 'middle' or 'front'."),
+        ],
+    )
+    def test_of_no_sense_are_refused(self, kind, name, value, expected):
+        with pytest.raises(UserError) as error:
+            made(kind, {name: value})
+        assert str(error.value) == f"{kind.__name__}: {expected}"
+
+    def test_a_list_that_changes_later(self):
+        ratios = [0.1, 0.2]
+        given = CLIPAdapter(towers.backbone(), TASK, ratios)
+        ratios.append(0.3)
+        assert settings_of(given)["ratio"] == [0.1, 0.2]
+
+
 class TestTextIsHeld:
     @pytest.mark.parametrize(
         ("kind", "settings"),
@@ -678,6 +772,12 @@ class TestTextPrompt:
         expected = made(TextPrompt, {}, Task(NAMES[:4], ("{} in the rain",)))
         features = features_of(given)
         assert torch.equal(given(features), expected(features))
+
+    @pytest.mark.parametrize("kind", [TextPrompt, PromptSRC])
+    @pytest.mark.parametrize("empty", [[], ""])
+    def test_no_sentence_at_all_is_refused(self, kind, empty):
+        with pytest.raises(UserError, match="templates: "):
+            made(kind, {"templates": empty})
 
     def test_a_class_name_that_does_not_fit(self):
         with pytest.raises(UserError, match="tokens"):

@@ -16,27 +16,3 @@ from kshot.classifiers.task_res import TaskRes
 from kshot.classifiers.tip_adapter import TipAdapter, TipAdapterF
 from kshot.classifiers.vpt import VPT
 from kshot.classifiers.zero_shot import TextPrompt
-
-__all__ = [
-    "VPT",
-    "CLIPAdapter",
-    "Classifier",
-    "ClassifierFactory",
-    "CoCoOp",
-    "CoOp",
-    "DePT",
-    "KgCoOp",
-    "LPPlusPlus",
-    "LinearProbe",
-    "LogisticProbe",
-    "MaPLe",
-    "NearestClassMean",
-    "PromptSRC",
-    "Shots",
-    "Task",
-    "TaskRes",
-    "TextClassifier",
-    "TextPrompt",
-    "TipAdapter",
-    "TipAdapterF",
-]

@@ -1,11 +1,11 @@
 """The contract of a classifier: from image features to logits, and what to learn from."""
 
-from __future__ import annotations
-
+import inspect
+import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import reduce, wraps
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -55,19 +55,31 @@ class Classifier(nn.Module, ABC):
     Attributes:
         backbone: shared with the classifiers inside, if there are any.
         task: the classes that it serves now.
+        init_args: the settings that it was built with, by the names that a config has for them, as plain data.
         bound: why it cannot serve other classes; empty where it can.
         needs: what a run must give: ``shots`` (:meth:`fit` is to be called before training), ``val`` (something is
             chosen by validation shots, in :meth:`fit` or :meth:`select`), ``teacher`` (:meth:`losses` wants image
             features of the untouched backbone).
+
+    Raises:
+        UserError: the backbone lacks what a method needs, a setting is out of its range, a class name has no tokens, or
+            a prompt does not fit. So do all classifiers.
     """
 
+    init_args: dict[str, Any]
     needs: frozenset[str] = frozenset()
     bound: str = "it was built for its training classes"
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "__init__" in vars(cls):
+            cls.__init__ = recorded(vars(cls)["__init__"])  # type: ignore[method-assign]
 
     def __init__(self, backbone: Backbone, task: Task) -> None:
         super().__init__()
         self.backbone = backbone
         self.task = task
+        self.init_args = {}
 
     @abstractmethod
     def forward(self, features: Tensor) -> Tensor:
@@ -133,32 +145,55 @@ class ClassifierFactory(Protocol):
     def __call__(self, backbone: Backbone, task: Task) -> Classifier: ...
 
 
-def own_parameters(classifier: Classifier) -> list[nn.Parameter]:
-    """The trainable tensors of a classifier and of classifiers inside it, without the backbone's."""
-    inside = {id(p) for p in classifier.backbone.parameters()}
-    return [p for p in classifier.parameters() if p.requires_grad and id(p) not in inside]
+def recorded(init: Callable[..., None]) -> Callable[..., None]:
+    """A constructor that also notes its settings, and runs outside inference mode, since what it builds may train.
 
-
-def closed_form(classifier: Classifier) -> bool:
-    """Whether :meth:`Classifier.fit` finds the whole answer, so that no gradient step is to be taken."""
-    return "shots" in classifier.needs and not own_parameters(classifier)
-
-
-def title_of(classifier: Classifier) -> str:
-    """What tables call a classifier: ``CoOp``, ``DePT (CoOp)``."""
-    inner = getattr(classifier, "inner", None)
-    return type(classifier).__name__ + (f" ({title_of(inner)})" if isinstance(inner, Classifier) else "")
-
-
-@dataclass(frozen=True)
-class GaussianAverage:
-    """``Σ_e w_e θ_e / Σ_e w_e`` with ``w_e = exp(-(e - mean)² / 2 std²)`` over the epochs e that were run, from 1.
-
-    PromptSRC's aggregation (arXiv:2307.06948, equation 9).
+    Left out are None, which stands for what other settings decide, and whatever can be called: the backbone, and what
+    builds a classifier inside, which has notes of its own. A constructor that calls another's adds to those of that.
     """
+    parameters = inspect.signature(init).parameters
+    defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
 
-    mean: float
-    std: float
+    @wraps(init)
+    def build(self: Classifier, *arguments: Any, **settings: Any) -> None:
+        with torch.inference_mode(False):
+            init(self, *arguments, **settings)
+        given = {**defaults, **dict(zip(parameters, (self, *arguments), strict=False)), **settings}
+        plain = {name: v for name, v in given.items() if name != "task" and v is not None and not callable(v)}
+        self.init_args |= json.loads(json.dumps(plain, default=str))
+
+    return build
+
+
+def settings_of(classifier: Classifier) -> dict[str, Any]:
+    """What a classifier was built as, in plain data: its class, its settings, and the same of classifiers inside it."""
+    inside = {name: settings_of(part) for name, part in classifier.named_children() if isinstance(part, Classifier)}
+    return {"class": type(classifier).__name__, **classifier.init_args, **inside}
+
+
+class Around(Classifier):
+    """Puts something of its own around another classifier, :attr:`inner`, and leaves the rest to that."""
+
+    def __init__(self, backbone: Backbone, task: Task, inner: ClassifierFactory) -> None:
+        super().__init__(backbone, task)
+        self.inner: Classifier = inner(backbone=backbone, task=task)
+        self.needs = self.inner.needs
+
+    def losses(self, features: Tensor, label: Tensor, teacher: Tensor | None = None) -> dict[str, Tensor]:
+        return self.inner.losses(features, label, teacher)
+
+    def image_tokens(self) -> Sequence[Tensor]:
+        return self.inner.image_tokens()
+
+    def set_class_names(self, class_names: Sequence[str], templates: Sequence[str] | None = None) -> None:
+        self.inner.set_class_names(class_names, templates)
+        self.task = self.inner.task
+
+    def fit(self, train: Shots, val: Shots | None) -> None:
+        self.inner.fit(train, val)
+
+    def select(self, val: Shots) -> None:
+        self.inner.select(val)
 
 
 class TextClassifier(Classifier, Holder):
@@ -182,6 +217,10 @@ class TextClassifier(Classifier, Holder):
         What trains beside the text tower and its prompts enters in :meth:`text_features` or :meth:`logits`, so that
         these features can be held.
         """
+
+    @abstractmethod
+    def prepare_classes(self) -> None:
+        """Builds what depends on the class names of :attr:`task`."""
 
     def hold(self) -> Tensor | None:
         return self.encode()
@@ -219,15 +258,32 @@ class TextClassifier(Classifier, Holder):
         if self.held is not None:
             self.held = self.hold()
 
-    @abstractmethod
-    def prepare_classes(self) -> None:
-        """Builds what depends on the class names of :attr:`task`."""
+
+@dataclass(frozen=True)
+class GaussianAverage:
+    """``Σ_e w_e θ_e / Σ_e w_e`` with ``w_e = exp(-(e - mean)² / 2 std²)`` over the epochs e that were run, from 1.
+
+    PromptSRC's aggregation (arXiv:2307.06948, equation 9).
+    """
+
+    mean: float
+    std: float
 
 
-def require(who: str, name: str, value: object, holds: bool, what: str) -> None:
-    """Raises UserError unless a setting holds; ``what`` completes "ratio is 2, and must ..."."""
-    if not holds:
-        raise UserError(f"{who}: {name} is {value!r}, and must {what}.")
+def own_parameters(classifier: Classifier) -> list[nn.Parameter]:
+    """The trainable tensors of a classifier and of classifiers inside it, without the backbone's."""
+    inside = {id(p) for p in classifier.backbone.parameters()}
+    return [p for p in classifier.parameters() if p.requires_grad and id(p) not in inside]
+
+
+def closed_form(classifier: Classifier) -> bool:
+    """Whether :meth:`Classifier.fit` finds the whole answer, so that no gradient step is to be taken."""
+    return "shots" in classifier.needs and not own_parameters(classifier)
+
+
+def title_of(classifier: Classifier) -> str:
+    """What tables call a classifier: ``CoOp``, ``DePT (CoOp)``."""
+    return type(classifier).__name__ + (f" ({title_of(classifier.inner)})" if isinstance(classifier, Around) else "")
 
 
 def cosine_logits(features: Tensor, prototypes: Tensor, scale: Tensor | float) -> Tensor:

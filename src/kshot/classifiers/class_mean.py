@@ -1,6 +1,6 @@
 """Nearest class mean, the simplest few-shot classifier (Mensink et al. 2013; Snell et al. 2017 call it prototypes)."""
 
-from __future__ import annotations
+import math
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from kshot.backbones.base import Backbone
 from kshot.classifiers.base import Classifier, Shots, Task, cosine_logits, exact
+from kshot.errors import require
 
 
 class NearestClassMean(Classifier):
@@ -22,9 +23,9 @@ class NearestClassMean(Classifier):
     needs = frozenset({"shots"})
     bound = "its means are those of the training classes"
 
-    @torch.inference_mode(False)
     def __init__(self, backbone: Backbone, task: Task, scale: float = 20.0, trainable: bool = False) -> None:
         super().__init__(backbone, task)
+        require("NearestClassMean", "scale", scale, 0 < scale < math.inf, "be above 0")
         self.scale = scale
         means = torch.zeros(len(task.class_names), backbone.feature_dim)
         if trainable:

@@ -1,7 +1,5 @@
 """CLIP-Adapter: a bottleneck mixed into the features (Gao et al. 2021, arXiv:2110.04544)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
@@ -9,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kshot.backbones.base import Backbone
-from kshot.classifiers.base import Shots, Task, cosine_logits, exact, require
+from kshot.classifiers.base import Shots, Task, cosine_logits, exact
 from kshot.classifiers.zero_shot import TextPrompt
-from kshot.errors import UserError
+from kshot.errors import require
 
 
 class CLIPAdapter(TextPrompt):
@@ -26,14 +24,10 @@ class CLIPAdapter(TextPrompt):
         reduction: the bottleneck has D / reduction units.
         text_ratio: r of a second adapter, on the text features; 0 leaves it out.
         templates: as :class:`TextPrompt`.
-
-    Raises:
-        UserError: no text tower; a prompt does not fit; a setting out of its range.
     """
 
     chosen: Tensor
 
-    @torch.inference_mode(False)
     def __init__(
         self,
         backbone: Backbone,
@@ -45,8 +39,7 @@ class CLIPAdapter(TextPrompt):
     ) -> None:
         super().__init__(backbone, task, templates)
         ratios = list(ratio) if isinstance(ratio, Sequence) else [ratio]
-        if not ratios:
-            raise UserError("CLIPAdapter: ratio is an empty list, and must hold at least one number from 0 to 1.")
+        require("CLIPAdapter", "ratio", "an empty list", bool(ratios), "hold at least one number from 0 to 1")
         for name, value in [("ratio", r) for r in ratios] + [("text_ratio", text_ratio)]:
             require("CLIPAdapter", name, value, 0 <= value <= 1, "be from 0 to 1")
         width = backbone.feature_dim

@@ -1,7 +1,5 @@
 """CoCoOp: a context for each image (Zhou et al. 2022, arXiv:2203.05557)."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -10,8 +8,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from kshot.backbones.base import Backbone
-from kshot.classifiers.base import Task, exact, exact_linear, require
+from kshot.classifiers.base import Task, exact, exact_linear
 from kshot.classifiers.coop import CoOp
+from kshot.errors import require
 
 
 class CoCoOp(CoOp):
@@ -25,12 +24,8 @@ class CoCoOp(CoOp):
         context_length: M; None takes the length of ``init_words``, or 16.
         init_words: start of V.
         reduction: width of the image features over that of the meta-net's hidden layer.
-
-    Raises:
-        UserError: as :class:`~kshot.classifiers.coop.CoOp`; a reduction that leaves no hidden unit.
     """
 
-    @torch.inference_mode(False)
     def __init__(
         self,
         backbone: Backbone,
@@ -43,8 +38,8 @@ class CoCoOp(CoOp):
         width = backbone.feature_dim
         fits = 1 <= reduction <= width
         require("CoCoOp", "reduction", reduction, fits, f"lie between 1 and the feature width {width}")
-        hidden = width // reduction
-        self.meta_net = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, self.context.shape[-1]))
+        down, up = nn.Linear(width, width // reduction), nn.Linear(width // reduction, self.context.shape[-1])
+        self.meta_net = nn.Sequential(down, nn.ReLU(), up)
 
     def hold(self) -> Tensor | None:
         return None  # every image has text features of its own

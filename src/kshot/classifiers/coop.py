@@ -1,7 +1,5 @@
 """CoOp: learned context tokens (Zhou et al. 2021, arXiv:2109.01134), shallow or deep."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch
@@ -9,9 +7,9 @@ from torch import Tensor, nn
 
 from kshot.backbones.base import Backbone
 from kshot.backbones.language import require_prompts
-from kshot.classifiers.base import Task, TextClassifier, require
+from kshot.classifiers.base import Task, TextClassifier
 from kshot.classifiers.zero_shot import require_tokens
-from kshot.errors import UserError
+from kshot.errors import UserError, require
 
 PUBLISHED_DEPTH = 9  # blocks with prompts of their own in MaPLe and PromptSRC
 
@@ -23,18 +21,16 @@ class CoOp(TextClassifier):
         context_length: M, the number of context tokens; None takes 16, or the length of ``init_words``.
         class_specific: learn one context a class instead of one for all.
         position: where the class name stands: after, amid or before the context.
-        init_words: start from the embeddings of these words, instead of N(0, 0.02²).
+        init_words: start from the embeddings of these words, instead of N(0, 0.02²); of another number of tokens than
+            ``context_length`` they are refused.
         depth: text blocks that get context tokens of their own, the input counted as the first (Khattak et al. 2022,
-            arXiv:2210.03117, section 3.2); None takes 9, or all blocks of a smaller tower.
+            arXiv:2210.03117, section 3.2), for a shared context before the class name; None takes 9, or all blocks of a
+            smaller tower.
 
     Attributes:
         context: V, (M, text width), or (C, M, text width) where it is class-specific.
         deep: (depth - 1, M, text width) of the later blocks; None at a depth of 1.
         end: (C,) position of the end token, on the CPU.
-
-    Raises:
-        UserError: no such text tower; ``init_words`` and ``context_length`` contradict each other; a prompt that does
-            not fit; a class name without tokens; a depth beyond the tower, or with a context that is not shared.
     """
 
     deep: nn.Parameter | None
@@ -42,7 +38,6 @@ class CoOp(TextClassifier):
     rest: Tensor
     keeps_words = False  # whether init words beyond the context length stay in the prompt as they are
 
-    @torch.inference_mode(False)
     def __init__(
         self,
         backbone: Backbone,
@@ -56,19 +51,20 @@ class CoOp(TextClassifier):
         super().__init__(backbone, task)
         who = type(self).__name__
         text = require_prompts(backbone, who)
-        words = init_words.split() if init_words else []
-        tokens = text.token_ids(init_words) if init_words else []
+        words, tokens = (init_words or "").split(), text.token_ids(init_words or "")
         if init_words is not None and not tokens:
             raise UserError(f"{who}: init_words {init_words!r} hold no token.")
         length = context_length if context_length is not None else len(tokens) or 16
         require(who, "context_length", length, length >= 1, "be at least 1")
+        known = position in ("end", "middle", "front")
+        require(who, "position", repr(position), known, "be 'end', 'middle' or 'front'")
         kept = self.keeps_words and length <= len(tokens) == len(words)
         if tokens and length != len(tokens) and not kept:
             raise UserError(
                 f"{who}: init_words {init_words!r} are {len(tokens)} tokens, but context_length is {length}: give one "
                 "of the two, and null for the other."
             )
-        self.fixed_words = " ".join(words[length:])
+        self.fixed_words = words[length:]
         depth = checked_depth(who, depth, text.text_blocks, "text")
         if depth > 1 and (class_specific or position != "end"):
             raise UserError(f"{who}: depth {depth} needs a shared context before the class name (position: end).")
@@ -85,19 +81,19 @@ class CoOp(TextClassifier):
 
     def prepare_classes(self) -> None:
         """Builds the frozen parts of the prompts; the context stays."""
-        who, names, length = type(self).__name__, self.task.class_names, self.context.shape[-2]
-        text = self.backbone
+        text, names, length = self.backbone, self.task.class_names, self.context.shape[-2]
         name_lengths = [require_tokens(text, name) for name in names]
-        for name, own in zip(names, name_lengths, strict=True):
-            needed = len(text.token_ids(f"{self.fixed_words} {name}.")) + length + 2
+        # "X" stands in for the context; it is one token. The full stop is part of the sentence, as in the paper's code.
+        sentences = [" ".join([*["X"] * length, *self.fixed_words, f"{name}."]) for name in names]
+        for name, own, sentence in zip(names, name_lengths, sentences, strict=True):
+            needed = len(text.token_ids(sentence)) + 2
             if needed > text.context_length:
                 raise UserError(
-                    f"{who}: the class {name!r} has {own} tokens, and with {length} of context, start and end its "
-                    f"prompt takes {needed}; {text.name} reads {text.context_length}: shorten the name or the context."
+                    f"{type(self).__name__}: the class {name!r} has {own} tokens, and with {length} of context, start "
+                    f"and end its prompt takes {needed}; {text.name} reads {text.context_length}: shorten the name or "
+                    "the context."
                 )
-        # "X" stands in for the context; it is one token. The full stop is part of the sentence, as in the paper's code.
-        words = " ".join([*["X"] * length, *self.fixed_words.split()])
-        tokens = text.tokenize([f"{words} {name}." for name in names])
+        tokens = text.tokenize(sentences)
         self.name_lengths = name_lengths
         self.end = text.end_of_text(tokens)
         rest = tokens[:, 1 + length : int(self.end.max()) + 1]
@@ -115,11 +111,10 @@ class CoOp(TextClassifier):
         before = {"end": length, "middle": length // 2, "front": 0}[self.position]
         if before == length and not self.class_specific:
             return self.shared_prompts(own.unsqueeze(0))
-        context = own if self.class_specific else own.expand(classes, -1, -1)
+        context = own.expand(classes, -1, -1)
         first, second = context[:, :before], context[:, before:]
-        suffix = torch.stack(
-            [torch.cat([rest[c, :n], second[c], rest[c, n:]]) for c, n in enumerate(self.name_lengths)]
-        )
+        suffixes = [torch.cat([rest[c, :n], second[c], rest[c, n:]]) for c, n in enumerate(self.name_lengths)]
+        suffix = torch.stack(suffixes)
         if self.class_specific:
             return start, torch.cat([first, suffix], 1).unsqueeze(0)
         return torch.cat([start, own[None, :before]], 1), suffix.unsqueeze(0)

@@ -1,10 +1,8 @@
 """KgCoOp: CoOp that stays near the hand-written prompts (Yao et al. 2023, arXiv:2303.13283)."""
 
-from __future__ import annotations
-
+import math
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -12,7 +10,7 @@ from kshot.backbones.base import Backbone
 from kshot.classifiers.base import Task, exact
 from kshot.classifiers.coop import CoOp
 from kshot.classifiers.zero_shot import Anchored
-from kshot.templates import named_templates
+from kshot.errors import require
 
 
 class KgCoOp(Anchored, CoOp):
@@ -25,12 +23,8 @@ class KgCoOp(Anchored, CoOp):
         init_words: start of the context.
         weight: of the term; the paper's code has 8.
         templates: of t⁰: sentences, or the name of an ensemble as for TextPrompt; None takes the data set's.
-
-    Raises:
-        UserError: as :class:`~kshot.classifiers.coop.CoOp`; bad templates.
     """
 
-    @torch.inference_mode(False)
     def __init__(
         self,
         backbone: Backbone,
@@ -41,11 +35,11 @@ class KgCoOp(Anchored, CoOp):
         templates: Sequence[str] | str | None = None,
     ) -> None:
         super().__init__(backbone, task, context_length, init_words=init_words)
+        self.anchor(templates)
+        require("KgCoOp", "weight", weight, 0 <= weight < math.inf, "be at least 0")
         self.weight = weight
-        self.templates = named_templates(templates) if templates else None
-        self.register_buffer("teacher", None, persistent=False)
 
     def terms(self, features: Tensor, text: Tensor, label: Tensor, teacher: Tensor | None) -> dict[str, Tensor]:
-        text, before = exact(text, self.teacher_text())
+        text, before = exact(text, self.teacher_text())  # so that both terms' gradients add up without rounding
         similarity = F.cosine_similarity(text, before, dim=-1)
         return super().terms(features, text, label, teacher) | {"knowledge": self.weight * (1 - similarity.mean())}

@@ -1,8 +1,5 @@
 """A linear layer on image features: the linear probe, and the head of adapters without a text tower."""
 
-from __future__ import annotations
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -19,7 +16,6 @@ class LinearProbe(Classifier):
 
     bound = "its layer has one row of weights for each training class"
 
-    @torch.inference_mode(False)
     def __init__(self, backbone: Backbone, task: Task, normalize: bool = True) -> None:
         super().__init__(backbone, task)
         self.normalize = normalize

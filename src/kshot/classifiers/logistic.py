@@ -1,7 +1,5 @@
 """The linear probe by L-BFGS (Radford et al. 2021, arXiv:2103.00020, appendix A.3; searched as in arXiv:2109.01134)."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Callable
@@ -12,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kshot.backbones.base import Backbone
-from kshot.classifiers.base import Classifier, Shots, Task, exact, require
-from kshot.errors import UserError
+from kshot.classifiers.base import Classifier, Shots, Task, exact
+from kshot.errors import UserError, require
 
 NEVER = -1e9  # the logit of a class without training images: its probability is 0, and every number stays finite
 
@@ -24,9 +22,6 @@ class LogisticProbe(Classifier):
     Args:
         C: inverse strength of the penalty; None searches it on the validation shots (:func:`search`).
         normalize: scale features to unit length; CoOp's baseline does not.
-
-    Raises:
-        UserError: C is not above 0; in :meth:`fit`, all images are of one class.
     """
 
     weight: Tensor
@@ -34,7 +29,6 @@ class LogisticProbe(Classifier):
     C: Tensor
     bound = "it has one row of weights for each training class"
 
-    @torch.inference_mode(False)
     def __init__(self, backbone: Backbone, task: Task, C: float | None = None, normalize: bool = False) -> None:  # noqa: N803  its name in every paper
         super().__init__(backbone, task)
         require("LogisticProbe", "C", C, C is None or 0 < C < math.inf, "be above 0, or null to search it")

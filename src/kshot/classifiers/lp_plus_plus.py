@@ -1,7 +1,5 @@
 """LP++: a linear probe blended with the text, with step sizes from the data (Huang et al. 2024, arXiv:2404.02285)."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch
@@ -9,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kshot.backbones.base import Backbone
-from kshot.classifiers.base import Shots, Task, exact, require
+from kshot.classifiers.base import Shots, Task, exact
 from kshot.classifiers.zero_shot import TextPrompt
+from kshot.errors import require
 
 ALPHA_EVERY = 10  # iterations between two updates of α
 
@@ -27,9 +26,6 @@ class LPPlusPlus(TextPrompt):
             authors' code does), or its gradient of this iteration (``fresh``).
         select: keep the iterate that is right most often on the validation shots, the latest among equals; False keeps
             the last one and needs no validation shots.
-
-    Raises:
-        UserError: no text tower; a prompt does not fit; a setting out of its range.
     """
 
     weight: Tensor
@@ -37,7 +33,6 @@ class LPPlusPlus(TextPrompt):
     alpha: Tensor
     bound = "it has a row of weights, a bias and a blending factor for each training class"
 
-    @torch.inference_mode(False)
     def __init__(
         self,
         backbone: Backbone,
@@ -51,7 +46,7 @@ class LPPlusPlus(TextPrompt):
         require("LPPlusPlus", "iterations", iterations, iterations >= 1, "be at least 1")
         require("LPPlusPlus", "momentum", momentum, 0 <= momentum < 1, "be from 0 to below 1")
         known = alpha_grad in ("accumulate", "fresh")
-        require("LPPlusPlus", "alpha_grad", alpha_grad, known, "be 'accumulate' or 'fresh'")
+        require("LPPlusPlus", "alpha_grad", repr(alpha_grad), known, "be 'accumulate' or 'fresh'")
         self.needs = frozenset({"shots", "val"} if select else {"shots"})
         self.iterations, self.momentum, self.accumulates = iterations, momentum, alpha_grad == "accumulate"
         classes = len(task.class_names)

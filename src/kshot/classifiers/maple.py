@@ -1,11 +1,8 @@
 """MaPLe: prompts in both towers, those of the image tower projected from those of the text tower."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from kshot.backbones.base import Backbone, require_image_prompts
@@ -28,14 +25,10 @@ class MaPLe(CoOp):
 
     Attributes:
         project: the J projections, W_j and b_j.
-
-    Raises:
-        UserError: as :class:`~kshot.classifiers.coop.CoOp`; an image tower that takes no prompts, or is shallower.
     """
 
     keeps_words = True
 
-    @torch.inference_mode(False)
     def __init__(
         self,
         backbone: Backbone,

@@ -1,7 +1,6 @@
 """PromptSRC: deep prompts in both towers that regulate themselves (Khattak et al. 2023, arXiv:2307.06948)."""
 
-from __future__ import annotations
-
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kshot.backbones.base import Backbone
-from kshot.classifiers.base import GaussianAverage, Task, cosine_logits, exact, require
+from kshot.classifiers.base import GaussianAverage, Task, cosine_logits, exact
 from kshot.classifiers.coop import CoOp
 from kshot.classifiers.vpt import checked_blocks
 from kshot.classifiers.zero_shot import Anchored
-from kshot.templates import named_templates
+from kshot.errors import require
 
 
 class PromptSRC(Anchored, CoOp):
@@ -42,15 +41,11 @@ class PromptSRC(Anchored, CoOp):
 
     Attributes:
         image_prompts: (blocks, prompt_length, image width).
-
-    Raises:
-        UserError: as CoOp and VPT; a standard deviation that is not positive.
     """
 
     needs = frozenset({"teacher"})
     unit_length = False
 
-    @torch.inference_mode(False)
     def __init__(
         self,
         backbone: Backbone,
@@ -68,11 +63,13 @@ class PromptSRC(Anchored, CoOp):
     ) -> None:
         super().__init__(backbone, task, context_length, init_words=init_words, depth=depth)
         blocks = checked_blocks("PromptSRC", backbone, prompt_length, depth)
+        weights = {"text_weight": text_weight, "image_weight": image_weight, "logit_weight": logit_weight}
+        for name, weight in weights.items():
+            require("PromptSRC", name, weight, 0 <= weight < math.inf, "be at least 0")
         require("PromptSRC", "average_std", average_std, average_std > 0, "be positive")
         self.image_prompts = nn.Parameter(torch.randn(blocks, prompt_length, backbone.image_width) * 0.02)
         self.text_weight, self.image_weight, self.logit_weight = text_weight, image_weight, logit_weight
-        self.templates = named_templates(templates)
-        self.register_buffer("teacher", None, persistent=False)
+        self.anchor(templates)
         self.average = None if average_mean is None else GaussianAverage(average_mean, average_std)
 
     def image_tokens(self) -> Sequence[Tensor]:

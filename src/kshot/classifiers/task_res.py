@@ -1,7 +1,5 @@
 """TaskRes: a learned residual on the text features (Yu et al. 2022, arXiv:2211.10277)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 
@@ -9,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from kshot.backbones.base import Backbone
-from kshot.classifiers.base import Task, require
+from kshot.classifiers.base import Task
 from kshot.classifiers.zero_shot import TextPrompt
+from kshot.errors import require
 
 
 class TaskRes(TextPrompt):
@@ -22,15 +21,11 @@ class TaskRes(TextPrompt):
     Args:
         scale: a.
         templates: as :class:`TextPrompt`.
-
-    Raises:
-        UserError: no text tower; a prompt does not fit; the scale is not above 0.
     """
 
     unit_length = False
     bound = "its residuals belong to the training classes"
 
-    @torch.inference_mode(False)
     def __init__(
         self, backbone: Backbone, task: Task, scale: float = 0.5, templates: Sequence[str] | str | None = None
     ) -> None:

@@ -1,7 +1,5 @@
 """Tip-Adapter and Tip-Adapter-F: training images as a cache beside the text (Zhang et al. 2022, arXiv:2207.09519)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -12,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from kshot.backbones.base import Backbone
-from kshot.classifiers.base import Shots, Task, closed_form, exact, require
+from kshot.classifiers.base import Shots, Task, closed_form, exact
 from kshot.classifiers.zero_shot import TextPrompt
+from kshot.errors import require
 
 AT_ONCE = 2**24  # numbers in the largest tensor of the search: 64 MB
 
@@ -30,9 +29,6 @@ class TipAdapter(TextPrompt):
         alpha_range: the search takes 20 values from 0.1 to below this one.
         beta_range: the search takes 200 values from 0.1 to below this one.
         templates: as :class:`TextPrompt`; the paper takes ``imagenet7`` for ImageNet.
-
-    Raises:
-        UserError: no text tower; a prompt does not fit; a setting out of its range.
     """
 
     keys: Tensor
@@ -41,7 +37,6 @@ class TipAdapter(TextPrompt):
     beta: Tensor
     bound = "each key of its cache is a training image with the label of a training class"
 
-    @torch.inference_mode(False)
     def __init__(
         self,
         backbone: Backbone,
@@ -118,14 +113,8 @@ class TipAdapterF(TipAdapter):
         settings: as :class:`TipAdapter`.
     """
 
-    @torch.inference_mode(False)
     def __init__(
-        self,
-        backbone: Backbone,
-        task: Task,
-        initial_alpha: float = 1.17,
-        initial_beta: float = 1.0,
-        **settings: Any,
+        self, backbone: Backbone, task: Task, initial_alpha: float = 1.17, initial_beta: float = 1.0, **settings: Any
     ) -> None:
         super().__init__(backbone, task, **settings)
         require("TipAdapterF", "initial_alpha", initial_alpha, 0 < initial_alpha < math.inf, "be above 0")

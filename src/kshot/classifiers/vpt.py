@@ -1,7 +1,5 @@
 """VPT: learned tokens in the image tower (Jia et al. 2022, arXiv:2203.12119), before any classifier."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,14 +8,14 @@ from torch import Tensor, nn
 
 from kshot.backbones.base import Backbone, require_image_prompts
 from kshot.backbones.language import VisionLanguageBackbone
-from kshot.classifiers.base import Classifier, ClassifierFactory, Shots, Task, closed_form, require
+from kshot.classifiers.base import Around, ClassifierFactory, Task, closed_form
 from kshot.classifiers.coop import checked_depth
 from kshot.classifiers.linear import LinearProbe
 from kshot.classifiers.zero_shot import TextPrompt
-from kshot.errors import UserError
+from kshot.errors import UserError, require
 
 
-class VPT(Classifier):
+class VPT(Around):
     """Appends prompts P_0 ... P_{J-1} to the tokens of the first J image blocks (VPT-deep, the paper's equation 5).
 
     With ``head: CoOp`` of the same depth this is IVLP, independent vision-language prompting (Rasheed et al. 2022,
@@ -27,17 +25,13 @@ class VPT(Classifier):
         prompt_length: tokens a block.
         depth: J, the image blocks that get prompts of their own; 1 is VPT-shallow; None takes 9, or all blocks of a
             smaller tower.
-        head: what tells the classes apart; None takes TextPrompt, or LinearProbe without a text tower.
+        head: what tells the classes apart; None takes TextPrompt, or LinearProbe without a text tower. Heads in closed
+            form, or with image prompts of their own, are refused.
 
     Attributes:
-        inner: the head.
         image_prompts: (J, prompt_length, image width).
-
-    Raises:
-        UserError: the image tower takes no prompts or has fewer blocks; a head in closed form, or with image prompts.
     """
 
-    @torch.inference_mode(False)
     def __init__(
         self,
         backbone: Backbone,
@@ -46,10 +40,9 @@ class VPT(Classifier):
         depth: int | None = None,
         head: ClassifierFactory | None = None,
     ) -> None:
-        super().__init__(backbone, task)
         depth = checked_blocks("VPT", backbone, prompt_length, depth)
-        head = head or (TextPrompt if isinstance(backbone, VisionLanguageBackbone) else LinearProbe)
-        self.inner: Classifier = head(backbone=backbone, task=task)
+        default = TextPrompt if isinstance(backbone, VisionLanguageBackbone) else LinearProbe
+        super().__init__(backbone, task, head or default)
         kind = type(self.inner).__name__
         if closed_form(self.inner):
             raise UserError(
@@ -58,7 +51,6 @@ class VPT(Classifier):
             )
         if self.inner.image_tokens():
             raise UserError(f"VPT: {kind} has image prompts of its own: use it without VPT.")
-        self.needs = self.inner.needs
         self.image_prompts = nn.Parameter(torch.randn(depth, prompt_length, backbone.image_width) * 0.02)
 
     def image_tokens(self) -> Sequence[Tensor]:
@@ -68,21 +60,8 @@ class VPT(Classifier):
         logits: Tensor = self.inner(features)
         return logits
 
-    def losses(self, features: Tensor, label: Tensor, teacher: Tensor | None = None) -> dict[str, Tensor]:
-        return self.inner.losses(features, label, teacher)
-
-    def set_class_names(self, class_names: Sequence[str], templates: Sequence[str] | None = None) -> None:
-        self.inner.set_class_names(class_names, templates)
-        self.task = self.inner.task
-
     def param_groups(self) -> list[dict[str, Any]]:
         return [{"params": [self.image_prompts]}, *self.inner.param_groups()]
-
-    def fit(self, train: Shots, val: Shots | None) -> None:
-        self.inner.fit(train, val)
-
-    def select(self, val: Shots) -> None:
-        self.inner.select(val)
 
 
 def checked_blocks(who: str, backbone: Backbone, prompt_length: int, depth: int | None) -> int:

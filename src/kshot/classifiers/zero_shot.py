@@ -1,7 +1,5 @@
 """Zero-shot classification by text prompts (CLIP, Radford et al. 2021, section 3.1)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
@@ -27,26 +25,23 @@ class TextPrompt(TextClassifier):
     Attributes:
         unit_length: give the features of an ensemble's sentences, and their mean, unit length (CLIP); False takes the
             mean of the features as they are (PromptSRC, TaskRes). A single sentence's are always taken as they are.
-
-    Raises:
-        UserError: no text tower; a class name without tokens; a sentence that does not fit.
     """
 
     unit_length = True
 
-    @torch.inference_mode(False)
     def __init__(self, backbone: Backbone, task: Task, templates: Sequence[str] | str | None = None) -> None:
         super().__init__(backbone, task)
         require_text(backbone, type(self).__name__)
-        self.templates = named_templates(templates) if templates else None
+        self.templates = None if templates is None else named_templates(templates)
         self.prepare_classes()
 
     def prepare_classes(self) -> None:
-        names, templates = self.task.class_names, self.templates or self.task.templates
+        names = self.task.class_names
         for name in names:
             require_tokens(self.backbone, name)
         # Plain tensors on the CPU, where lengths can be read without waiting for a device.
-        self.tokens = [self.backbone.tokenize([t.format(name) for name in names]) for t in templates]
+        sentences = [[t.format(name) for name in names] for t in self.templates or self.task.templates]
+        self.tokens = [self.backbone.tokenize(each) for each in sentences]
 
     def encode(self) -> Tensor:
         features = exact(*[self.backbone.encode_tokens(tokens) for tokens in self.tokens])
@@ -69,6 +64,11 @@ class Anchored(TextClassifier):
     templates: tuple[str, ...] | None
     unit_length = True
     teacher: Tensor | None
+
+    def anchor(self, templates: Sequence[str] | str | None) -> None:
+        """Ends construction: takes the sentences, or the name of an ensemble of them."""
+        self.templates = None if templates is None else named_templates(templates)
+        self.register_buffer("teacher", None, persistent=False)
 
     def set_class_names(self, class_names: Sequence[str], templates: Sequence[str] | None = None) -> None:
         super().set_class_names(class_names, templates)
