@@ -10,10 +10,9 @@ from functools import partial
 from typing import Any
 
 from kshot import __version__
+from kshot.classifiers.base import settings_of
 from kshot.errors import UserError
 from kshot.optim import built_by
-
-settings_of = lambda c: {"class": type(c).__name__}  # noqa: E731  SHIM
 
 FORMAT = 3  # 2: without digest, and without settings but the adapter's. 1: also averages and PromptSRC kept otherwise
 INDIFFERENT = frozenset({"path", "save_bits"})  # how a method runs and is stored, not what it learns
