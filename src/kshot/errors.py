@@ -11,16 +11,6 @@ class UserError(Exception):
     """
 
 
-def require(who: str, name: str, value: object, holds: bool, what: str) -> None:
-    """Refuses a setting.
-
-    Raises:
-        UserError: ``holds`` is False; ``what`` completes "LoRA: rank is 0, and must ...".
-    """
-    if not holds:
-        raise UserError(f"{who}: {name} is {value}, and must {what}.")
-
-
 def nearest_first(name: str, options: Iterable[str], shown: int = 12) -> str:
     """Lists what exists, the nearest match first: ``did you mean 'digits'? There are: digits, dtd, ...``."""
     known = sorted(set(options))
