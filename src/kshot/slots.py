@@ -2,8 +2,6 @@
 
 A *projection* is one frozen product ``y = x Wᵀ + b``. Its output rows may be divided into parts, as the fused q, k, v
 of attention are; each part, and the whole, is a *slot* with a canonical name such as ``image.3.q`` or ``image.3.qkv``.
-Whatever module a backbone's library used, an adapter sees the same four things: in, out, weight and bias.
-
 Frozen parts of one projection always share one product, and the frozen weight is never written. What an adapter does
 to it is said by its layer, as a :class:`Change`.
 """
@@ -14,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import ClassVar, Literal, NamedTuple, cast
 
 import torch
@@ -21,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kshot.errors import UserError
-from kshot.holding import Castable, Holder, one_pass
+from kshot.holding import Castable, Holder, one_pass, restored
 from kshot.products import Factors, Term, low_rank_product
 
 Path = Literal["auto", "factorised", "materialised", "svd"]
@@ -118,20 +117,26 @@ class Projection(Holder, Castable):
     Args:
         weight: (out, in), kept without a copy.
         bias: (out,) or None.
-        parts: rows of each part, in order; they sum to ``out``.
+        parts: number of rows of each part, in order; they sum to ``out``.
         place: where in the backbone, ``<tower>.<block>``: its slots are ``<place>.<part>``.
 
     Attributes:
+        whole: name of all parts together.
+        rows: the output rows of each part, and of the whole.
         enabled: False while the model runs as if nothing were attached.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, parts: Mapping[str, int], place: str = "") -> None:
         super().__init__()
-        assert sum(parts.values()) == weight.shape[0]
+        self.out_features, self.in_features = weight.shape
+        ends = list(accumulate(parts.values()))
+        assert ends[-1] == self.out_features
         self.weight = nn.Parameter(weight.detach(), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.sizes = dict(parts)
         self.whole = "".join(parts)
+        self.rows = {part: slice(end - size, end) for (part, size), end in zip(parts.items(), ends, strict=True)}
+        self.rows[self.whole] = slice(0, self.out_features)
         self.place = place
         self.adapters = nn.ModuleDict()
         self.enabled = True
@@ -140,27 +145,6 @@ class Projection(Holder, Castable):
     def from_linear(cls, linear: nn.Linear, part: str, place: str = "") -> Projection:
         """Takes over the weight of a plain linear layer, as one slot."""
         return cls(linear.weight, linear.bias, {part: linear.out_features}, place)
-
-    @property
-    def in_features(self) -> int:
-        """Width of the input."""
-        return self.weight.shape[1]
-
-    @property
-    def out_features(self) -> int:
-        """Width of the output, all parts together."""
-        return self.weight.shape[0]
-
-    def rows(self, part: str) -> slice:
-        """The output rows that belong to a part, or to the whole."""
-        if part == self.whole:
-            return slice(0, self.out_features)
-        start = 0
-        for name, size in self.sizes.items():
-            if name == part:
-                return slice(start, start + size)
-            start += size
-        raise KeyError(part)
 
     def slot(self, part: str) -> Slot:
         """The slot of a part, or of the whole."""
@@ -180,14 +164,12 @@ class Projection(Holder, Castable):
         if self.whole in rows:
             return rows[self.whole].to(dtype)
         frozen, _ = self.frozen(dtype)
-        return torch.cat([(rows[p] if p in rows else frozen[self.rows(p)]).to(dtype) for p in self.sizes])
+        return torch.cat([(rows[p] if p in rows else frozen[self.rows[p]]).to(dtype) for p in self.sizes])
 
     def effective_weight(self) -> Tensor:
         """The weight with adapters folded in, (out, in), in the dtype of the frozen one, with its gradient."""
         rows = {part: layer.effective_weight() for part, layer in self.layers().items()}
         return self.with_rows(rows, self.weight.dtype) if rows else self.weight
-
-    # ------------------------------------------------------------------------------------------------ running
 
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
         """Maps x, (..., in), to one tensor a part, (..., rows of the part)."""
@@ -235,13 +217,11 @@ class Projection(Holder, Castable):
         rows = {part: change.weight for part, change in changes.items() if change.weight is not None}
         if rows:
             weight = self.with_rows(rows, dtype)
-        terms = [Term(self.rows(p), term, not change.folded) for p, change in changes.items() for term in change.terms]
+        terms = [Term(self.rows[p], term, not change.folded) for p, change in changes.items() for term in change.terms]
         y = low_rank_product(x.to(dtype), weight, bias, terms) if terms else F.linear(x, weight, bias)
         if self.whole in changes:
             return self._parts(done(self.whole, y))
         return tuple(done(part, part_of_y) for part, part_of_y in zip(self.sizes, self._parts(y), strict=True))
-
-    # ------------------------------------------------------------------------------------------------ merging
 
     def hold(self) -> Tensor | None:
         """The effective weight in the dtype of products, (out, in); None where the frozen one will do."""
@@ -263,15 +243,20 @@ class Slot:
     part: str
 
     @property
+    def rows(self) -> slice:
+        """The rows of the projection's output."""
+        return self.projection.rows[self.part]
+
+    @property
     def weight(self) -> Tensor:
         """The frozen weight, (out, in): a view."""
-        return self.projection.weight[self.projection.rows(self.part)]
+        return self.projection.weight[self.rows]
 
     @property
     def bias(self) -> Tensor | None:
         """The frozen bias, (out,): a view, or None."""
         bias = self.projection.bias
-        return None if bias is None else bias[self.projection.rows(self.part)]
+        return None if bias is None else bias[self.rows]
 
     @property
     def in_features(self) -> int:
@@ -281,8 +266,7 @@ class Slot:
     @property
     def out_features(self) -> int:
         """Width of the output."""
-        rows = self.projection.rows(self.part)
-        return int(rows.stop - rows.start)
+        return int(self.rows.stop - self.rows.start)
 
     def taken(self) -> str | None:
         """The name of the slot whose layer holds some of these rows already."""
@@ -340,11 +324,7 @@ def unmerge(model: nn.Module) -> None:
 def adapters_off(model: nn.Module) -> Iterator[None]:
     """Runs a model as if no adapter were attached."""
     projections = projections_of(model)
-    before = [p.enabled for p in projections]
-    for projection in projections:
-        projection.enabled = False
-    try:
+    with restored(projections, "enabled"):
+        for projection in projections:
+            projection.enabled = False
         yield
-    finally:
-        for projection, enabled in zip(projections, before, strict=True):
-            projection.enabled = enabled

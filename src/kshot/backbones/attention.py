@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,15 +16,13 @@ from kshot.slots import Projection
 LONGEST_UNFUSED = 1024
 
 
-@dataclass(frozen=True)
-class PackedText:
+class PackedText(NamedTuple):
     """How class prompts that share a prefix lie in one list of tokens: first all prefixes, then all suffixes.
 
-    A causal tower gives a shared prefix the same states in every class, so it is run once for each of the ``groups``
-    (one group, or one for each image when prompts depend on the image).
+    A causal tower gives a shared prefix the same states in every class, so it is run once for each group.
     """
 
-    groups: int
+    groups: int  # one, or one for each image when prompts depend on the image
     prefix: int  # tokens in a prefix
     classes: int
     suffix: int  # tokens in a suffix, padding included
@@ -48,13 +45,13 @@ class Attention(nn.Module):
         qkv: the fused projection with parts q, k, v.
         o: the output projection.
         heads: number of heads.
-        q_norm: norm of each head's queries, or identity; ``k_norm`` likewise of its keys.
-        head_scale: factor a head, (heads, 1, 1), or None.
-        inner_norm: norm before the output projection, or identity.
         dropout: of the attention weights, in training.
         output_dropout: of the projected output, in training.
 
     Attributes:
+        q_norm: norm of each head's queries, or identity; ``k_norm`` likewise of its keys.
+        head_scale: factor a head, (heads, 1, 1), or None.
+        inner_norm: norm before the output projection, or identity.
         true_blocks: whether True in a boolean mask blocks a position (PyTorch's module, open_clip) or allows it (timm,
             ``scaled_dot_product_attention``).
         original: the library's module in whose place this one stands, without what was taken over from it.
@@ -63,22 +60,13 @@ class Attention(nn.Module):
     true_blocks = False
 
     def __init__(
-        self,
-        qkv: Projection,
-        o: Projection,
-        heads: int,
-        q_norm: nn.Module | None = None,
-        k_norm: nn.Module | None = None,
-        head_scale: nn.Parameter | None = None,
-        inner_norm: nn.Module | None = None,
-        dropout: float = 0.0,
-        output_dropout: float = 0.0,
+        self, qkv: Projection, o: Projection, heads: int, dropout: float = 0.0, output_dropout: float = 0.0
     ) -> None:
         super().__init__()
         self.qkv, self.o, self.heads = qkv, o, heads
         self.dropout, self.output_dropout = dropout, output_dropout
-        self.q_norm, self.k_norm = q_norm or nn.Identity(), k_norm or nn.Identity()
-        self.head_scale, self.inner_norm = head_scale, inner_norm or nn.Identity()
+        self.q_norm, self.k_norm, self.inner_norm = nn.Identity(), nn.Identity(), nn.Identity()
+        self.head_scale: nn.Parameter | None = None
         self.original: nn.Module | None = None
 
     def heads_of(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -100,7 +88,10 @@ class Attention(nn.Module):
         """
         q, k, v = self.heads_of(x)
         if attn_mask is not None:
-            attn_mask = additive(attn_mask, q.dtype, self.true_blocks)
+            if attn_mask.dtype == torch.bool:
+                blocked = attn_mask if self.true_blocks else ~attn_mask
+                attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill_(blocked, float("-inf"))
+            attn_mask = attn_mask.to(q.dtype)
             if attn_mask.ndim == 3:
                 attn_mask = attn_mask.unflatten(0, (-1, self.heads))
         return self.join(attend(q, k, v, attn_mask, self.dropout if self.training else 0.0))
@@ -111,7 +102,7 @@ class Attention(nn.Module):
         A suffix token sees its group's prefix and the earlier tokens of its own suffix. The scores against the prefix
         are one product for all classes, so that keys and values of the prefix are never repeated.
         """
-        g, p, c, s = layout.groups, layout.prefix, layout.classes, layout.suffix
+        g, p, c, s = layout
         q, k, v = (y.squeeze(0).transpose(0, 1) for y in self.heads_of(x.unsqueeze(0)))  # (tokens, heads, width)
         (qp, qs), (kp, ks), (vp, vs) = (y.split([g * p, g * c * s]) for y in (q, k, v))
         qp, kp, vp = (y.unflatten(0, (g, p)).transpose(1, 2) for y in (qp, kp, vp))  # (g, heads, p, width)
@@ -141,13 +132,6 @@ class DropInAttention(Attention):
         """Returns (output, None); key and value must be the queries themselves."""
         assert key is None or (key is x and value is x), "self-attention only"
         return super().forward(x, attn_mask=attn_mask), None
-
-
-def additive(mask: Tensor, dtype: torch.dtype, true_blocks: bool) -> Tensor:
-    """An additive mask from an additive or a boolean one."""
-    if mask.dtype != torch.bool:
-        return mask.to(dtype)
-    return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask if true_blocks else ~mask, float("-inf"))
 
 
 def causal(length: int, device: torch.device, dtype: torch.dtype) -> Tensor:

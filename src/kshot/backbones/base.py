@@ -54,8 +54,6 @@ class Backbone(nn.Module, ABC):
         towers.requires_grad_(False)
         self.eval()
 
-    # ------------------------------------------------------------------------------------------------ features
-
     @abstractmethod
     def encode_normalised(self, image: Tensor) -> Tensor:
         """Image features, (B, feature_dim), of normalised images, (B, 3, H, W)."""
@@ -96,8 +94,6 @@ class Backbone(nn.Module, ABC):
             for shared in methods:
                 shared.end_pass(layers)
 
-    # ------------------------------------------------------------------------------------------------ slots
-
     def slots(self) -> dict[str, Slot]:
         """All slots by canonical name, ``<tower>.<block>.<q|k|v|o|fc1|fc2>``.
 
@@ -126,8 +122,6 @@ class Backbone(nn.Module, ABC):
         own = [p for name, p in self.named_tower_parameters() if name.startswith(f"{tower}.") and p.requires_grad]
         layers = [p for layer in self.layers(tower).values() for p in layer.parameters() if p.requires_grad]
         return list({id(p): p for p in own + layers}.values())  # layers may share a tensor
-
-    # ------------------------------------------------------------------------------------------------ attaching
 
     def unfreeze(self, names: Sequence[str]) -> None:
         """Lets some of the towers' own parameters train, and keeps the values that they start from."""

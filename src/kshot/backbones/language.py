@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import logging
 import sys
 from abc import abstractmethod
@@ -174,6 +175,7 @@ def return_freed_memory(device: torch.device) -> None:
             ctypes.CDLL(None).malloc_trim(0)
 
 
+@functools.cache  # the limits of a container lie in files, and reading them takes as long as a small block
 def memory_of(device: torch.device) -> int:
     """Bytes of memory that a device has in all; 8 GB where the system does not tell."""
     if device.type == "cuda":

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kshot.backbones.attention import Attention, PackedText
 from kshot.backbones.base import check_image_size, run_prompted, sha256_of
-from kshot.backbones.hub import out_of_reach, quiet, quiet_hub
+from kshot.backbones.hub import out_of_reach, quiet_loading
 from kshot.backbones.language import VisionLanguageBackbone
 from kshot.backbones.timm import prompt_shape, prompted_features
 from kshot.backbones.unfuse import unfuse_open_clip, unfuse_timm
@@ -52,7 +52,9 @@ class OpenClip(VisionLanguageBackbone):
             raise UserError(f"text_memory_gb is {text_memory_gb}, and must be positive; null takes a quarter of all.")
         source = resolve(model)
         check_weights_named(model, source, pretrained)
-        with quiet() if is_local(source, pretrained) else quiet_hub():
+        file = pretrained is not None and Path(pretrained).is_file()
+        local = file or pretrained == "random" or source.startswith("local-dir:")
+        with quiet_loading(hub=not local):
             try:
                 config = open_clip.get_model_config(source)
                 if "hf_model_name" in config["text_cfg"]:
@@ -254,11 +256,6 @@ def resolve(model: str) -> str:
             f"Unknown open_clip architecture {model!r}, nor is there such a folder. {nearest_first(model, names)}"
         )
     return model.replace("/", "-")
-
-
-def is_local(source: str, pretrained: str | None) -> bool:
-    """Whether a resolved model needs nothing of the hub."""
-    return source.startswith("local-dir:") or pretrained == "random" or bool(pretrained and Path(pretrained).is_file())
 
 
 def check_weights_named(model: str, source: str, pretrained: str | None) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kshot.backbones.base import Backbone, check_image_size, run_prompted, sha256_of
-from kshot.backbones.hub import out_of_reach, quiet, quiet_hub
+from kshot.backbones.hub import out_of_reach, quiet_loading
 from kshot.backbones.unfuse import unfuse_timm
 from kshot.errors import UserError, first_line, nearest_first
 
@@ -101,7 +101,7 @@ def create(model: str, weights: str, options: dict[str, Any]) -> Any:
     import timm
 
     try:
-        with quiet_hub() if weights == "pretrained" else quiet():
+        with quiet_loading(hub=weights == "pretrained"):
             return timm.create_model(model, pretrained=weights != "random", **options)
     except TypeError as error:
         raise UserError(f"{model} is no vision transformer with free image size ({first_line(error)}).") from error

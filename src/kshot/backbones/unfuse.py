@@ -20,6 +20,7 @@ QKV = ("q", "k", "v")
 TAKEN = {"ln_q": "q_norm", "ln_k": "k_norm", "head_scale": "head_scale", "ln_inner": "inner_norm"}
 TAKEN |= {"q_norm": "q_norm", "k_norm": "k_norm", "norm": "inner_norm"}
 REPLACED = ("in_proj_weight", "in_proj_bias", "out_proj", "qkv", "proj")
+MLP = {"c_fc": "fc1", "c_proj": "fc2"}  # open_clip's names; timm's are those of the slots
 
 
 def fused_qkv(weight: Tensor, bias: Tensor | None, place: str) -> Projection:
@@ -27,20 +28,22 @@ def fused_qkv(weight: Tensor, bias: Tensor | None, place: str) -> Projection:
     return Projection(weight, bias, dict.fromkeys(QKV, weight.shape[0] // 3), place)
 
 
-def unfuse_mlp(mlp: nn.Module, place: str, names: dict[str, str]) -> None:
-    """Replaces the linear layers of an MLP; ``names`` maps a library's names to fc1 and fc2."""
-    for child, module in list(mlp.named_children()):
+def unfuse_mlp(mlp: nn.Module, place: str) -> None:
+    """Replaces the linear layers of an MLP."""
+    for name, module in list(mlp.named_children()):
         if isinstance(module, nn.Linear):
-            setattr(mlp, child, Projection.from_linear(module, names.get(child, child), place))
+            setattr(mlp, name, Projection.from_linear(module, MLP.get(name, name), place))
 
 
 def in_place_of(
     original: Any, kind: type[Attention], qkv: Projection, o: Projection, dropout: float, output_dropout: float
 ) -> Attention:
     """An attention module that stands for the library's, which keeps nothing of what the new one holds."""
-    taken = {here: getattr(original, there) for there, here in TAKEN.items() if hasattr(original, there)}
-    new = kind(qkv, o, original.num_heads, dropout=dropout, output_dropout=output_dropout, **taken)
+    new = kind(qkv, o, original.num_heads, dropout, output_dropout)
     new.true_blocks = hasattr(original, "in_proj_weight")  # torch and open_clip, not timm
+    for name, ours in TAKEN.items():
+        if hasattr(original, name):
+            setattr(new, ours, getattr(original, name))
     for name in (*TAKEN, *REPLACED):
         if hasattr(original, name):
             setattr(original, name, None)
@@ -64,7 +67,7 @@ def unfuse_open_clip(blocks: Iterable[nn.Module], tower: str) -> None:
                 raise UserError(f"Block {i} of the {tower} tower has scaled cosine attention, which has no slots here.")
             new = in_place_of(attention, Attention, qkv, o, attention.attn_drop.p, attention.out_drop.p)
         block.attn = new
-        unfuse_mlp(block.get_submodule("mlp"), place, {"c_fc": "fc1", "c_proj": "fc2"})
+        unfuse_mlp(block.get_submodule("mlp"), place)
 
 
 def unfuse_timm(blocks: Iterable[nn.Module], tower: str) -> None:
@@ -89,7 +92,7 @@ def unfuse_timm(blocks: Iterable[nn.Module], tower: str) -> None:
         if type(attention) is TimmAttention and getattr(attention, "gate", None) is None:
             drops = attention.attn_drop.p, attention.proj_drop.p
             block.attn = in_place_of(attention, Attention, attention.qkv, attention.proj, *drops)
-        unfuse_mlp(block.get_submodule("mlp"), place, {})
+        unfuse_mlp(block.get_submodule("mlp"), place)
 
 
 def library_of(attention: Attention) -> nn.Module:
