@@ -27,41 +27,25 @@ Path = Literal["auto", "factorised", "materialised", "svd"]
 
 
 class Change(NamedTuple):
-    """How a layer changes the product of its rows in one forward pass.
+    """How a layer changes the product of its rows in one forward pass."""
 
-    Attributes:
-        weight: (out, in), what takes the place of the frozen rows, with its gradient.
-        terms: low-rank terms that are added in the same product as the frozen weight.
-        folded: ``weight`` holds the terms already, and only their gradients are to be taken.
-        product: gives the output, (..., out), from the input, (..., in), in place of the product.
-        after: gives the output from input and output, when the product is done.
-    """
-
-    weight: Tensor | None = None
-    terms: Sequence[Factors] = ()
-    folded: bool = False
-    product: Callable[[Tensor], Tensor] | None = None
-    after: Callable[[Tensor, Tensor], Tensor] | None = None
+    weight: Tensor | None = None  # (out, in), in the place of the frozen rows, with its gradient
+    terms: Sequence[Factors] = ()  # added in the same product as the frozen weight
+    folded: bool = False  # ``weight`` holds the terms already, and only their gradients are to be taken
+    product: Callable[[Tensor], Tensor] | None = None  # from (..., in) to (..., out), in place of the product
+    after: Callable[[Tensor, Tensor], Tensor] | None = None  # from input and output, when the product is done
 
 
 class AdapterLayer(nn.Module, ABC):
-    """One method's change of one slot. Holds the trainable tensors; the frozen weight stays in the slot.
+    """One method's change of one slot. Holds the trainable tensors; the frozen weight stays in the slot."""
 
-    Attributes:
-        slot: what is adapted.
-        mergeable: False when the change depends on the input, so that no single weight expresses it.
-        paths: the ways in which the layer can run; the first is taken unless a cost model or the user says otherwise.
-        path: the way that is forced, or ``auto``.
-        dropout: probability on the input of the change alone, in training.
-        undecayed: names of trainable tensors that weight decay must leave alone, because zero is not where they stand
-            for no change.
-    """
-
-    mergeable: ClassVar[bool] = True
+    mergeable: ClassVar[bool] = True  # False when the change depends on the input: no single weight expresses it
+    # The ways in which the layer can run; the first is taken unless a cost model or the user says otherwise.
     paths: ClassVar[tuple[str, ...]] = ("materialised",)
+    # Trainable tensors that weight decay must leave alone, because zero is not where they stand for no change.
     undecayed: ClassVar[frozenset[str]] = frozenset()
-    path: Path = "auto"
-    dropout: float = 0.0
+    path: Path = "auto"  # the way that is forced, or ``auto``
+    dropout: float = 0.0  # probability on the input of the change alone, in training
 
     def __init__(self, slot: Slot) -> None:
         super().__init__()

@@ -73,7 +73,7 @@ class OpenClip(VisionLanguageBackbone):
             except UserError:
                 raise
             except Exception as error:  # hubs and loaders raise what they like
-                raise weights_error(model, pretrained, error) from error
+                raise weights_error(model, source, pretrained, error) from error
             try:
                 tokenizer = tokenizer_of(source, config)
             except Exception as error:  # likewise
@@ -192,8 +192,7 @@ class OpenClip(VisionLanguageBackbone):
         layout = PackedText(groups, p, classes, s)
         for i, block in enumerate(text.transformer.resblocks):
             if deep is not None and 1 <= i <= len(deep):
-                own, n = x[: groups * p].view(groups, p, width), deep.shape[1]
-                own = torch.cat([own[:, :1], deep[i - 1].to(x.dtype).expand(groups, -1, -1), own[:, 1 + n :]], 1)
+                own = with_tokens(x[: groups * p].view(groups, p, width), deep[i - 1])
                 x = torch.cat([own.flatten(0, 1), x[groups * p :]])
             attended = cast(Attention, block.attn).packed(block.ln_1(x), layout)
             x = x + block.ls_1(getattr(block, "ln_attn", nn.Identity())(attended))
@@ -208,8 +207,7 @@ class OpenClip(VisionLanguageBackbone):
         x = (x + text.positional_embedding[: shape[2]]).flatten(0, 1)
         for i, block in enumerate(text.transformer.resblocks):
             if deep is not None and 1 <= i <= len(deep):
-                own = deep[i - 1].to(x.dtype).expand(len(x), -1, -1)
-                x = torch.cat([x[:, :1], own, x[:, 1 + own.shape[1] :]], 1)
+                x = with_tokens(x, deep[i - 1])
             x = block(x, attn_mask=mask)
         return self._pooled(x.view(shape), end)
 
@@ -222,6 +220,11 @@ class OpenClip(VisionLanguageBackbone):
         if projection is None:
             return cast(Tensor, pooled)
         return cast(Tensor, projection(pooled) if isinstance(projection, nn.Linear) else pooled @ projection)
+
+
+def with_tokens(x: Tensor, tokens: Tensor) -> Tensor:
+    """States, (N, L, width), with learned tokens, (n, width), in the places 1 ... n."""
+    return torch.cat([x[:, :1], tokens.to(x.dtype).expand(len(x), -1, -1), x[:, 1 + len(tokens) :]], 1)
 
 
 def loaded_open_clip(with_transformers: bool = False) -> Any:
@@ -288,11 +291,11 @@ def check_weights_named(model: str, source: str, pretrained: str | None) -> None
         )
 
 
-def weights_error(model: str, pretrained: str | None, error: Exception) -> UserError:
+def weights_error(model: str, source: str, pretrained: str | None, error: Exception) -> UserError:
     """One line for weights that could not be read or fetched."""
     if pretrained is not None and Path(pretrained).is_file():
         return UserError(f"The weights in {pretrained} do not fit {model}: {first_line(error)}")
-    if model.startswith(("kshot:", "local-dir:")) or Path(model).is_dir():
+    if source.startswith("local-dir:"):
         return UserError(f"The model folder {model} could not be loaded: {first_line(error)}")
     return UserError(out_of_reach(f"The weights of {model} ({pretrained or 'its own'})", "pretrained", error))
 
