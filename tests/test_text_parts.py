@@ -286,7 +286,7 @@ def test_the_option_is_in_gigabytes():
     assert OpenClip("kshot:glyph_clip").text_memory is None
 
 
-@pytest.mark.parametrize("value", [0, -1.0])
+@pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf")])
 def test_no_memory_is_refused_in_one_line(value):
     with pytest.raises(UserError) as error:
         OpenClip("kshot:glyph_clip", text_memory_gb=value)

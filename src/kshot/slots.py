@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import ClassVar, Literal, NamedTuple, cast
+from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -210,9 +210,8 @@ class Projection(Holder, Castable):
     def hold(self) -> Tensor | None:
         """The effective weight in the dtype of products, (out, in); None where the frozen one will do."""
         dtype = self.product_dtype(self.weight.device)
-        if not all(layer.mergeable for layer in self.layers().values()):
-            return None
-        if not self.adapters and (dtype == self.weight.dtype or self.frozen(dtype)[0].dtype == dtype):
+        mergeable = all(layer.mergeable for layer in self.layers().values())
+        if not mergeable or (not self.adapters and self.frozen(dtype)[0].dtype == dtype):
             return None
         with torch.autocast(self.weight.device.type, enabled=False):
             return self.effective_weight().detach().to(dtype)
@@ -284,9 +283,10 @@ def merge(model: nn.Module, keep: bool = True) -> None:
     for projection in adapted:
         if projection.held is not None:
             raise UserError("The adapters are merged already: unmerge first.")
-        for layer in (layer for layer in projection.layers().values() if not layer.mergeable):
-            method = type(layer).__name__.removesuffix("Layer")
-            raise UserError(f"{method} on {layer.slot.name} depends on its input: no weight expresses it.")
+        for layer in projection.layers().values():
+            if not layer.mergeable:
+                method = type(layer).__name__.removesuffix("Layer")
+                raise UserError(f"{method} on {layer.slot.name} depends on its input: no weight expresses it.")
     with torch.inference_mode(False), torch.no_grad(), one_pass(model):
         for projection in adapted:
             if keep:
@@ -294,8 +294,10 @@ def merge(model: nn.Module, keep: bool = True) -> None:
                 continue
             projection.weight = nn.Parameter(projection.effective_weight(), requires_grad=False)
             projection.adapters.clear()
-    for module in [] if keep else list(model.modules()):
-        getattr(module, "restore_library", lambda: None)()  # of a backbone
+    modules: list[Any] = [] if keep else list(model.modules())
+    for module in modules:
+        if hasattr(module, "restore_library"):  # a backbone
+            module.restore_library()
 
 
 def unmerge(model: nn.Module) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -35,8 +36,7 @@ class OpenClip(VisionLanguageBackbone):
             parts. None takes a quarter of the device's memory.
 
     Raises:
-        UserError: unknown architecture, tag or folder; no weights named; weights out of reach; an activation that the
-            weights were not trained with; an image size that the patches do not tile; a memory that is not positive.
+        UserError: a setting that cannot be; weights that are not named, fit the model ill or are out of reach.
     """
 
     @torch.inference_mode(False)  # weights must be able to stand in the graph of what is attached
@@ -48,8 +48,8 @@ class OpenClip(VisionLanguageBackbone):
         text_memory_gb: float | None = None,
     ) -> None:
         open_clip = loaded_open_clip()
-        if text_memory_gb is not None and text_memory_gb <= 0:
-            raise UserError(f"text_memory_gb is {text_memory_gb}, and must be positive; null takes a quarter of all.")
+        if text_memory_gb is not None and not 0 < text_memory_gb < math.inf:
+            raise UserError(f"text_memory_gb is {text_memory_gb}, not a positive number; null takes a quarter of all.")
         source = resolve(model)
         check_weights_named(model, source, pretrained)
         file = pretrained is not None and Path(pretrained).is_file()
@@ -239,8 +239,6 @@ def loaded_open_clip(with_transformers: bool = False) -> Any:
 
 def resolve(model: str) -> str:
     """The name under which open_clip finds a model, ``local-dir:`` for folders; raises UserError if there is none."""
-    open_clip = loaded_open_clip()
-
     if model.startswith("hf-hub:"):
         return model
     carried = {f"kshot:{folder.name}": folder for folder in sorted(WEIGHTS.iterdir()) if folder.is_dir()}
@@ -253,22 +251,21 @@ def resolve(model: str) -> str:
         if not (folder / "open_clip_config.json").is_file():
             raise UserError(f"The folder {folder} holds no open_clip_config.json, so it is no open_clip model folder.")
         return f"local-dir:{folder}"
-    names = open_clip.list_models()
-    if model.replace("/", "-") not in names:
+    source, names = model.replace("/", "-"), loaded_open_clip().list_models()
+    if source not in names:
         raise UserError(
             f"Unknown open_clip architecture {model!r}, nor is there such a folder. {nearest_first(model, names)}"
         )
-    return model.replace("/", "-")
+    return source
 
 
 def check_weights_named(model: str, source: str, pretrained: str | None) -> None:
     """Raises UserError unless exactly one source of weights is named and its activation fits."""
-    open_clip = loaded_open_clip()
-
     if source.startswith(("hf-hub:", "local-dir:")):
         if pretrained is not None:
             raise UserError(f"{model} carries its own weights: leave out pretrained={pretrained!r}.")
         return
+    open_clip = loaded_open_clip()
     tags = open_clip.list_pretrained_tags_by_model(source)
     if pretrained is None:
         raise UserError(
@@ -302,9 +299,7 @@ def weights_error(model: str, source: str, pretrained: str | None, error: Except
 
 def tokenizer_of(source: str, config: dict[str, Any]) -> Any:
     """The tokenizer of a resolved model; a relative ``bpe_path`` in a model folder means a file in that folder."""
-    open_clip = loaded_open_clip()
-
     path = config.get("text_cfg", {}).get("tokenizer_kwargs", {}).get("bpe_path")
-    if path is None or not source.startswith("local-dir:"):
-        return open_clip.get_tokenizer(source)
-    return open_clip.get_tokenizer(source, bpe_path=str(Path(source.removeprefix("local-dir:")) / path))
+    own = path is not None and source.startswith("local-dir:")
+    options = {"bpe_path": str(Path(source.removeprefix("local-dir:")) / path)} if own else {}
+    return loaded_open_clip().get_tokenizer(source, **options)
