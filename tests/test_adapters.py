@@ -324,7 +324,7 @@ class TestLoRA:
         projection = slot.projection
         upstream = torch.randn(2, 5, projection.out_features, dtype=torch.float64)
         weight = projection.weight.clone()
-        rows = projection.rows(part)
+        rows = projection.rows[part]
         scale = settings.get("alpha", 3) / (
             settings["rank"] ** 0.5 if "rank_stabilised" in settings else settings["rank"]
         )

@@ -11,7 +11,7 @@ from towers import IMAGE_ONLY, LAYOUTS, TOWERS, WITH_TEXT
 
 from kshot.adapters import FullTuning
 from kshot.backbones import Backbone, OpenClip, Timm, VisionLanguageBackbone
-from kshot.backbones.attention import DropInAttention
+from kshot.backbones.attention import Attention
 from kshot.backbones.base import sha256_of
 from kshot.errors import UserError
 from kshot.slots import Projection, merge
@@ -247,13 +247,13 @@ MASKS = {
 @pytest.mark.parametrize("batch", [1, 3])
 def test_drop_in_attention_reads_every_mask_of_multihead_attention(batch, mask):
     original = torch.nn.MultiheadAttention(8, 2, batch_first=True)
-    ours = DropInAttention(
-        Projection(original.in_proj_weight, original.in_proj_bias, dict.fromkeys("qkv", 8)),
-        Projection.from_linear(original.out_proj, "o"),
-        2,
-    )
     x, attn_mask = torch.randn(batch, 5, 8), MASKS[mask](batch * 2)
     expected = original(x, x, x, need_weights=False, attn_mask=attn_mask)[0]
+    ours = Attention(
+        original,
+        Projection(original.in_proj_weight, original.in_proj_bias, dict.fromkeys("qkv", 8)),
+        Projection.from_linear(original.out_proj, "o"),
+    )
     torch.testing.assert_close(ours(x, x, x, need_weights=False, attn_mask=attn_mask)[0], expected)
 
 

@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub import constants
 
 from kshot.backbones import OpenClip, Timm
-from kshot.backbones.hub import quiet_hub
+from kshot.backbones.hub import quiet_loading
 from kshot.errors import UserError
 
 
@@ -46,7 +46,7 @@ def test_a_hub_out_of_reach(build, setting, no_network):
 @pytest.mark.usefixtures("no_network")
 def test_settings_are_restored_whatever_happens():
     def fail():
-        with quiet_hub():
+        with quiet_loading(hub=True):
             assert constants.HF_HUB_OFFLINE
             raise RuntimeError
 
@@ -58,7 +58,7 @@ def test_settings_are_restored_whatever_happens():
 
 def test_a_proxy_is_trusted_to_reach_the_hub(no_network, monkeypatch):
     monkeypatch.setenv("HTTPS_PROXY", "http://proxy:3128")
-    with quiet_hub():
+    with quiet_loading(hub=True):
         assert not constants.HF_HUB_OFFLINE
 
 

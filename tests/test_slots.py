@@ -108,9 +108,9 @@ def test_parts_are_row_blocks_in_order(projection):
         torch.testing.assert_close(y, expected)
     torch.testing.assert_close(projection(x), F.linear(x, projection.weight, projection.bias))
     assert (projection.in_features, projection.out_features) == (5, 14)
-    assert [projection.rows(p) for p in PARTS] == [slice(0, 4), slice(4, 8), slice(8, 14)]
+    assert [projection.rows[p] for p in PARTS] == [slice(0, 4), slice(4, 8), slice(8, 14)]
     with pytest.raises(KeyError):
-        projection.rows("o")
+        projection.rows["o"]
 
 
 def test_weights_are_taken_without_a_copy_and_frozen():
@@ -126,13 +126,13 @@ def test_slots_are_views(projection):
         slot = projection.slot(part)
         assert slot.name == f"image.0.{part}"
         assert slot.weight.untyped_storage().data_ptr() == projection.weight.untyped_storage().data_ptr()
-        assert torch.equal(slot.weight, projection.weight[projection.rows(part)])
+        assert torch.equal(slot.weight, projection.weight[projection.rows[part]])
         assert (slot.in_features, slot.out_features) == (5, size)
         if projection.bias is None:
             assert slot.bias is None
         else:
             assert slot.bias.untyped_storage().data_ptr() == projection.bias.untyped_storage().data_ptr()
-            assert torch.equal(slot.bias, projection.bias[projection.rows(part)])
+            assert torch.equal(slot.bias, projection.bias[projection.rows[part]])
     with torch.no_grad():
         projection.slot("k").weight.zero_()
     assert projection.weight[4:8].abs().max() == 0
@@ -170,7 +170,7 @@ def test_adapted_parts_alone_change(projection, kind, chosen):
         with torch.no_grad():
             for y, e in zip(projection.split(x), expected, strict=True):
                 torch.testing.assert_close(y, e)
-    weight = torch.cat([projection.weight[projection.rows(p)] + (layers[p].D if p in layers else 0) for p in PARTS])
+    weight = torch.cat([projection.weight[projection.rows[p]] + (layers[p].D if p in layers else 0) for p in PARTS])
     assert torch.equal(projection.effective_weight(), weight)
 
 

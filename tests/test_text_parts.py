@@ -267,12 +267,26 @@ def test_the_memory_of_a_cpu_is_the_machines():
     assert memory_of(torch.device("cpu")) == pytest.approx(total, rel=0.05)
 
 
+def test_the_memory_is_asked_once_and_not_in_every_encoding(monkeypatch):
+    asked = []
+    monkeypatch.setattr(kshot.backbones.language, "memory_of_machine", lambda: asked.append("asked") or 10**9)
+    backbone = OpenClip("kshot:glyph_clip")
+    tokens = backbone.tokenize(["a photo of a cat.", "a photo of a dog."])
+    memory_of.cache_clear()
+    try:
+        for _ in range(3):
+            backbone.encode_tokens(tokens)
+    finally:
+        memory_of.cache_clear()  # of what was not so
+    assert asked == ["asked"]
+
+
 def test_the_option_is_in_gigabytes():
     assert OpenClip("kshot:glyph_clip", text_memory_gb=0.25).text_memory == 250_000_000
     assert OpenClip("kshot:glyph_clip").text_memory is None
 
 
-@pytest.mark.parametrize("value", [0, -1.0])
+@pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf")])
 def test_no_memory_is_refused_in_one_line(value):
     with pytest.raises(UserError) as error:
         OpenClip("kshot:glyph_clip", text_memory_gb=value)

@@ -98,23 +98,23 @@ def released_tensors(path: Path, model: FewShotModule) -> tuple[dict[str, Tensor
     Raises:
         UserError: it is no such file, or belongs to another backbone, method or setting than the config's.
     """
-    contents, sha256 = read_released(path)
+    read, sha256 = read_released(path)
+    contents = read if isinstance(read, dict) else {}
+    state, weights, metadata = contents.get("state_dict", contents), contents.get("weights"), contents.get("metadata")
     try:
-        tensors = translated(contents if isinstance(contents, dict) else {}, model)
-    except UserError as error:
+        if isinstance(weights, dict) and isinstance(metadata, dict):
+            tensors = clip_lora_tensors(weights, metadata, model)
+        elif isinstance(state, dict) and "ctx" in state:
+            tensors = coop_tensors(state, model)
+        else:
+            keys = ", ".join(map(str, list(state if isinstance(state, dict) else contents)[:6]))
+            raise UserError(
+                "neither of CoOp (state_dict with ctx) nor of CLIP-LoRA (weights, metadata): it holds "
+                f"{keys or 'nothing of that kind'}."
+            )
+    except UserError as error:  # of the contents, which know no file
         raise UserError(f"{path.name}: {error}") from None
     return tensors, {"file": path.name, "sha256": sha256}
-
-
-def translated(contents: Mapping[str, Any], model: FewShotModule) -> dict[str, Tensor]:
-    """The tensors by kind of file; what this and the functions below refuse is about the file of the contents."""
-    state = contents.get("state_dict", contents)
-    if isinstance(contents.get("weights"), dict) and isinstance(contents.get("metadata"), dict):
-        return clip_lora_tensors(contents["weights"], contents["metadata"], model)
-    if isinstance(state, dict) and "ctx" in state:
-        return coop_tensors(state, model)
-    keys = ", ".join(map(str, list(state if isinstance(state, dict) else contents)[:6])) or "nothing of that kind"
-    raise UserError(f"neither of CoOp (state_dict with ctx) nor of CLIP-LoRA (weights, metadata): it holds {keys}.")
 
 
 def coop_tensors(state: Mapping[str, Any], model: FewShotModule) -> dict[str, Tensor]:

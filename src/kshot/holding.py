@@ -5,7 +5,7 @@ Each is a plain attribute, written when a ``with`` begins and forgotten when it 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
@@ -13,12 +13,16 @@ import torch
 from torch import Tensor, nn
 
 
-class Holder(nn.Module):
-    """A module that can compute something once for the time of a ``with merged(model):``.
+class Temporary(nn.Module):
+    """A module that leaves what it has for a while out of its copies and pickles."""
 
-    Attributes:
-        held: what :meth:`hold` found, or None. Copies and pickles of the module begin without it.
-    """
+    def __getstate__(self) -> dict[str, Any]:
+        state = cast("dict[str, Any]", super().__getstate__())
+        return {name: value for name, value in state.items() if name not in ("held", "lowered")}
+
+
+class Holder(Temporary):
+    """A module that can compute something once, and hold it for the time of a ``with merged(model):``."""
 
     held: Tensor | None = None
 
@@ -26,16 +30,9 @@ class Holder(nn.Module):
         """Computes what is to be held from the present values, without gradients."""
         raise NotImplementedError
 
-    def __getstate__(self) -> dict[str, Any]:
-        return without("held", super().__getstate__())
 
-
-class Castable(nn.Module):
-    """A module with frozen tensors that a mixed-precision run also keeps in the dtype of its products.
-
-    Attributes:
-        lowered: the kept ones, for the time of a ``with stored_as(model, dtype):``. Copies and pickles begin without.
-    """
+class Castable(Temporary):
+    """A module that keeps its frozen tensors in a second dtype, for the time of a ``with stored_as(model, dtype):``."""
 
     lowered: tuple[Tensor | None, ...] | None = None
 
@@ -49,13 +46,16 @@ class Castable(nn.Module):
             return self.lowered
         return self.frozen_tensors()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return without("lowered", super().__getstate__())
 
-
-def without(name: str, state: object) -> dict[str, Any]:
-    """What a copy or pickle of a module takes along, but for one attribute."""
-    return {key: value for key, value in cast("dict[str, Any]", state).items() if key != name}
+@contextmanager
+def restored(modules: Sequence[nn.Module], name: str) -> Iterator[None]:
+    """Gives an attribute of some modules its present value back at the end."""
+    before = [getattr(module, name) for module in modules]
+    try:
+        yield
+    finally:
+        for module, value in zip(modules, before, strict=True):
+            setattr(module, name, value)
 
 
 @contextmanager
@@ -68,8 +68,7 @@ def merged(model: nn.Module) -> Iterator[None]:
     """
     holders = [module for module in model.modules() if isinstance(module, Holder)]
     holders.sort(key=lambda holder: sum(1 for _ in holder.modules()))  # parts before what is made of them
-    before = [holder.held for holder in holders]
-    try:
+    with restored(holders, "held"):
         with torch.inference_mode(False), torch.no_grad():
             for holder in holders:
                 holder.held = None
@@ -77,9 +76,6 @@ def merged(model: nn.Module) -> Iterator[None]:
                 for holder in holders:
                     holder.held = holder.hold()
         yield
-    finally:
-        for holder, held in zip(holders, before, strict=True):
-            holder.held = held
 
 
 def one_pass(model: nn.Module) -> ExitStack:
@@ -95,16 +91,13 @@ def one_pass(model: nn.Module) -> ExitStack:
 def stored_as(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Keeps frozen weights also in the dtype of a mixed-precision run: autocast would cast each in every call."""
     modules = [module for module in model.modules() if isinstance(module, Castable)]
-    before = [module.lowered for module in modules]
-    try:
+    with restored(modules, "lowered"):
         with torch.inference_mode(False), torch.no_grad():
             for module in modules:
                 tensors = module.frozen_tensors()
-                sizes = {t.itemsize for t in tensors if t is not None}
-                trained = any(t.requires_grad for t in tensors if t is not None)
+                present = [t for t in tensors if t is not None]
+                sizes = [t.itemsize for t in present]
+                trained = any(t.requires_grad for t in present)
                 if not trained and dtype.itemsize < min(sizes) and max(sizes) < 8:  # autocast leaves float64 alone
                     module.lowered = tuple(None if t is None else t.to(dtype) for t in tensors)
         yield
-    finally:
-        for module, lowered in zip(modules, before, strict=True):
-            module.lowered = lowered

@@ -35,14 +35,10 @@ def weight_pass(device: torch.device) -> int:
 
 
 class LowRankLayer(AdapterLayer):
-    """A change that is a sum of products of thin factors.
-
-    Attributes:
-        finish: what remains to be done with input and output after the terms were added, or None.
-    """
+    """A change that is a sum of products of thin factors."""
 
     paths: ClassVar[tuple[str, ...]] = ("factorised", "materialised")
-    finish: Callable[[Tensor, Tensor], Tensor] | None = None
+    finish: Callable[[Tensor, Tensor], Tensor] | None = None  # with input and output, after the terms were added
 
     @abstractmethod
     def factors(self) -> Sequence[Factors]:

@@ -11,29 +11,18 @@ from torch.autograd.function import once_differentiable
 
 
 class Factors(NamedTuple):
-    """One low-rank term, up · down.
+    """One low-rank term, up · down."""
 
-    Attributes:
-        up: (out, k), scale included.
-        down: (k, in).
-    """
-
-    up: Tensor
-    down: Tensor
+    up: Tensor  # (out, k), scale included
+    down: Tensor  # (k, in)
 
 
 class Term(NamedTuple):
-    """A low-rank term on a block of the output's rows.
+    """A low-rank term on a block of the output's rows."""
 
-    Attributes:
-        rows: the block.
-        factors: of the term; the rows of ``up`` are those of the block.
-        added: whether its product is to be added, or the weight holds it already and only gradients are taken.
-    """
-
-    rows: slice
+    rows: slice  # the block: those of ``up``
     factors: Factors
-    added: bool
+    added: bool  # whether its product is to be added, or the weight holds it already and only gradients are taken
 
 
 def sum_of_products(terms: Sequence[Factors]) -> Tensor:

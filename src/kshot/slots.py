@@ -2,8 +2,6 @@
 
 A *projection* is one frozen product ``y = x Wᵀ + b``. Its output rows may be divided into parts, as the fused q, k, v
 of attention are; each part, and the whole, is a *slot* with a canonical name such as ``image.3.q`` or ``image.3.qkv``.
-Whatever module a backbone's library used, an adapter sees the same four things: in, out, weight and bias.
-
 Frozen parts of one projection always share one product, and the frozen weight is never written. What an adapter does
 to it is said by its layer, as a :class:`Change`.
 """
@@ -14,55 +12,40 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple, cast
+from itertools import accumulate
+from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kshot.errors import UserError
-from kshot.holding import Castable, Holder, one_pass
+from kshot.holding import Castable, Holder, one_pass, restored
 from kshot.products import Factors, Term, low_rank_product
 
 Path = Literal["auto", "factorised", "materialised", "svd"]
 
 
 class Change(NamedTuple):
-    """How a layer changes the product of its rows in one forward pass.
+    """How a layer changes the product of its rows in one forward pass."""
 
-    Attributes:
-        weight: (out, in), what takes the place of the frozen rows, with its gradient.
-        terms: low-rank terms that are added in the same product as the frozen weight.
-        folded: ``weight`` holds the terms already, and only their gradients are to be taken.
-        product: gives the output, (..., out), from the input, (..., in), in place of the product.
-        after: gives the output from input and output, when the product is done.
-    """
-
-    weight: Tensor | None = None
-    terms: Sequence[Factors] = ()
-    folded: bool = False
-    product: Callable[[Tensor], Tensor] | None = None
-    after: Callable[[Tensor, Tensor], Tensor] | None = None
+    weight: Tensor | None = None  # (out, in), in the place of the frozen rows, with its gradient
+    terms: Sequence[Factors] = ()  # added in the same product as the frozen weight
+    folded: bool = False  # ``weight`` holds the terms already, and only their gradients are to be taken
+    product: Callable[[Tensor], Tensor] | None = None  # from (..., in) to (..., out), in place of the product
+    after: Callable[[Tensor, Tensor], Tensor] | None = None  # from input and output, when the product is done
 
 
 class AdapterLayer(nn.Module, ABC):
-    """One method's change of one slot. Holds the trainable tensors; the frozen weight stays in the slot.
+    """One method's change of one slot. Holds the trainable tensors; the frozen weight stays in the slot."""
 
-    Attributes:
-        slot: what is adapted.
-        mergeable: False when the change depends on the input, so that no single weight expresses it.
-        paths: the ways in which the layer can run; the first is taken unless a cost model or the user says otherwise.
-        path: the way that is forced, or ``auto``.
-        dropout: probability on the input of the change alone, in training.
-        undecayed: names of trainable tensors that weight decay must leave alone, because zero is not where they stand
-            for no change.
-    """
-
-    mergeable: ClassVar[bool] = True
+    mergeable: ClassVar[bool] = True  # False when the change depends on the input: no single weight expresses it
+    # The ways in which the layer can run; the first is taken unless a cost model or the user says otherwise.
     paths: ClassVar[tuple[str, ...]] = ("materialised",)
+    # Trainable tensors that weight decay must leave alone, because zero is not where they stand for no change.
     undecayed: ClassVar[frozenset[str]] = frozenset()
-    path: Path = "auto"
-    dropout: float = 0.0
+    path: Path = "auto"  # the way that is forced, or ``auto``
+    dropout: float = 0.0  # probability on the input of the change alone, in training
 
     def __init__(self, slot: Slot) -> None:
         super().__init__()
@@ -118,20 +101,26 @@ class Projection(Holder, Castable):
     Args:
         weight: (out, in), kept without a copy.
         bias: (out,) or None.
-        parts: rows of each part, in order; they sum to ``out``.
+        parts: number of rows of each part, in order; they sum to ``out``.
         place: where in the backbone, ``<tower>.<block>``: its slots are ``<place>.<part>``.
 
     Attributes:
+        whole: name of all parts together.
+        rows: the output rows of each part, and of the whole.
         enabled: False while the model runs as if nothing were attached.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, parts: Mapping[str, int], place: str = "") -> None:
         super().__init__()
-        assert sum(parts.values()) == weight.shape[0]
+        self.out_features, self.in_features = weight.shape
+        ends = list(accumulate(parts.values()))
+        assert ends[-1] == self.out_features
         self.weight = nn.Parameter(weight.detach(), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.sizes = dict(parts)
         self.whole = "".join(parts)
+        self.rows = {part: slice(end - size, end) for (part, size), end in zip(parts.items(), ends, strict=True)}
+        self.rows[self.whole] = slice(0, self.out_features)
         self.place = place
         self.adapters = nn.ModuleDict()
         self.enabled = True
@@ -140,27 +129,6 @@ class Projection(Holder, Castable):
     def from_linear(cls, linear: nn.Linear, part: str, place: str = "") -> Projection:
         """Takes over the weight of a plain linear layer, as one slot."""
         return cls(linear.weight, linear.bias, {part: linear.out_features}, place)
-
-    @property
-    def in_features(self) -> int:
-        """Width of the input."""
-        return self.weight.shape[1]
-
-    @property
-    def out_features(self) -> int:
-        """Width of the output, all parts together."""
-        return self.weight.shape[0]
-
-    def rows(self, part: str) -> slice:
-        """The output rows that belong to a part, or to the whole."""
-        if part == self.whole:
-            return slice(0, self.out_features)
-        start = 0
-        for name, size in self.sizes.items():
-            if name == part:
-                return slice(start, start + size)
-            start += size
-        raise KeyError(part)
 
     def slot(self, part: str) -> Slot:
         """The slot of a part, or of the whole."""
@@ -180,14 +148,12 @@ class Projection(Holder, Castable):
         if self.whole in rows:
             return rows[self.whole].to(dtype)
         frozen, _ = self.frozen(dtype)
-        return torch.cat([(rows[p] if p in rows else frozen[self.rows(p)]).to(dtype) for p in self.sizes])
+        return torch.cat([(rows[p] if p in rows else frozen[self.rows[p]]).to(dtype) for p in self.sizes])
 
     def effective_weight(self) -> Tensor:
         """The weight with adapters folded in, (out, in), in the dtype of the frozen one, with its gradient."""
         rows = {part: layer.effective_weight() for part, layer in self.layers().items()}
         return self.with_rows(rows, self.weight.dtype) if rows else self.weight
-
-    # ------------------------------------------------------------------------------------------------ running
 
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
         """Maps x, (..., in), to one tensor a part, (..., rows of the part)."""
@@ -235,20 +201,17 @@ class Projection(Holder, Castable):
         rows = {part: change.weight for part, change in changes.items() if change.weight is not None}
         if rows:
             weight = self.with_rows(rows, dtype)
-        terms = [Term(self.rows(p), term, not change.folded) for p, change in changes.items() for term in change.terms]
+        terms = [Term(self.rows[p], term, not change.folded) for p, change in changes.items() for term in change.terms]
         y = low_rank_product(x.to(dtype), weight, bias, terms) if terms else F.linear(x, weight, bias)
         if self.whole in changes:
             return self._parts(done(self.whole, y))
         return tuple(done(part, part_of_y) for part, part_of_y in zip(self.sizes, self._parts(y), strict=True))
 
-    # ------------------------------------------------------------------------------------------------ merging
-
     def hold(self) -> Tensor | None:
         """The effective weight in the dtype of products, (out, in); None where the frozen one will do."""
         dtype = self.product_dtype(self.weight.device)
-        if not all(layer.mergeable for layer in self.layers().values()):
-            return None
-        if not self.adapters and (dtype == self.weight.dtype or self.frozen(dtype)[0].dtype == dtype):
+        mergeable = all(layer.mergeable for layer in self.layers().values())
+        if not mergeable or (not self.adapters and self.frozen(dtype)[0].dtype == dtype):
             return None
         with torch.autocast(self.weight.device.type, enabled=False):
             return self.effective_weight().detach().to(dtype)
@@ -263,15 +226,20 @@ class Slot:
     part: str
 
     @property
+    def rows(self) -> slice:
+        """The rows of the projection's output."""
+        return self.projection.rows[self.part]
+
+    @property
     def weight(self) -> Tensor:
         """The frozen weight, (out, in): a view."""
-        return self.projection.weight[self.projection.rows(self.part)]
+        return self.projection.weight[self.rows]
 
     @property
     def bias(self) -> Tensor | None:
         """The frozen bias, (out,): a view, or None."""
         bias = self.projection.bias
-        return None if bias is None else bias[self.projection.rows(self.part)]
+        return None if bias is None else bias[self.rows]
 
     @property
     def in_features(self) -> int:
@@ -281,8 +249,7 @@ class Slot:
     @property
     def out_features(self) -> int:
         """Width of the output."""
-        rows = self.projection.rows(self.part)
-        return int(rows.stop - rows.start)
+        return int(self.rows.stop - self.rows.start)
 
     def taken(self) -> str | None:
         """The name of the slot whose layer holds some of these rows already."""
@@ -316,9 +283,10 @@ def merge(model: nn.Module, keep: bool = True) -> None:
     for projection in adapted:
         if projection.held is not None:
             raise UserError("The adapters are merged already: unmerge first.")
-        for layer in (layer for layer in projection.layers().values() if not layer.mergeable):
-            method = type(layer).__name__.removesuffix("Layer")
-            raise UserError(f"{method} on {layer.slot.name} depends on its input: no weight expresses it.")
+        for layer in projection.layers().values():
+            if not layer.mergeable:
+                method = type(layer).__name__.removesuffix("Layer")
+                raise UserError(f"{method} on {layer.slot.name} depends on its input: no weight expresses it.")
     with torch.inference_mode(False), torch.no_grad(), one_pass(model):
         for projection in adapted:
             if keep:
@@ -326,8 +294,10 @@ def merge(model: nn.Module, keep: bool = True) -> None:
                 continue
             projection.weight = nn.Parameter(projection.effective_weight(), requires_grad=False)
             projection.adapters.clear()
-    for module in [] if keep else list(model.modules()):
-        getattr(module, "restore_library", lambda: None)()  # of a backbone
+    modules: list[Any] = [] if keep else list(model.modules())
+    for module in modules:
+        if hasattr(module, "restore_library"):  # a backbone
+            module.restore_library()
 
 
 def unmerge(model: nn.Module) -> None:
@@ -340,11 +310,7 @@ def unmerge(model: nn.Module) -> None:
 def adapters_off(model: nn.Module) -> Iterator[None]:
     """Runs a model as if no adapter were attached."""
     projections = projections_of(model)
-    before = [p.enabled for p in projections]
-    for projection in projections:
-        projection.enabled = False
-    try:
+    with restored(projections, "enabled"):
+        for projection in projections:
+            projection.enabled = False
         yield
-    finally:
-        for projection, enabled in zip(projections, before, strict=True):
-            projection.enabled = enabled

@@ -4,5 +4,3 @@ from kshot.backbones.base import Backbone
 from kshot.backbones.language import VisionLanguageBackbone
 from kshot.backbones.open_clip import OpenClip
 from kshot.backbones.timm import Timm
-
-__all__ = ["Backbone", "OpenClip", "Timm", "VisionLanguageBackbone"]

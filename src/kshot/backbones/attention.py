@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,16 +15,19 @@ from kshot.slots import Projection
 # The limit bounds memory for the scores.
 LONGEST_UNFUSED = 1024
 
+# What our module takes over from open_clip's and timm's, by its name there; and what projections replace.
+TAKEN = {"ln_q": "q_norm", "ln_k": "k_norm", "head_scale": "head_scale", "ln_inner": "inner_norm"}
+TAKEN |= {"q_norm": "q_norm", "k_norm": "k_norm", "norm": "inner_norm"}
+REPLACED = ("in_proj_weight", "in_proj_bias", "out_proj", "qkv", "proj")
 
-@dataclass(frozen=True)
-class PackedText:
+
+class PackedText(NamedTuple):
     """How class prompts that share a prefix lie in one list of tokens: first all prefixes, then all suffixes.
 
-    A causal tower gives a shared prefix the same states in every class, so it is run once for each of the ``groups``
-    (one group, or one for each image when prompts depend on the image).
+    A causal tower gives a shared prefix the same states in every class, so it is run once for each group.
     """
 
-    groups: int
+    groups: int  # one, or one for each image when prompts depend on the image
     prefix: int  # tokens in a prefix
     classes: int
     suffix: int  # tokens in a suffix, padding included
@@ -42,44 +44,40 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout:
 
 
 class Attention(nn.Module):
-    """Self-attention whose projections are slots.
+    """Self-attention whose projections are slots, in the place of a module of PyTorch, open_clip or timm.
 
     Args:
+        original: the library's module; what this one holds is taken out of it.
         qkv: the fused projection with parts q, k, v.
         o: the output projection.
-        heads: number of heads.
-        q_norm: norm of each head's queries, or identity; ``k_norm`` likewise of its keys.
-        head_scale: factor a head, (heads, 1, 1), or None.
-        inner_norm: norm before the output projection, or identity.
         dropout: of the attention weights, in training.
         output_dropout: of the projected output, in training.
 
     Attributes:
-        true_blocks: whether True in a boolean mask blocks a position (PyTorch's module, open_clip) or allows it (timm,
-            ``scaled_dot_product_attention``).
-        original: the library's module in whose place this one stands, without what was taken over from it.
+        q_norm: norm of each head's queries, or identity; ``k_norm`` likewise of its keys.
+        head_scale: factor a head, (heads, 1, 1), or None.
+        inner_norm: norm before the output projection, or identity.
+        true_blocks: whether True in a boolean mask blocks a position (PyTorch, open_clip) or allows it (timm).
+        gives_pair: whether the library's blocks expect a second output, the weights, which is None here.
     """
 
-    true_blocks = False
-
     def __init__(
-        self,
-        qkv: Projection,
-        o: Projection,
-        heads: int,
-        q_norm: nn.Module | None = None,
-        k_norm: nn.Module | None = None,
-        head_scale: nn.Parameter | None = None,
-        inner_norm: nn.Module | None = None,
-        dropout: float = 0.0,
-        output_dropout: float = 0.0,
+        self, original: Any, qkv: Projection, o: Projection, dropout: float = 0.0, output_dropout: float = 0.0
     ) -> None:
         super().__init__()
-        self.qkv, self.o, self.heads = qkv, o, heads
+        self.qkv, self.o, self.heads = qkv, o, int(original.num_heads)
         self.dropout, self.output_dropout = dropout, output_dropout
-        self.q_norm, self.k_norm = q_norm or nn.Identity(), k_norm or nn.Identity()
-        self.head_scale, self.inner_norm = head_scale, inner_norm or nn.Identity()
-        self.original: nn.Module | None = None
+        self.q_norm, self.k_norm, self.inner_norm = nn.Identity(), nn.Identity(), nn.Identity()
+        self.head_scale: nn.Parameter | None = None
+        self.true_blocks = hasattr(original, "in_proj_weight")
+        self.gives_pair = isinstance(original, nn.MultiheadAttention)
+        for name, ours in TAKEN.items():
+            if hasattr(original, name):
+                setattr(self, ours, getattr(original, name))
+        for name in (*TAKEN, *REPLACED):
+            if hasattr(original, name):
+                setattr(original, name, None)
+        self.original = original
 
     def heads_of(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Projects (B, L, width) to q, k, v, each (B, heads, L, width of a head)."""
@@ -93,17 +91,22 @@ class Attention(nn.Module):
         out = self.o(self.inner_norm(x.transpose(-3, -2).flatten(-2)))
         return F.dropout(out, self.output_dropout, self.training)
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, **_: Any) -> Any:
-        """Attends within each sequence of (B, L, width).
+    def forward(self, x: Tensor, key: Any = None, value: Any = None, attn_mask: Any = None, **_: Any) -> Any:
+        """Attends within each sequence of (B, L, width); key and value, where a block gives them, are x as well.
 
         The mask is additive or boolean; it broadcasts to (B, heads, L, L), or is (B·heads, L, L).
         """
+        assert key is None or (key is x and value is x), "self-attention only"
         q, k, v = self.heads_of(x)
         if attn_mask is not None:
-            attn_mask = additive(attn_mask, q.dtype, self.true_blocks)
+            if attn_mask.dtype == torch.bool:
+                blocked = attn_mask if self.true_blocks else ~attn_mask
+                attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill_(blocked, float("-inf"))
+            attn_mask = attn_mask.to(q.dtype)
             if attn_mask.ndim == 3:
                 attn_mask = attn_mask.unflatten(0, (-1, self.heads))
-        return self.join(attend(q, k, v, attn_mask, self.dropout if self.training else 0.0))
+        out = self.join(attend(q, k, v, attn_mask, self.dropout if self.training else 0.0))
+        return (out, None) if self.gives_pair else out
 
     def packed(self, x: Tensor, layout: PackedText) -> Tensor:
         """Attends causally within prompts packed as :class:`PackedText`, (tokens, width), at no cost for padding keys.
@@ -111,7 +114,7 @@ class Attention(nn.Module):
         A suffix token sees its group's prefix and the earlier tokens of its own suffix. The scores against the prefix
         are one product for all classes, so that keys and values of the prefix are never repeated.
         """
-        g, p, c, s = layout.groups, layout.prefix, layout.classes, layout.suffix
+        g, p, c, s = layout
         q, k, v = (y.squeeze(0).transpose(0, 1) for y in self.heads_of(x.unsqueeze(0)))  # (tokens, heads, width)
         (qp, qs), (kp, ks), (vp, vs) = (y.split([g * p, g * c * s]) for y in (q, k, v))
         qp, kp, vp = (y.unflatten(0, (g, p)).transpose(1, 2) for y in (qp, kp, vp))  # (g, heads, p, width)
@@ -128,26 +131,6 @@ class Attention(nn.Module):
         prefix = prefix.transpose(1, 2).reshape(g * p, self.heads, -1)
         suffix = suffix.transpose(2, 3).reshape(g * c * s, self.heads, -1)
         return self.join(torch.cat([prefix, suffix]).transpose(0, 1).unsqueeze(0)).squeeze(0)
-
-
-class DropInAttention(Attention):
-    """The same under the calling convention of :class:`torch.nn.MultiheadAttention` (batch first)."""
-
-    true_blocks = True
-
-    def forward(  # type: ignore[override]  # the library's blocks call with key and value in second and third place
-        self, x: Tensor, key: Any = None, value: Any = None, attn_mask: Any = None, **_: Any
-    ) -> Any:
-        """Returns (output, None); key and value must be the queries themselves."""
-        assert key is None or (key is x and value is x), "self-attention only"
-        return super().forward(x, attn_mask=attn_mask), None
-
-
-def additive(mask: Tensor, dtype: torch.dtype, true_blocks: bool) -> Tensor:
-    """An additive mask from an additive or a boolean one."""
-    if mask.dtype != torch.bool:
-        return mask.to(dtype)
-    return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask if true_blocks else ~mask, float("-inf"))
 
 
 def causal(length: int, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -22,28 +22,25 @@ class Backbone(nn.Module, ABC):
 
     Everything in it starts frozen and in evaluation mode; only what is attached, or unfrozen by name, ever trains.
 
-    Attributes:
+    Args:
         name: architecture and weights, as the config names them.
         image_size: side of the square images it takes, in pixels.
         feature_dim: width of an image feature.
-        weight_sha256: digest of the weights as loaded; checkpoints carry it.
-        image_blocks: blocks of the image tower that learned tokens can enter; 0 when it takes none.
-        image_width: width of its tokens.
-        shared: what the layers of an attached method share.
+        mean: of the three colours, in the images that its weights were trained on; ``std`` likewise.
     """
 
     mean: Tensor
     std: Tensor
-    image_blocks: int = 0
-    image_width: int = 0
+    weight_sha256: str = ""  # of the weights as loaded; checkpoints carry it
+    image_blocks: int = 0  # of the image tower, that learned tokens can enter; 0 when it takes none
+    image_width: int = 0  # of its tokens
 
     def __init__(
         self, name: str, image_size: int, feature_dim: int, mean: Sequence[float], std: Sequence[float]
     ) -> None:
         super().__init__()
         self.name, self.image_size, self.feature_dim = name, image_size, feature_dim
-        self.weight_sha256 = ""
-        self.shared = nn.ModuleList()
+        self.shared = nn.ModuleList()  # what the layers of an attached method share
         self.initial_values: nn.Module | None = None  # of parameters that are unfrozen, by name
         self.is_unadapted = False
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
@@ -53,8 +50,6 @@ class Backbone(nn.Module, ABC):
         """Ends construction: freezes the towers."""
         towers.requires_grad_(False)
         self.eval()
-
-    # ------------------------------------------------------------------------------------------------ features
 
     @abstractmethod
     def encode_normalised(self, image: Tensor) -> Tensor:
@@ -96,8 +91,6 @@ class Backbone(nn.Module, ABC):
             for shared in methods:
                 shared.end_pass(layers)
 
-    # ------------------------------------------------------------------------------------------------ slots
-
     def slots(self) -> dict[str, Slot]:
         """All slots by canonical name, ``<tower>.<block>.<q|k|v|o|fc1|fc2>``.
 
@@ -126,8 +119,6 @@ class Backbone(nn.Module, ABC):
         own = [p for name, p in self.named_tower_parameters() if name.startswith(f"{tower}.") and p.requires_grad]
         layers = [p for layer in self.layers(tower).values() for p in layer.parameters() if p.requires_grad]
         return list({id(p): p for p in own + layers}.values())  # layers may share a tensor
-
-    # ------------------------------------------------------------------------------------------------ attaching
 
     def unfreeze(self, names: Sequence[str]) -> None:
         """Lets some of the towers' own parameters train, and keeps the values that they start from."""

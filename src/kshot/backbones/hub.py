@@ -14,35 +14,24 @@ from kshot.errors import first_line
 
 
 @contextmanager
-def quiet_hub() -> Iterator[None]:
-    """Loads without the libraries' chatter, and from the cache alone when the hub does not answer.
+def quiet_loading(hub: bool) -> Iterator[None]:
+    """Loads without the libraries' chatter, and from the cache alone where a hub is asked that does not answer.
 
     The libraries retry a dead hub for most of a minute; one connection attempt tells sooner. Behind a proxy the attempt
     would say nothing, so there it is left out.
     """
     from huggingface_hub import constants
 
-    before = constants.HF_HUB_OFFLINE
+    disabled, offline = logging.root.manager.disable, constants.HF_HUB_OFFLINE
     behind_proxy = any(name in os.environ for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"))
-    constants.HF_HUB_OFFLINE = before or not (behind_proxy or answers(constants.ENDPOINT))
-    try:
-        with quiet():
-            yield
-    finally:
-        constants.HF_HUB_OFFLINE = before
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Loads without the libraries' chatter."""
-    disabled = logging.root.manager.disable
+    constants.HF_HUB_OFFLINE = offline or (hub and not behind_proxy and not answers(constants.ENDPOINT))
     logging.disable(logging.ERROR)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             yield
     finally:
         logging.disable(disabled)
+        constants.HF_HUB_OFFLINE = offline
 
 
 def answers(endpoint: str, timeout: float = 3.0) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import logging
 import sys
 from abc import abstractmethod
@@ -26,25 +27,15 @@ ACTIVATIONS, SCORES = 21, 3
 
 
 class VisionLanguageBackbone(Backbone):
-    """A backbone with a text tower.
+    """A backbone with a text tower."""
 
-    Attributes:
-        text_width: width of a token embedding.
-        text_blocks: blocks of the text tower.
-        text_heads: attention heads of one.
-        context_length: positions that a prompt can take.
-        supports_prompts: False when the text tower takes no embeddings in place of tokens.
-        text_memory: bytes that the activations of the text tower may take; None for a quarter of the device's memory.
-        chunks: how many parts the last prompts were divided into to keep within that.
-    """
-
-    text_width: int
+    text_width: int  # of a token embedding
     text_blocks: int
-    text_heads: int
-    context_length: int
-    supports_prompts: bool
-    text_memory: int | None = None
-    chunks: int = 1
+    text_heads: int  # of attention, in a block
+    context_length: int  # positions that a prompt can take
+    supports_prompts: bool  # False when the text tower takes no embeddings in place of tokens
+    text_memory: int | None = None  # bytes that its activations may take; None for a quarter of the device's memory
+    chunks: int = 1  # how many parts the last prompts were divided into to keep within that
     said: frozenset[str] = frozenset()  # what was logged about it
 
     @property
@@ -174,6 +165,7 @@ def return_freed_memory(device: torch.device) -> None:
             ctypes.CDLL(None).malloc_trim(0)
 
 
+@functools.cache  # the limits of a container lie in files, and reading them takes as long as a small block
 def memory_of(device: torch.device) -> int:
     """Bytes of memory that a device has in all; 8 GB where the system does not tell."""
     if device.type == "cuda":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from kshot.backbones.attention import Attention, PackedText
 from kshot.backbones.base import check_image_size, run_prompted, sha256_of
-from kshot.backbones.hub import out_of_reach, quiet, quiet_hub
+from kshot.backbones.hub import out_of_reach, quiet_loading
 from kshot.backbones.language import VisionLanguageBackbone
 from kshot.backbones.timm import prompt_shape, prompted_features
 from kshot.backbones.unfuse import unfuse_open_clip, unfuse_timm
@@ -35,8 +36,7 @@ class OpenClip(VisionLanguageBackbone):
             parts. None takes a quarter of the device's memory.
 
     Raises:
-        UserError: unknown architecture, tag or folder; no weights named; weights out of reach; an activation that the
-            weights were not trained with; an image size that the patches do not tile; a memory that is not positive.
+        UserError: a setting that cannot be; weights that are not named, fit the model ill or are out of reach.
     """
 
     @torch.inference_mode(False)  # weights must be able to stand in the graph of what is attached
@@ -48,11 +48,13 @@ class OpenClip(VisionLanguageBackbone):
         text_memory_gb: float | None = None,
     ) -> None:
         open_clip = loaded_open_clip()
-        if text_memory_gb is not None and text_memory_gb <= 0:
-            raise UserError(f"text_memory_gb is {text_memory_gb}, and must be positive; null takes a quarter of all.")
+        if text_memory_gb is not None and not 0 < text_memory_gb < math.inf:
+            raise UserError(f"text_memory_gb is {text_memory_gb}, not a positive number; null takes a quarter of all.")
         source = resolve(model)
         check_weights_named(model, source, pretrained)
-        with quiet() if is_local(source, pretrained) else quiet_hub():
+        file = pretrained is not None and Path(pretrained).is_file()
+        local = file or pretrained == "random" or source.startswith("local-dir:")
+        with quiet_loading(hub=not local):
             try:
                 config = open_clip.get_model_config(source)
                 if "hf_model_name" in config["text_cfg"]:
@@ -71,7 +73,7 @@ class OpenClip(VisionLanguageBackbone):
             except UserError:
                 raise
             except Exception as error:  # hubs and loaders raise what they like
-                raise weights_error(model, pretrained, error) from error
+                raise weights_error(model, source, pretrained, error) from error
             try:
                 tokenizer = tokenizer_of(source, config)
             except Exception as error:  # likewise
@@ -190,8 +192,7 @@ class OpenClip(VisionLanguageBackbone):
         layout = PackedText(groups, p, classes, s)
         for i, block in enumerate(text.transformer.resblocks):
             if deep is not None and 1 <= i <= len(deep):
-                own, n = x[: groups * p].view(groups, p, width), deep.shape[1]
-                own = torch.cat([own[:, :1], deep[i - 1].to(x.dtype).expand(groups, -1, -1), own[:, 1 + n :]], 1)
+                own = with_tokens(x[: groups * p].view(groups, p, width), deep[i - 1])
                 x = torch.cat([own.flatten(0, 1), x[groups * p :]])
             attended = cast(Attention, block.attn).packed(block.ln_1(x), layout)
             x = x + block.ls_1(getattr(block, "ln_attn", nn.Identity())(attended))
@@ -206,8 +207,7 @@ class OpenClip(VisionLanguageBackbone):
         x = (x + text.positional_embedding[: shape[2]]).flatten(0, 1)
         for i, block in enumerate(text.transformer.resblocks):
             if deep is not None and 1 <= i <= len(deep):
-                own = deep[i - 1].to(x.dtype).expand(len(x), -1, -1)
-                x = torch.cat([x[:, :1], own, x[:, 1 + own.shape[1] :]], 1)
+                x = with_tokens(x, deep[i - 1])
             x = block(x, attn_mask=mask)
         return self._pooled(x.view(shape), end)
 
@@ -222,6 +222,11 @@ class OpenClip(VisionLanguageBackbone):
         return cast(Tensor, projection(pooled) if isinstance(projection, nn.Linear) else pooled @ projection)
 
 
+def with_tokens(x: Tensor, tokens: Tensor) -> Tensor:
+    """States, (N, L, width), with learned tokens, (n, width), in the places 1 ... n."""
+    return torch.cat([x[:, :1], tokens.to(x.dtype).expand(len(x), -1, -1), x[:, 1 + len(tokens) :]], 1)
+
+
 def loaded_open_clip(with_transformers: bool = False) -> Any:
     """The library, without the seconds that transformers take to load where no text tower is one of theirs."""
     with without("transformers"):
@@ -234,8 +239,6 @@ def loaded_open_clip(with_transformers: bool = False) -> Any:
 
 def resolve(model: str) -> str:
     """The name under which open_clip finds a model, ``local-dir:`` for folders; raises UserError if there is none."""
-    open_clip = loaded_open_clip()
-
     if model.startswith("hf-hub:"):
         return model
     carried = {f"kshot:{folder.name}": folder for folder in sorted(WEIGHTS.iterdir()) if folder.is_dir()}
@@ -248,27 +251,21 @@ def resolve(model: str) -> str:
         if not (folder / "open_clip_config.json").is_file():
             raise UserError(f"The folder {folder} holds no open_clip_config.json, so it is no open_clip model folder.")
         return f"local-dir:{folder}"
-    names = open_clip.list_models()
-    if model.replace("/", "-") not in names:
+    source, names = model.replace("/", "-"), loaded_open_clip().list_models()
+    if source not in names:
         raise UserError(
             f"Unknown open_clip architecture {model!r}, nor is there such a folder. {nearest_first(model, names)}"
         )
-    return model.replace("/", "-")
-
-
-def is_local(source: str, pretrained: str | None) -> bool:
-    """Whether a resolved model needs nothing of the hub."""
-    return source.startswith("local-dir:") or pretrained == "random" or bool(pretrained and Path(pretrained).is_file())
+    return source
 
 
 def check_weights_named(model: str, source: str, pretrained: str | None) -> None:
     """Raises UserError unless exactly one source of weights is named and its activation fits."""
-    open_clip = loaded_open_clip()
-
     if source.startswith(("hf-hub:", "local-dir:")):
         if pretrained is not None:
             raise UserError(f"{model} carries its own weights: leave out pretrained={pretrained!r}.")
         return
+    open_clip = loaded_open_clip()
     tags = open_clip.list_pretrained_tags_by_model(source)
     if pretrained is None:
         raise UserError(
@@ -291,20 +288,18 @@ def check_weights_named(model: str, source: str, pretrained: str | None) -> None
         )
 
 
-def weights_error(model: str, pretrained: str | None, error: Exception) -> UserError:
+def weights_error(model: str, source: str, pretrained: str | None, error: Exception) -> UserError:
     """One line for weights that could not be read or fetched."""
     if pretrained is not None and Path(pretrained).is_file():
         return UserError(f"The weights in {pretrained} do not fit {model}: {first_line(error)}")
-    if model.startswith(("kshot:", "local-dir:")) or Path(model).is_dir():
+    if source.startswith("local-dir:"):
         return UserError(f"The model folder {model} could not be loaded: {first_line(error)}")
     return UserError(out_of_reach(f"The weights of {model} ({pretrained or 'its own'})", "pretrained", error))
 
 
 def tokenizer_of(source: str, config: dict[str, Any]) -> Any:
     """The tokenizer of a resolved model; a relative ``bpe_path`` in a model folder means a file in that folder."""
-    open_clip = loaded_open_clip()
-
     path = config.get("text_cfg", {}).get("tokenizer_kwargs", {}).get("bpe_path")
-    if path is None or not source.startswith("local-dir:"):
-        return open_clip.get_tokenizer(source)
-    return open_clip.get_tokenizer(source, bpe_path=str(Path(source.removeprefix("local-dir:")) / path))
+    own = path is not None and source.startswith("local-dir:")
+    options = {"bpe_path": str(Path(source.removeprefix("local-dir:")) / path)} if own else {}
+    return loaded_open_clip().get_tokenizer(source, **options)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kshot.backbones.base import Backbone, check_image_size, run_prompted, sha256_of
-from kshot.backbones.hub import out_of_reach, quiet, quiet_hub
+from kshot.backbones.hub import out_of_reach, quiet_loading
 from kshot.backbones.unfuse import unfuse_timm
 from kshot.errors import UserError, first_line, nearest_first
 
@@ -45,16 +45,25 @@ class Timm(Backbone):
             image_size = 224
         if pool is None and "dinov3" in base:
             pool = "token"
-        if weights not in ("pretrained", "random") and not Path(weights).is_file():
-            raise UserError(
-                f"weights: {weights!r} is neither 'pretrained', 'random' nor an existing file of weights for {model}."
-            )
         options: dict[str, Any] = {"num_classes": 0, "dynamic_img_size": True}
         if weights not in ("pretrained", "random"):
+            if not Path(weights).is_file():
+                raise UserError(
+                    f"weights: {weights!r} is neither 'pretrained', 'random' nor an existing file of weights for "
+                    f"{model}."
+                )
             options["pretrained_cfg_overlay"] = {"file": weights}
         if pool is not None:
             options["global_pool"] = pool
-        vit = create(model, weights, options)
+        try:
+            with quiet_loading(hub=weights == "pretrained"):
+                vit: Any = timm.create_model(model, pretrained=weights != "random", **options)
+        except TypeError as error:
+            raise UserError(f"{model} is no vision transformer with free image size ({first_line(error)}).") from error
+        except Exception as error:  # hubs and loaders raise what they like
+            if weights == "pretrained":
+                raise UserError(out_of_reach(f"The weights of {model}", "weights", error)) from error
+            raise UserError(f"The weights in {weights} do not fit {model}: {first_line(error)}") from error
         if not all(hasattr(block, "attn") and hasattr(block, "mlp") for block in getattr(vit, "blocks", [None])):
             raise UserError(f"{model} has no blocks of one attention and one MLP: choose a vision transformer of timm.")
         config = timm.data.resolve_model_data_config(vit)
@@ -94,18 +103,3 @@ def prompted_features(vit: Any, image: Tensor, prompts: Sequence[Tensor]) -> Ten
     x = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(image))))
     x = run_prompted(vit.blocks, x, [vit.norm_pre(prompts[0]), *prompts[1:]])
     return cast(Tensor, vit.forward_head(vit.norm(x)))
-
-
-def create(model: str, weights: str, options: dict[str, Any]) -> Any:
-    """Builds a timm model, with one clear line when that fails."""
-    import timm
-
-    try:
-        with quiet_hub() if weights == "pretrained" else quiet():
-            return timm.create_model(model, pretrained=weights != "random", **options)
-    except TypeError as error:
-        raise UserError(f"{model} is no vision transformer with free image size ({first_line(error)}).") from error
-    except Exception as error:  # hubs and loaders raise what they like
-        if weights == "pretrained":
-            raise UserError(out_of_reach(f"The weights of {model}", "weights", error)) from error
-        raise UserError(f"The weights in {weights} do not fit {model}: {first_line(error)}") from error

@@ -11,15 +11,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from kshot.backbones.attention import Attention, DropInAttention
+from kshot.backbones.attention import TAKEN, Attention
 from kshot.errors import UserError
 from kshot.slots import Projection
 
 QKV = ("q", "k", "v")
-# What our attention takes over from open_clip's and timm's, by its name there; and what projections replace.
-TAKEN = {"ln_q": "q_norm", "ln_k": "k_norm", "head_scale": "head_scale", "ln_inner": "inner_norm"}
-TAKEN |= {"q_norm": "q_norm", "k_norm": "k_norm", "norm": "inner_norm"}
-REPLACED = ("in_proj_weight", "in_proj_bias", "out_proj", "qkv", "proj")
+MLP = {"c_fc": "fc1", "c_proj": "fc2"}  # open_clip's names; timm's are those of the slots
 
 
 def fused_qkv(weight: Tensor, bias: Tensor | None, place: str) -> Projection:
@@ -27,25 +24,11 @@ def fused_qkv(weight: Tensor, bias: Tensor | None, place: str) -> Projection:
     return Projection(weight, bias, dict.fromkeys(QKV, weight.shape[0] // 3), place)
 
 
-def unfuse_mlp(mlp: nn.Module, place: str, names: dict[str, str]) -> None:
-    """Replaces the linear layers of an MLP; ``names`` maps a library's names to fc1 and fc2."""
-    for child, module in list(mlp.named_children()):
+def unfuse_mlp(mlp: nn.Module, place: str) -> None:
+    """Replaces the linear layers of an MLP."""
+    for name, module in list(mlp.named_children()):
         if isinstance(module, nn.Linear):
-            setattr(mlp, child, Projection.from_linear(module, names.get(child, child), place))
-
-
-def in_place_of(
-    original: Any, kind: type[Attention], qkv: Projection, o: Projection, dropout: float, output_dropout: float
-) -> Attention:
-    """An attention module that stands for the library's, which keeps nothing of what the new one holds."""
-    taken = {here: getattr(original, there) for there, here in TAKEN.items() if hasattr(original, there)}
-    new = kind(qkv, o, original.num_heads, dropout=dropout, output_dropout=output_dropout, **taken)
-    new.true_blocks = hasattr(original, "in_proj_weight")  # torch and open_clip, not timm
-    for name in (*TAKEN, *REPLACED):
-        if hasattr(original, name):
-            setattr(original, name, None)
-    new.original = original
-    return new
+            setattr(mlp, name, Projection.from_linear(module, MLP.get(name, name), place))
 
 
 def unfuse_open_clip(blocks: Iterable[nn.Module], tower: str) -> None:
@@ -58,13 +41,12 @@ def unfuse_open_clip(blocks: Iterable[nn.Module], tower: str) -> None:
         if isinstance(attention, nn.MultiheadAttention):
             if not attention.batch_first:
                 raise UserError(f"Block {i} of the {tower} tower is not batch first; adapters need batch-first blocks.")
-            new = in_place_of(attention, DropInAttention, qkv, o, attention.dropout, 0.0)
+            block.attn = Attention(attention, qkv, o, attention.dropout)
         else:
             if attention.logit_scale is not None:
                 raise UserError(f"Block {i} of the {tower} tower has scaled cosine attention, which has no slots here.")
-            new = in_place_of(attention, Attention, qkv, o, attention.attn_drop.p, attention.out_drop.p)
-        block.attn = new
-        unfuse_mlp(block.get_submodule("mlp"), place, {"c_fc": "fc1", "c_proj": "fc2"})
+            block.attn = Attention(attention, qkv, o, attention.attn_drop.p, attention.out_drop.p)
+        unfuse_mlp(block.get_submodule("mlp"), place)
 
 
 def unfuse_timm(blocks: Iterable[nn.Module], tower: str) -> None:
@@ -88,13 +70,13 @@ def unfuse_timm(blocks: Iterable[nn.Module], tower: str) -> None:
         attention.proj = Projection.from_linear(attention.proj, "o", place)
         if type(attention) is TimmAttention and getattr(attention, "gate", None) is None:
             drops = attention.attn_drop.p, attention.proj_drop.p
-            block.attn = in_place_of(attention, Attention, attention.qkv, attention.proj, *drops)
-        unfuse_mlp(block.get_submodule("mlp"), place, {})
+            block.attn = Attention(attention, attention.qkv, attention.proj, *drops)
+        unfuse_mlp(block.get_submodule("mlp"), place)
 
 
 def library_of(attention: Attention) -> nn.Module:
     """The library's module in whose place one of ours stands, with the present weights under its own names."""
-    original: Any = attention.original
+    original = attention.original
     for there, here in TAKEN.items():
         if hasattr(original, there):
             setattr(original, there, getattr(attention, here))
