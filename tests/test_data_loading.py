@@ -204,7 +204,7 @@ class TestWorkers:
     def test_freed_images_are_decoded_before_they_start(self):
         module = fitted(num_workers=2)
         expected = collected(fitted().train_dataloader(), 0)
-        module.part("train").free_images()
+        module.part("train").keep(free=True)
         loader = module.train_dataloader()
         iterator = iter(loader)
         assert len(module.part("train").arrays) == 40

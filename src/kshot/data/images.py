@@ -25,29 +25,17 @@ class UnreadableImageError(UserError):
         super().__init__(last.removeprefix(f"{__name__}.{type(self).__name__}: "))
 
 
-class ImageSource(ABC):
-    """Opens the images of a part by the ``path`` of their rows."""
-
-    @abstractmethod
-    def open(self, path: str) -> Image.Image:
-        """Decodes one image to 8-bit RGB; raises UnreadableImageError for what is missing, truncated or no image."""
-
-    def check(self, path: str) -> None:
-        """Finds out as cheaply as possible whether ``open`` would succeed, and raises as it does."""
-        self.open(path)
-
-    def close(self) -> None:  # noqa: B027  most hold nothing
-        """Lets go of what is in memory, such as a whole data set; ``open`` gets it again."""
-
-
 @dataclass(frozen=True)
-class FileImages(ImageSource):
+class FileImages:
     """Image files below a folder. EXIF orientation is ignored, as in CLIP's own preprocessing."""
 
     folder: Path
 
     def open(self, path: str, draft: bool = False) -> Image.Image:
-        """Reads the whole file; a draft of a JPEG has an eighth of each side."""
+        """Decodes the image of a row to 8-bit RGB; a draft of a JPEG has an eighth of each side.
+
+        Raises UnreadableImageError for what is missing, truncated or no image.
+        """
         file = self.folder / path
         try:
             with Image.open(file) as image:
@@ -62,18 +50,19 @@ class FileImages(ImageSource):
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UnreadableImageError(f"cannot read the image {str(file)!r}: {reason}") from None
 
-    def check(self, path: str) -> None:
-        self.open(path, draft=True)
+    def close(self) -> None:
+        """Holds nothing."""
 
 
-class ArrayImages(ImageSource):
+class ArrayImages:
     """Images that a sequence holds by index: ``load`` opens it, and ``convert`` makes an image of an item."""
 
     def __init__(self, load: Callable[[], Sequence[Any]], convert: Callable[[Any], Image.Image]) -> None:
         self.load, self.convert = load, convert
         self.items: Sequence[Any] | None = load()
 
-    def open(self, path: str) -> Image.Image:
+    def open(self, path: str, draft: bool = False) -> Image.Image:  # noqa: ARG002  nothing to gain by a draft
+        """Gives an image as 8-bit RGB; raises UnreadableImageError for an index that there is not."""
         if self.items is None:
             self.items = self.load()
         index = int(path)
@@ -81,11 +70,12 @@ class ArrayImages(ImageSource):
             raise UnreadableImageError(f"there is no image {index}: the data set has {len(self.items)}")
         return to_rgb(self.convert(self.items[index]))
 
-    def check(self, path: str) -> None:
-        """Knows arrays to be readable."""
-
     def close(self) -> None:
+        """Lets go of the whole data set; ``open`` gets it again."""
         self.items = None
+
+
+ImageSource = FileImages | ArrayImages
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -96,18 +86,17 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def evaluation_transform(image_size: int) -> Callable[[Image.Image], Tensor]:
-    """Makes CLIP's preprocessing, a picklable function from an image to a uint8 tensor (3, image_size, image_size).
+def evaluation_view(image: Image.Image, image_size: int) -> Tensor:
+    """Applies CLIP's preprocessing to an RGB image; gives a uint8 tensor (3, image_size, image_size).
 
     That is: shorter side to ``image_size`` (bicubic, antialiased), centre crop; normalising is left to the backbone,
-    which owns mean and deviation. The image is converted to RGB first: the result is the same for RGB and greyscale,
-    and palette images get resized in colours instead of palette indices.
+    which owns mean and deviation.
     """
-    from torchvision.transforms import v2
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms.v2 import functional
 
-    resize, crop = v2.Resize(image_size, v2.InterpolationMode.BICUBIC), v2.CenterCrop(image_size)
-    transform: Callable[[Image.Image], Tensor] = v2.Compose([to_rgb, resize, crop, to_tensor])
-    return transform
+    resized = functional.resize(image, [image_size], InterpolationMode.BICUBIC)
+    return to_tensor(functional.center_crop(resized, [image_size]))
 
 
 def limit_size(image: Image.Image, shorter_side: int) -> Image.Image:
@@ -129,10 +118,7 @@ class Augment(ABC):
 
     @abstractmethod
     def __call__(self, image: Image.Image, image_size: int, stream: random.Random) -> Tensor:
-        """Makes one view, a uint8 tensor (3, image_size, image_size), of an RGB image of any size.
-
-        The stream is the only source of randomness; the caller seeds it from (seed, index, view).
-        """
+        """Makes one view, uint8 (3, image_size, image_size), of an RGB image; all chance comes from the stream."""
 
 
 @dataclass(frozen=True)

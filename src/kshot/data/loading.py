@@ -75,7 +75,8 @@ def halves(labels: Tensor, class_names: Sequence[str], seed: int) -> tuple[list[
 
     Raises UserError for a class with one image.
     """
-    parts: tuple[list[int], list[int]] = ([], [])
+    first: list[int] = []
+    second: list[int] = []
     for label, name in enumerate(class_names):
         members = (labels == label).nonzero().flatten().tolist()
         if len(members) == 1:
@@ -84,9 +85,9 @@ def halves(labels: Tensor, class_names: Sequence[str], seed: int) -> tuple[list[
                 "use --data.shots 2 or more, or an adapter that searches nothing, such as LoRA."
             )
         random.Random(f"{seed}/halves/{label}").shuffle(members)
-        parts[0].extend(members[len(members) // 2 :])
-        parts[1].extend(members[: len(members) // 2])
-    return parts
+        first += members[len(members) // 2 :]
+        second += members[: len(members) // 2]
+    return first, second
 
 
 def endless(loader: DataLoader[Batch]) -> Iterator[Batch]:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from kshot.data.readers import parsed_json
+from kshot.data.readers import file_content, parsed_json
 from kshot.data.sampling import PERCENT, SAMPLERS, FewShotDraw, draw_digest
 from kshot.data.splits import Row, Split, json_rows
 from kshot.errors import UserError
@@ -58,10 +58,7 @@ def read_manifest(path: str | Path, split: Split) -> FewShotDraw:
             that are not training and validation rows of the split.
     """
     path = Path(path)
-    try:
-        data = parsed_json(path.read_bytes(), path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the manifest: {error.strerror or error}") from None
+    data = parsed_json(file_content(path), path)
     _check_schema(data, path)
     source, sampler = data["source"], data["sampler"]
     if source.get("sha256") != split.sha256:
@@ -73,9 +70,8 @@ def read_manifest(path: str | Path, split: Split) -> FewShotDraw:
     digest = draw_digest(train, val)
     if digest != data["digest"]:
         raise UserError(f"{path}: the rows have the digest {digest[:19]}..., not {data['digest'][:19]}... as it says")
-    return FewShotDraw(
-        train, val, sampler["shots"], sampler.get("val_shots"), sampler["seed"], data["protocol"], digest
-    )
+    shots, val_shots = sampler.get("shots"), sampler.get("val_shots")
+    return FewShotDraw(train, val, shots, val_shots, sampler["seed"], data["protocol"], digest)
 
 
 def _check_schema(data: Any, path: Path) -> None:

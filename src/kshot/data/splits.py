@@ -31,7 +31,7 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Split:
-    """Who belongs where, and the digest of the source that says so. There may be no validation rows.
+    """Who belongs where, and the digest of the source that says so.
 
     Attributes:
         name: id of the data set.
@@ -137,13 +137,12 @@ def by_label(rows: Sequence[Row]) -> dict[int, list[int]]:
     return positions
 
 
-def stratify(rows: Sequence[Row], percents: tuple[int, int], seed: int = STRATIFY_SEED) -> dict[str, list[Row]]:
-    """Splits rows class by class into train, val and test.
+def stratify(rows: Sequence[Row], percents: tuple[int, int]) -> dict[str, list[Row]]:
+    """Splits rows class by class into train, val and test, given the percentages of validation and test.
 
-    Each class is shuffled by its own stream, so that the parts of a class do not depend on which other classes there
-    are. Sizes per class: the percentage rounded down for validation; rounded, but at least 1 unless the percentage is
-    0, for test; the rest for training. The rows keep their order within a part; sorted ones give a split that does not
-    depend on their order.
+    Each class is shuffled by its own stream, so that its parts do not depend on which other classes there are. Sizes:
+    the percentage rounded down for validation; rounded, but at least 1 unless it is 0, for test; the rest for training.
+    The rows keep their order within a part.
 
     Raises:
         UserError: a class has too few images to have one for training and one for testing.
@@ -156,6 +155,6 @@ def stratify(rows: Sequence[Row], percents: tuple[int, int], seed: int = STRATIF
         test = max(1, (n * test_percent + 50) // 100) if test_percent else 0
         if n - val - test < 1:
             raise UserError(f"class {class_name!r} has {n} image, but a split into training and test needs at least 2")
-        shuffled = random.Random(f"{seed}/{class_name}").sample(positions, n)
+        shuffled = random.Random(f"{STRATIFY_SEED}/{class_name}").sample(positions, n)
         part_of |= dict.fromkeys(shuffled[:val], "val") | dict.fromkeys(shuffled[val : val + test], "test")
     return {part: [row for i, row in enumerate(rows) if part_of.get(i, "train") == part] for part in PARTS}
