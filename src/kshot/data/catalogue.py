@@ -13,11 +13,11 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from kshot.data.images import ArrayImages, FileImages, ImageSource
+from kshot.data.images import ArrayImages, FileImages, ImageSource, read_image
 from kshot.data.readers import read_split_zhou, split_from_csv, split_from_folder
 from kshot.data.splits import Row, Split, check_distinct, make_split, stratify
 from kshot.errors import UserError, nearest_first
-from kshot.files import packaged_folder
+from kshot.files import may_be_read, packaged_folder
 from kshot.templates import DEFAULT_TEMPLATE
 
 ARRAYS = {"train": "train", "val": "train", "test": "test"}  # which array of a torchvision data set a part indexes
@@ -70,11 +70,14 @@ class DatasetEntry:
             labels = np.asarray([v[1] for v in values] if self.labels == "_samples" else values, dtype="<i8")
             digest.update(labels.tobytes())
             names = names or dataset.classes
+            if labels.size and not 0 <= labels.min() <= labels.max() < len(names):
+                raise UserError(f"{name}: labels from {labels.min()} to {labels.max()} for {len(names)} classes")
             rows[array] = [Row(str(i), int(label), names[label]) for i, label in enumerate(labels)]
         parts = stratify(rows["train"], (20, 0)) | {"test": rows["test"]}
         file = f"torchvision.datasets.{self.torchvision}"
         return make_split(name, parts, file=file, sha256=digest.hexdigest(), image_root=ARRAYS, item_kind="index")
 
+    @may_be_read()
     def images(self, root: str | Path, part: str, rows: Sequence[Row], download: bool = False) -> ImageSource:
         """Opens the images of a part: train, val or test.
 
@@ -85,7 +88,8 @@ class DatasetEntry:
         if self.kind == "digits":
             return ArrayImages(_digits, _grey_levels_16)
         if self.kind == "arrays":
-            return ArrayImages(partial(self.open_array, root, ARRAYS[part], download), itemgetter(0))
+            load = partial(self._pictures, root, ARRAYS[part], download)
+            return ArrayImages(load, _file_of_sample if self.labels == "_samples" else itemgetter(0))
         candidates = [Path(root, below) for below in (f"{self.folder}/{self.image_root}", *self.aliases)]
         sample = rows[0].path
         having = [folder for folder in candidates if (folder / sample).is_file()]
@@ -104,6 +108,10 @@ class DatasetEntry:
         """Opens the training or the test array as a sequence of (PIL image, label)."""
         return self._torchvision(Path(root, self.folder), download, **self.array_arguments(array))
 
+    def _pictures(self, root: str | Path, array: str, download: bool) -> Any:
+        dataset = self.open_array(root, array, download)
+        return dataset._samples if self.labels == "_samples" else dataset
+
     def array_arguments(self, array: str) -> dict[str, Any]:
         """Gives the arguments that choose the training or the test array."""
         return {"split": array} if self.by_split else {"train": array == "train"}
@@ -114,12 +122,16 @@ class DatasetEntry:
         name, where = self.torchvision, repr(str(root))
         try:
             return getattr(datasets, name)(Path(root), download=download, **arguments)
-        except (RuntimeError, OSError) as error:
+        except Exception as error:  # a broken file may raise anything
             reason = " ".join(str(error).split())
             if download:
                 raise UserError(f"{name} could not be downloaded to {where} from {self.url}: {reason}") from None
             offer = f"it comes from {self.url}, or with --data.download true"
             raise UserError(f"no {name} in {where}: {offer} ({reason})") from None
+
+
+def _file_of_sample(sample: tuple[str, int]) -> Image.Image:
+    return read_image(Path(sample[0]))  # torchvision would open files of any format
 
 
 def _digits() -> Any:
@@ -138,6 +150,7 @@ _TABLES = tomllib.loads((packaged_folder("data_splits") / "catalogue.toml").read
 CATALOGUE = {name: DatasetEntry(**table) for name, table in _TABLES.items()}
 
 
+@may_be_read()
 def load_split(
     dataset: str, root: str | Path = "data", class_names: Sequence[str] | None = None, download: bool = False
 ) -> tuple[Split, DatasetEntry]:

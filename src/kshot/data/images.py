@@ -1,7 +1,10 @@
 """From a stored image to a uint8 tensor: opening, CLIP's evaluation transform, augmentation."""
 
 import math
+import os
 import random
+import stat
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +18,10 @@ from torch import Tensor
 
 from kshot.errors import UserError
 
+# No others: Pillow hands PostScript, whatever the file is called, to a program that runs it.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+LONGEST = 100  # times the shorter side: resizing a longer image to a given shorter side takes gigabytes
+
 
 class UnreadableImageError(UserError):
     """An image that cannot be opened; the message names it."""
@@ -25,6 +32,47 @@ class UnreadableImageError(UserError):
         super().__init__(last.removeprefix(f"{__name__}.{type(self).__name__}: "))
 
 
+def fault(file: Path) -> str:
+    """Says in one line what keeps an image file from being read, as far as its folder tells; empty for nothing."""
+    try:
+        entry = file.stat()
+    except FileNotFoundError:
+        return f"no such image: {str(file)!r}"
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        reason = getattr(error, "strerror", None) or str(error)
+    else:
+        regular = stat.S_ISREG(entry.st_mode)  # a pipe would be waited for
+        reason = "not a file" if not regular else "it is empty" if not entry.st_size else ""
+        if not reason and not os.access(file, os.R_OK):
+            reason = "permission denied"
+    return f"cannot read the image {str(file)!r}: {reason.lower()}" if reason else ""
+
+
+def read_image(file: Path, draft: bool = False) -> Image.Image:
+    """Decodes an image file to 8-bit RGB; a draft of a JPEG has an eighth of each side.
+
+    Raises UnreadableImageError for what is missing, truncated, too large, or in none of the ``FORMATS``.
+    """
+    if wrong := fault(file):
+        raise UnreadableImageError(wrong)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(file, formats=FORMATS) as image:
+                if max(image.size) > LONGEST * min(image.size):
+                    raise ValueError(
+                        f"{image.width} x {image.height} pixels, but a side may have {LONGEST} of the other"
+                    )
+                if draft:
+                    image.draft("RGB", (1, 1))
+                return to_rgb(image)
+    except MemoryError:
+        raise
+    except Exception as error:  # a broken file may raise anything in a decoder: SyntaxError, struct.error, ...
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UnreadableImageError(f"cannot read the image {str(file)!r}: {reason}") from None
+
+
 @dataclass(frozen=True)
 class FileImages:
     """Image files below a folder. EXIF orientation is ignored, as in CLIP's own preprocessing."""
@@ -32,23 +80,8 @@ class FileImages:
     folder: Path
 
     def open(self, path: str, draft: bool = False) -> Image.Image:
-        """Decodes the image of a row to 8-bit RGB; a draft of a JPEG has an eighth of each side.
-
-        Raises UnreadableImageError for what is missing, truncated or no image.
-        """
-        file = self.folder / path
-        try:
-            with Image.open(file) as image:
-                if draft:
-                    image.draft("RGB", (1, 1))
-                return to_rgb(image)
-        except FileNotFoundError:
-            raise UnreadableImageError(f"no such image: {str(file)!r}") from None
-        except MemoryError:
-            raise
-        except Exception as error:  # a broken file may raise anything in a decoder: SyntaxError, struct.error, ...
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise UnreadableImageError(f"cannot read the image {str(file)!r}: {reason}") from None
+        """Gives the image of a row by ``read_image``."""
+        return read_image(self.folder / path, draft)
 
     def close(self) -> None:
         """Holds nothing."""
@@ -81,7 +114,7 @@ ImageSource = FileImages | ArrayImages
 def to_rgb(image: Image.Image) -> Image.Image:
     """Converts to 8-bit RGB; 16-bit greyscale is scaled, where PIL alone would clip it to white."""
     if image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.int64)
+        values = np.asarray(image).astype(np.int32)
         image = Image.fromarray((values >> 8 if values.max(initial=0) > 255 else values).clip(0, 255).astype(np.uint8))
     return image.convert("RGB")
 

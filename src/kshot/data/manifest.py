@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from kshot.data.readers import file_content, parsed_json
+from kshot.data.readers import list_content, parsed_json
 from kshot.data.sampling import PERCENT, SAMPLERS, FewShotDraw, draw_digest
-from kshot.data.splits import Row, Split, json_rows
+from kshot.data.splits import Row, Split, json_rows, shown
 from kshot.errors import UserError
 
 SCHEMA = "fewshot-manifest/1"
@@ -58,11 +58,11 @@ def read_manifest(path: str | Path, split: Split) -> FewShotDraw:
             that are not training and validation rows of the split.
     """
     path = Path(path)
-    data = parsed_json(file_content(path), path)
+    data = parsed_json(list_content(path, ",:[{"), path)
     _check_schema(data, path)
     source, sampler = data["source"], data["sampler"]
     if source.get("sha256") != split.sha256:
-        drawn_from = f"{source.get('file')!r} with SHA-256 {str(source.get('sha256'))[:12]}..."
+        drawn_from = f"{shown(source.get('file'))} with SHA-256 {str(source.get('sha256'))[:12]}..."
         raise UserError(f"{path}: drawn from {drawn_from}, but {split.file!r} has {split.sha256[:12]}...")
     left_over = split.train if SAMPLERS.get(data["protocol"], PERCENT).val_part == "train" else ()
     train = _rows(data["train"], "train", split.train, split, path)
@@ -77,7 +77,7 @@ def read_manifest(path: str | Path, split: Split) -> FewShotDraw:
 def _check_schema(data: Any, path: Path) -> None:
     found = data.get("schema") if isinstance(data, dict) else type(data).__name__
     if found != SCHEMA:
-        raise UserError(f"{path}: not a manifest of the schema {SCHEMA!r} but {found!r}")
+        raise UserError(f"{path}: not a manifest of the schema {SCHEMA!r} but {shown(found)}")
     for key, kind in _TYPES.items():
         if not isinstance(data.get(key), kind):
             raise UserError(f"{path}: {key!r} must be there and be a {kind.__name__}")
@@ -94,6 +94,6 @@ def _rows(values: list[Any], part: str, choice: tuple[Row, ...], split: Split, p
         row = known.get(json.dumps(value[:2])) if isinstance(value, list) and len(value) == 3 else None
         if row is None:
             # Above all it must not be a test image.
-            raise UserError(f"{path}: {value!r} is not one of the {part} rows of {split.file!r}")
+            raise UserError(f"{path}: {shown(value)} is not one of the {part} rows of {split.file!r}")
         rows.append(row)
     return tuple(rows)
