@@ -187,6 +187,19 @@ class FewShotDataModule(LightningDataModule):
             for part in self.test_parts:
                 self._parts.pop(part, None)
 
+    def check_test_files(self) -> None:
+        """Looks, before a run that ends with a test, whether all test images are files that may be read; decodes none.
+
+        Raises:
+            UserError: images are missing, empty, no files or without permission, with their number and the first; with
+                ``skip_unreadable`` only when all are; or there are no test images, or a source has changed.
+        """
+        for held, images, rows in protocols.reopened(self._held_out):
+            faults = [wrong for row in rows if (wrong := images.fault(row.path))]
+            if faults and not (self.skip_unreadable and len(faults) < len(rows)):
+                of = f"{len(faults)} of {len(rows)} test images of {held.source.name} cannot be read"
+                raise UserError(f"{of}, the first: {faults[0]}")
+
     def part(self, part: str) -> Part:
         """Gives an open part; raises RuntimeError when it is closed."""
         if part not in self._parts:

@@ -83,6 +83,10 @@ class FileImages:
         """Gives the image of a row by ``read_image``."""
         return read_image(self.folder / path, draft)
 
+    def fault(self, path: str) -> str:
+        """Says what keeps the image of a row from being read, as far as its folder tells; empty for nothing."""
+        return fault(self.folder / path)
+
     def close(self) -> None:
         """Holds nothing."""
 
@@ -98,10 +102,14 @@ class ArrayImages:
         """Gives an image as 8-bit RGB; raises UnreadableImageError for an index that there is not."""
         if self.items is None:
             self.items = self.load()
-        index = int(path)
-        if index >= len(self.items):
-            raise UnreadableImageError(f"there is no image {index}: the data set has {len(self.items)}")
-        return to_rgb(self.convert(self.items[index]))
+        if wrong := self.fault(path):
+            raise UnreadableImageError(wrong)
+        return to_rgb(self.convert(self.items[int(path)]))
+
+    def fault(self, path: str) -> str:
+        """Says what keeps an image from being given; empty for nothing."""
+        there = self.items is None or int(path) < len(self.items)
+        return "" if there else f"there is no image {path}: the data set has {len(self.items or ())}"
 
     def close(self) -> None:
         """Lets go of the whole data set; ``open`` gets it again."""

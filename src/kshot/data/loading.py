@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from kshot.data.parts import Batch, Key, Part
-from kshot.errors import UserError
+from kshot.errors import UserError, first_line
 
 
 class EpochSampler(Sampler[Key]):
@@ -47,7 +47,10 @@ class EpochSampler(Sampler[Key]):
 
 
 class PartLoader(DataLoader[Batch]):
-    """A data loader that starts no processes for features, and lets processes share what is decoded once."""
+    """A data loader that starts no processes for features, and lets processes share what is decoded once.
+
+    Raises UserError when a process that loads images has died.
+    """
 
     def __iter__(self) -> Any:
         part = cast(Part, self.dataset)
@@ -55,7 +58,31 @@ class PartLoader(DataLoader[Batch]):
             part.load()
         else:
             self.num_workers = 0
-        return super().__iter__()
+        return _told(super().__iter__())
+
+
+def _told(batches: Iterator[Batch]) -> Iterator[Batch]:
+    try:
+        yield from batches
+    except RuntimeError as error:
+        lost = lost_worker(error)
+        if lost is None:
+            raise
+        raise lost from None
+
+
+def lost_worker(error: RuntimeError) -> UserError | None:
+    """Says what it means when torch reports that a process of a data loader has died; None for another error.
+
+    Torch reports it where a batch is drawn, and, by the signal of a child that ended, at any other moment.
+    """
+    reason = first_line(error)
+    if not reason.startswith("DataLoader worker"):
+        return None
+    return UserError(
+        f"A process that loads images has died ({reason.rstrip('.')}), most often because memory ran out: set "
+        "--data.num_workers 0, or fewer, or free memory."
+    )
 
 
 def share(part: Part, trainer: Trainer | None) -> tuple[int, int]:
