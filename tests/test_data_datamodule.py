@@ -52,6 +52,7 @@ class TestInit:
             "seed": 3,
             "digest": module.draw.digest,
             "source_sha256": info["source_sha256"],
+            "images_sha256": None,
             "counts": {"train": 40, "val": 40, "test": 539},
         }
         json.dumps(info)

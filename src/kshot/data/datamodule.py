@@ -15,7 +15,7 @@ from kshot.data import protocols
 from kshot.data.catalogue import load_split
 from kshot.data.images import Augment, FileImages, ImageSource
 from kshot.data.loading import EpochSampler, PartLoader, endless, halves, share
-from kshot.data.manifest import manifest_bytes, read_manifest
+from kshot.data.manifest import manifest_bytes, read_manifest, with_images
 from kshot.data.parts import Batch, Part
 from kshot.data.readers import image_files
 from kshot.data.sampling import draw
@@ -68,6 +68,7 @@ class FewShotDataModule(LightningDataModule):
         image_size: may be set until ``setup``.
         images: files and folders for prediction, set before ``setup("predict")``.
         predict_paths: the files that these are, in index order.
+        image_digests: digests of the bytes of training and validation images by path, once their parts are open.
 
     Raises:
         UserError: anything that is wrong and can be known without opening images.
@@ -149,6 +150,7 @@ class FewShotDataModule(LightningDataModule):
 
         self.images: list[str] = []
         self.predict_paths: list[str] = []
+        self.image_digests: dict[str, str] = {}
         self._parts: dict[str, Part] = {}
 
     def use_image_size(self, size: int) -> None:
@@ -276,7 +278,9 @@ class FewShotDataModule(LightningDataModule):
         return {each.name: len(self.part(part)) for each, part in zip(self.test_sets, self.test_parts, strict=True)}
 
     def split_info(self) -> dict[str, Any]:
-        """Says in plain data which images the run is about."""
+        """Says in plain data which images the run is about; ``images_sha256`` is None before ``setup("fit")``."""
+        digests = [self.image_digests.get(row.path) for row in (*self.draw.train, *self.draw.val)]
+        images = None if None in digests else hashlib.sha256(" ".join(map(str, digests)).encode()).hexdigest()
         sources = {held.source.name: held.source.sha256 for held in self._held_out}
         test = sum(held.images for held in self._held_out)
         return {
@@ -285,15 +289,19 @@ class FewShotDataModule(LightningDataModule):
             "targets": {name: sha256 for name, sha256 in sources.items() if name != self.dataset_name},
             **{key: getattr(self.draw, key) for key in ("sampler", "shots", "val_shots", "seed", "digest")},
             "source_sha256": self._source.sha256,
+            "images_sha256": images,
             "counts": {"train": len(self.draw.train), "val": len(self.draw.val), "test": test},
         }
 
     def write_manifest(self, path: str | Path) -> None:
-        """Writes the manifest of the draw; raises UserError when the file cannot be written."""
-        write_atomically(Path(path), lambda file: file.write_bytes(self._manifest))
+        """Writes the manifest of the draw, with the image digests; raises UserError when it cannot be written."""
+        content = with_images(self._manifest, self.image_digests)
+        write_atomically(Path(path), lambda file: file.write_bytes(content))
 
     def _shots(self, part: str, rows: Sequence[Row], **views: Any) -> Part:
-        return self._open(self._source.entry.images(self.root, part, rows, self.download), rows, part, **views)
+        images, paths = self._source.entry.images(self.root, part, rows, self.download), [row.path for row in rows]
+        self.image_digests |= dict(zip(paths, images.digests(paths), strict=True))
+        return self._open(images, rows, part, **views)
 
     def _open(self, images: ImageSource, rows: Sequence[Row], part: str, **settings: Any) -> Part:
         size, skip = self._known_size(), self.skip_unreadable

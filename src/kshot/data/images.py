@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from kshot.data.digests import digest_of, file_digests
 from kshot.errors import UserError
 
 # No others: Pillow hands PostScript, whatever the file is called, to a program that runs it.
@@ -87,6 +88,10 @@ class FileImages:
         """Says what keeps the image of a row from being read, as far as its folder tells; empty for nothing."""
         return fault(self.folder / path)
 
+    def digests(self, paths: Sequence[str]) -> list[str]:
+        """Digests the files of rows by ``file_digests``."""
+        return file_digests([self.folder / path for path in paths])
+
     def close(self) -> None:
         """Holds nothing."""
 
@@ -108,8 +113,19 @@ class ArrayImages:
 
     def fault(self, path: str) -> str:
         """Says what keeps an image from being given; empty for nothing."""
-        there = self.items is None or int(path) < len(self.items)
-        return "" if there else f"there is no image {path}: the data set has {len(self.items or ())}"
+        if self.items is None or int(path) < len(self.items):
+            return ""
+        return f"there is no image {path}: the data set has {len(self.items)}"
+
+    def digests(self, paths: Sequence[str]) -> list[str]:
+        """Digests the 8-bit RGB pixels of images; an empty text for one that cannot be read."""
+        found = []
+        for path in paths:
+            try:
+                found.append(digest_of(self.open(path).tobytes()))
+            except UnreadableImageError:
+                found.append("")
+        return found
 
     def close(self) -> None:
         """Lets go of the whole data set; ``open`` gets it again."""
