@@ -55,6 +55,17 @@ class TestRuns:
         assert changed == {"images_sha256"}
         assert first_changed(manifest_images(tmp_path / "split.json"), after.image_digests) == path
 
+    def test_half_of_the_classes_have_the_manifest_of_all(self, root, tmp_path):
+        for protocol in ("base-to-new", "all-to-all"):
+            data = self.fitted(root, protocol=protocol)
+            data.write_manifest(tmp_path / f"{protocol}.json")
+        assert (tmp_path / "base-to-new.json").read_bytes() == (tmp_path / "all-to-all.json").read_bytes()
+        assert len(manifest_images(tmp_path / "all-to-all.json")) == 8
+        half = self.fitted(root, protocol="base-to-new").split_info()
+        save_image(root / data.draw.train[-1].path, seed=99)  # of a new class
+        assert self.fitted(root, protocol="base-to-new").split_info() == half
+        assert self.fitted(root).split_info() != data.split_info()
+
     def test_a_test_image_does_not_count(self, root):
         before = self.fitted(root).split_info()
         save_image(root / "test" / "cat" / "00.png", seed=99)

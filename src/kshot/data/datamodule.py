@@ -68,7 +68,7 @@ class FewShotDataModule(LightningDataModule):
         image_size: may be set until ``setup``.
         images: files and folders for prediction, set before ``setup("predict")``.
         predict_paths: the files that these are, in index order.
-        image_digests: digests of the bytes of training and validation images by path, once their parts are open.
+        image_digests: of the images drawn from all classes, digests of their bytes by path, once a part is open.
 
     Raises:
         UserError: anything that is wrong and can be known without opening images.
@@ -132,7 +132,7 @@ class FewShotDataModule(LightningDataModule):
         sentences = [template] if isinstance(template, str) else template or [entry.template]
         self.templates = list(check_templates(sentences))
         drawn = read_manifest(manifest, split) if manifest else draw(split, shots, split_seed, sampler, allow_fewer)
-        self._manifest = manifest_bytes(split, drawn)
+        self._drawn, self._manifest = drawn, manifest_bytes(split, drawn)
         # Classes are left out after drawing from all of them: a run on half of them has the images of the whole run.
         trained = next(iter(protocols.class_groups(protocol, split).values()))
         train, val = (protocols.restrict(rows, trained) for rows in (drawn.train, drawn.val))
@@ -299,7 +299,8 @@ class FewShotDataModule(LightningDataModule):
         write_atomically(Path(path), lambda file: file.write_bytes(content))
 
     def _shots(self, part: str, rows: Sequence[Row], **views: Any) -> Part:
-        images, paths = self._source.entry.images(self.root, part, rows, self.download), [row.path for row in rows]
+        images = self._source.entry.images(self.root, part, rows, self.download)
+        paths = [row.path for row in (self._drawn.train if part == "train" else self._drawn.val)]
         self.image_digests |= dict(zip(paths, images.digests(paths), strict=True))
         return self._open(images, rows, part, **views)
 
