@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from kshot.data import CropFlip, FewShotDataModule
 from kshot.data.images import FileImages
-from kshot.data.loading import EpochSampler, PartLoader
+from kshot.data.loading import EpochSampler, PartLoader, lost_worker
 from kshot.errors import UserError
 
 
@@ -243,7 +243,7 @@ class TestLostWorkers:
     def told(self, error):
         message = str(error.value)
         assert "\n" not in message
-        assert re.match(r"A process that loads images has died \(DataLoader worker .*memory.*num_workers 0", message)
+        assert re.match(r"A process that loads images has died \(.*memory.*num_workers 0", message)
         assert error.value.__cause__ is None
 
     @pytest.mark.parametrize("workers", [1, 2])
@@ -263,16 +263,25 @@ class TestLostWorkers:
             trainer(tmp_path, 1).test(Recorder(), datamodule=module, verbose=False)
         self.told(error)
 
-    def test_in_the_middle_of_an_epoch(self):
-        module = fitted(num_workers=1, batch_size=1)
-        loader = module.train_dataloader()
-        batches = iter(loader)
-        next(batches)
-        os.kill(loader._iterator._workers[0].pid, signal.SIGKILL)
-        with pytest.raises(UserError) as error:
-            for _ in batches:
-                pass
-        self.told(error)
+    @pytest.mark.parametrize(
+        ("error", "lost"),
+        [
+            (RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly"), True),
+            (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), True),
+            (ConnectionResetError(104, "Connection reset by peer"), True),
+            (EOFError(), True),
+            (FileNotFoundError(2, "No such file or directory"), True),
+            (FileNotFoundError("Caught FileNotFoundError in DataLoader worker process 0.\nOriginal"), False),
+            (RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nOriginal"), False),
+            (OSError(24, "Too many open files"), False),
+            (RuntimeError("shapes"), False),
+        ],
+        ids=repr,
+    )
+    def test_what_means_that_it_is_lost(self, error, lost):
+        found = lost_worker(error)
+        assert (found is not None) == lost
+        assert "\n" not in str(found)
 
     def test_other_errors_stay(self, root, monkeypatch):
         def broken(*_):

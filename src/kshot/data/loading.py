@@ -2,7 +2,9 @@
 
 import itertools
 import random
+import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any, cast
 
 from lightning.pytorch import Trainer
@@ -64,20 +66,25 @@ class PartLoader(DataLoader[Batch]):
 def _told(batches: Iterator[Batch]) -> Iterator[Batch]:
     try:
         yield from batches
-    except RuntimeError as error:
+    except (RuntimeError, OSError, EOFError) as error:
         lost = lost_worker(error)
         if lost is None:
             raise
+        with suppress(RuntimeError):  # the death may be found before its signal comes, by which torch reports it again
+            time.sleep(0.5)
         raise lost from None
 
 
-def lost_worker(error: RuntimeError) -> UserError | None:
-    """Says what it means when torch reports that a process of a data loader has died; None for another error.
+def lost_worker(error: Exception) -> UserError | None:
+    """Says what it means when a process of a data loader has died; None for an error of another kind.
 
-    Torch reports it where a batch is drawn, and, by the signal of a child that ended, at any other moment.
+    Torch reports it where a batch is drawn, and, by the signal of a child that ended, at any other moment; or a tensor
+    is asked of a process that is gone.
     """
     reason = first_line(error)
-    if not reason.startswith("DataLoader worker"):
+    raised_in_it = reason.startswith("Caught ")
+    gone = isinstance(error, ConnectionError | EOFError | FileNotFoundError) and not raised_in_it
+    if not gone and not reason.startswith("DataLoader worker"):
         return None
     return UserError(
         f"A process that loads images has died ({reason.rstrip('.')}), most often because memory ran out: set "
