@@ -10,16 +10,15 @@ import torchvision
 from data_fixtures import image_folder, rows_of, save_image, split_file
 from PIL import Image
 
-from kshot.data import sources
-from kshot.data.catalogue import CATALOGUE, load_split
-from kshot.data.sources import ImageFiles, TorchvisionArrays
+from kshot.data import catalogue
+from kshot.data.catalogue import CATALOGUE, DatasetEntry, load_split
 from kshot.data.splits import PARTS, Row, check_distinct, split_bytes, stratify
 from kshot.errors import UserError
 from kshot.files import packaged_folder
 
 every_entry = pytest.mark.parametrize("name", CATALOGUE)
 SHIPPED = [name for name, entry in CATALOGUE.items() if entry.split]
-ARRAYS = [name for name, entry in CATALOGUE.items() if isinstance(entry, TorchvisionArrays)]
+ARRAYS = [name for name, entry in CATALOGUE.items() if entry.kind == "arrays"]
 
 # SHA-256 of the uncompressed files and numbers of classes, training, validation and test images
 PUBLISHED = {
@@ -37,8 +36,8 @@ PUBLISHED = {
 def test_entry(name):
     entry = CATALOGUE[name]
     assert entry.template.count("{}") == 1
-    assert isinstance(entry, TorchvisionArrays) == (not entry.split)
-    if isinstance(entry, ImageFiles):
+    assert (entry.kind == "arrays") == (not entry.split)
+    if entry.kind == "files":
         for folder in (entry.folder, entry.image_root, *entry.aliases):
             assert not folder.startswith("/")
             assert ".." not in folder
@@ -66,8 +65,8 @@ def test_torchvision_arguments(name):
     check_distinct(source.class_names, name)
     cls = getattr(torchvision.datasets, source.torchvision)
     for array in ("train", "test"):
-        inspect.signature(cls).bind("root", download=False, **source.arguments(array))
-    assert source.arguments("train") != source.arguments("test")
+        inspect.signature(cls).bind("root", download=False, **source.array_arguments(array))
+    assert source.array_arguments("train") != source.array_arguments("test")
     assert source.url.startswith("http")
 
 
@@ -252,7 +251,7 @@ class TestLoadSplit:
 
 def test_a_folder_without_the_sample_still_names_the_image(tmp_path):
     (tmp_path / "x").mkdir()
-    entry = ImageFiles(folder="x")
+    entry = DatasetEntry(folder="x")
     row = rows_of({0: 1})[0]
     images = entry.images(tmp_path, "train", [row])
     with pytest.raises(UserError, match=r"no such image: .*0.png"):
@@ -260,6 +259,6 @@ def test_a_folder_without_the_sample_still_names_the_image(tmp_path):
 
 
 def test_grey_levels_cover_the_range():
-    image = sources._grey_levels_16(np.array([[0.0, 8.0, 16.0]]))
+    image = catalogue._grey_levels_16(np.array([[0.0, 8.0, 16.0]]))
     assert isinstance(image, Image.Image)
     assert list(np.asarray(image)[0]) == [0, 128, 255]

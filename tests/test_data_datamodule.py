@@ -2,7 +2,10 @@
 
 import copy
 import json
+import os
 import pickle
+import re
+import time
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from data_fixtures import (
     fitted,
     image_folder,
     joined,
+    parted_folder,
     same,
     save_image,
     split_file,
@@ -21,7 +25,7 @@ from data_fixtures import (
 from lightning.pytorch.callbacks import Callback
 
 from kshot.data import Batch, CropFlip, FewShotDataModule
-from kshot.data.images import evaluation_transform
+from kshot.data.images import FileImages, evaluation_view
 from kshot.errors import UserError
 
 
@@ -48,6 +52,7 @@ class TestInit:
             "seed": 3,
             "digest": module.draw.digest,
             "source_sha256": info["source_sha256"],
+            "images_sha256": None,
             "counts": {"train": 40, "val": 40, "test": 539},
         }
         json.dumps(info)
@@ -70,7 +75,7 @@ class TestInit:
             ({"template": ["a {}", "{} {}"]}, "'{} {}' must have {} once"),
             ({"class_names": ["a"]}, "1 class_names for the 10 of digits"),
             ({"class_names": list("abcdefghiA")}, "'a' and 'A' read the same"),
-            ({"manifest": "none.json"}, "none.json: cannot read the manifest"),
+            ({"manifest": "none.json"}, "none.json: no such file"),
             ({"batch_size": 0}, "batch_size must be at least 1"),
             ({"eval_batch_size": 0}, "eval_batch_size must be at least 1"),
             ({"num_workers": -1}, "num_workers must be at least 0"),
@@ -186,7 +191,7 @@ class TestTraining:
         module.skip_unreadable = True
         with pytest.warns(UserWarning, match="images are left out"):
             module.setup("fit")
-        assert module.skipped == {"train": 1, "val": 2}
+        assert (len(module.part("train")), len(module.part("val"))) == (9, len(module.draw.val) - 2)
         assert len(collected(module.train_dataloader()).label) == 9
 
 
@@ -254,7 +259,96 @@ class TestGuard:
         with pytest.warns(UserWarning, match="1 of 6 images are left out"):
             module.setup("test")
         assert collected(module.test_dataloader()).label.tolist() == [0, 0, 0, 1, 1]
-        assert module.skipped == {"test": 1}
+        assert module.test_sizes() == {"test": 5}
+
+
+class TestCheckTestFiles:
+    """What is wrong with test images shows before training, as far as a look at their folders tells."""
+
+    @pytest.fixture
+    def root(self, tmp_path, monkeypatch):
+        parted_folder(tmp_path / "pets", {"cat": 2, "dog": 3})
+        parted_folder(tmp_path / "cars", {"car": 2, "van": 2}, ("train", "test"))
+        monkeypatch.setattr(FileImages, "open", None)  # no image is decoded
+        return tmp_path
+
+    def module(self, root, **settings):
+        return FewShotDataModule("pets", root=str(root), shots=1, image_size=8, **settings)
+
+    def test_all_is_well(self, root):
+        for settings in ({}, {"protocol": "base-to-new"}, {"protocol": "cross-dataset", "targets": ["cars", "digits"]}):
+            module = self.module(root, **settings)
+            module.check_test_files()
+            with pytest.raises(RuntimeError, match="opens with"):
+                module.test_sizes()  # and none is left open
+
+    @pytest.mark.parametrize("how", ["no such image", "it is empty", "not a file", "permission denied"])
+    @pytest.mark.parametrize("protocol", ["all-to-all", "base-to-new", "cross-dataset"])
+    def test_number_and_first(self, root, how, protocol, monkeypatch):
+        list_file(root)
+        source, targets = ("cars", ["list.csv"]) if protocol == "cross-dataset" else ("list.csv", None)
+        settings = {"root": str(root), "shots": 1, "image_size": 8, "protocol": protocol, "targets": targets}
+        module = FewShotDataModule(source, **settings)
+        module.check_test_files()
+        spoilt = [root / "pets" / "test" / "dog" / f"{name}.png" for name in ("01", "02")]
+        for path in spoilt if how != "permission denied" else ():
+            path.unlink()
+            if how == "it is empty":
+                path.touch()
+            elif how == "not a file":
+                path.mkdir()
+        if how == "permission denied":  # chmod does not stop root
+            true = os.access
+            monkeypatch.setattr(os, "access", lambda path, mode: path not in spoilt and true(path, mode))
+        with pytest.raises(UserError) as error:
+            module.check_test_files()
+        message = str(error.value)
+        assert "\n" not in message
+        assert re.match(r"2 of \d test images of .*-list cannot be read, the first: .*dog/01.png'", message)
+        assert how in message
+
+    def test_what_is_left_out_anyway(self, root):
+        list_file(root)
+        module = FewShotDataModule("list.csv", root=str(root), shots=1, image_size=8, skip_unreadable=True)
+        images = sorted((root / "pets" / "test").rglob("*.png"))
+        for image in images[1:]:
+            image.unlink()
+        module.check_test_files()
+        images[0].unlink()
+        with pytest.raises(UserError, match=r"5 of 5 test images of .*-list cannot be read"):
+            module.check_test_files()
+
+    @pytest.mark.parametrize("target", ["dtd", "missing.json"])
+    def test_a_target_without_images(self, root, target):
+        split_file(root / "missing.json", test=[["nowhere/x.png", 0, "a"], ["nowhere/y.png", 0, "a"]])
+        module = self.module(root, protocol="cross-dataset", targets=[target])
+        with pytest.raises(UserError, match=r"no test images: looked for|2 of 2 test images of missing") as error:
+            module.check_test_files()
+        assert "\n" not in str(error.value)
+
+    def test_a_source_that_changed(self, root):
+        module = self.module(root)
+        (root / "pets" / "test" / "cat" / "00.png").unlink()
+        with pytest.raises(UserError, match="pets has changed since"):
+            module.check_test_files()
+
+    def test_it_is_cheap(self, tmp_path):
+        folder = tmp_path / "many"
+        for part in ("train", "test"):
+            for c in "ab":
+                (folder / part / c).mkdir(parents=True)
+                for i in range(2500):
+                    (folder / part / c / f"{i}.png").write_bytes(b"x")
+        module = FewShotDataModule(str(folder), shots=1, image_size=8)
+        start = time.process_time()
+        module.check_test_files()
+        assert time.process_time() - start < 1
+
+
+def list_file(root):
+    """The pets as a CSV file, whose digest does not depend on what is there."""
+    rows = [f"{p.relative_to(root)},{p.parts[-2]},{p.parts[-3]}" for p in sorted((root / "pets").rglob("*.png"))]
+    (root / "list.csv").write_text("\n".join(["path,label,split", *rows]))
 
 
 class TestPredict:
@@ -270,7 +364,7 @@ class TestPredict:
         assert batch.index.tolist() == [0, 1, 2]
         from PIL import Image
 
-        assert torch.equal(batch.image[1], evaluation_transform(16)(Image.open(paths[0])))
+        assert torch.equal(batch.image[1], evaluation_view(Image.open(paths[0]), 16))
 
     def test_mistakes(self, tmp_path):
         module = digits()
@@ -345,7 +439,8 @@ def test_parts_can_be_sent_to_spawned_workers(part):
     module = fitted(augment=CropFlip())
     module.setup("test")
     images = module.part(part)
-    assert same(pickle.loads(pickle.dumps(images))[(3, 1)], images[(3, 1)])
+    key = [(3, 1)]
+    assert same(pickle.loads(pickle.dumps(images)).__getitems__(key), images.__getitems__(key))
 
 
 class TestHalves:

@@ -156,7 +156,7 @@ class TestFreedImages:
         with pytest.warns(UserWarning, match="1 of 10 images are left out"):
             module.setup("fit")
         expected = collected(module.eval_order_dataloader("train"))
-        module.part("train").free_images()
+        module.part("train").keep(free=True)
         assert same(collected(module.eval_order_dataloader("train")), expected)
 
     def test_nothing_holds_the_array_that_they_came_from(self):

@@ -1,5 +1,8 @@
 """Several devices share a part as one device would see it, and loaders start no processes in vain."""
 
+import os
+import re
+import signal
 from types import SimpleNamespace
 
 import lightning.pytorch as pl
@@ -10,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kshot.data import CropFlip, FewShotDataModule
-from kshot.data.loading import EpochSampler, PartLoader
+from kshot.data.images import FileImages
+from kshot.data.loading import EpochSampler, PartLoader, lost_worker
 from kshot.errors import UserError
 
 
@@ -204,7 +208,7 @@ class TestWorkers:
     def test_freed_images_are_decoded_before_they_start(self):
         module = fitted(num_workers=2)
         expected = collected(fitted().train_dataloader(), 0)
-        module.part("train").free_images()
+        module.part("train").keep(free=True)
         loader = module.train_dataloader()
         iterator = iter(loader)
         assert len(module.part("train").arrays) == 40
@@ -220,6 +224,75 @@ class TestWorkers:
         assert module.val_dataloader().persistent_workers
         for once in (module.test_dataloader(), module.predict_dataloader(), module.eval_order_dataloader("train")):
             assert not once.persistent_workers
+
+
+class TestLostWorkers:
+    @pytest.fixture
+    def root(self, tmp_path, monkeypatch):
+        """A data set whose images kill the process that loads them, when it was started for loading."""
+        true = FileImages.open
+
+        def deadly(images, path, draft=False):
+            if torch.utils.data.get_worker_info() is not None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return true(images, path, draft)
+
+        monkeypatch.setattr(FileImages, "open", deadly)
+        return parted_folder(tmp_path / "pets", {"a": 3, "b": 3})
+
+    def told(self, error):
+        message = str(error.value)
+        assert "\n" not in message
+        assert re.match(r"A process that loads images has died \(.*memory.*num_workers 0", message)
+        assert error.value.__cause__ is None
+
+    @pytest.mark.parametrize("workers", [1, 2])
+    def test_one_line_names_the_way_out(self, root, workers):
+        module = FewShotDataModule(str(root), shots=1, image_size=8, num_workers=workers, eval_batch_size=1)
+        module.setup("test")
+        with pytest.raises(UserError) as error:
+            list(module.test_dataloader())
+        self.told(error)
+        module.num_workers = 0
+        assert len(collected(module.test_dataloader()).label) == 6
+
+    @pytest.mark.filterwarnings("ignore")
+    def test_through_the_trainer(self, root, tmp_path):
+        module = FewShotDataModule(str(root), shots=1, image_size=16, num_workers=1)
+        with pytest.raises(UserError) as error:
+            trainer(tmp_path, 1).test(Recorder(), datamodule=module, verbose=False)
+        self.told(error)
+
+    @pytest.mark.parametrize(
+        ("error", "lost"),
+        [
+            (RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly"), True),
+            (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), True),
+            (ConnectionResetError(104, "Connection reset by peer"), True),
+            (EOFError(), True),
+            (FileNotFoundError(2, "No such file or directory"), True),
+            (FileNotFoundError("Caught FileNotFoundError in DataLoader worker process 0.\nOriginal"), False),
+            (RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nOriginal"), False),
+            (OSError(24, "Too many open files"), False),
+            (RuntimeError("shapes"), False),
+        ],
+        ids=repr,
+    )
+    def test_what_means_that_it_is_lost(self, error, lost):
+        found = lost_worker(error)
+        assert (found is not None) == lost
+        assert "\n" not in str(found)
+
+    def test_other_errors_stay(self, root, monkeypatch):
+        def broken(*_):
+            raise RuntimeError("of a decoder")
+
+        monkeypatch.setattr(FileImages, "open", broken)
+        for workers in (0, 1):
+            module = FewShotDataModule(str(root), shots=1, image_size=8, num_workers=workers)
+            module.setup("test")
+            with pytest.raises(RuntimeError, match="of a decoder"):
+                list(module.test_dataloader())
 
 
 class Positions(pl.LightningModule):

@@ -9,7 +9,7 @@ import pytest
 from data_fixtures import split_of
 
 from kshot.data.catalogue import load_split
-from kshot.data.manifest import manifest_bytes, read_manifest
+from kshot.data.manifest import first_changed, manifest_bytes, manifest_images, read_manifest, with_images
 from kshot.data.sampling import SAMPLERS, draw, draw_digest
 from kshot.data.splits import Row
 from kshot.errors import UserError
@@ -67,6 +67,43 @@ def test_array_rows_are_numbers(tmp_path):
     assert data["item_kind"] == "index"
     assert type(data["train"][0][0]) is int
     assert read_manifest(tmp_path / "m.json", split) == drawn
+
+
+class TestImages:
+    DIGESTS = {"train/0/é.png": "0123456789abcdef", "7": ""}  # noqa: RUF012
+
+    def test_they_come_last_and_nothing_else_changes(self, tmp_path, split):
+        drawn = draw(split, 2)
+        plain = manifest_bytes(split, drawn)
+        assert with_images(plain, {}) == plain
+        content = with_images(plain, self.DIGESTS)
+        data = json.loads(content)
+        assert list(data)[-1] == "images"
+        assert data.pop("images") == self.DIGESTS
+        assert data == json.loads(plain)
+        assert content.startswith(plain[:-3])
+        (tmp_path / "m.json").write_bytes(content)
+        assert manifest_images(tmp_path / "m.json") == self.DIGESTS
+        assert read_manifest(tmp_path / "m.json", split) == drawn
+
+    def test_older_ones_have_none(self, tmp_path, split):
+        write_manifest(tmp_path / "m.json", split, draw(split, 2))
+        assert manifest_images(tmp_path / "m.json") == {}
+
+    @pytest.mark.parametrize("images", [[], {"a": 1}, None, "x"])
+    def test_others_are_refused(self, tmp_path, split, images):
+        data = json.loads(manifest_bytes(split, draw(split, 2))) | {"images": images}
+        (tmp_path / "m.json").write_text(json.dumps(data))
+        with pytest.raises(UserError, match="'images' must be digests by path") as error:
+            manifest_images(tmp_path / "m.json")
+        assert "\n" not in str(error.value)
+
+    def test_the_first_that_changed(self):
+        now = {"a": "1", "b": "2", "c": "3"}
+        assert first_changed(now, now) is None
+        assert first_changed({}, now) is None
+        assert first_changed({"c": "0", "b": "2"}, now) == "c"
+        assert first_changed({"c": "0", "b": "0", "d": "4"}, now) == "b"
 
 
 def test_no_validation_images(tmp_path):
@@ -135,7 +172,7 @@ class TestRefusal:
         (tmp_path / "x.json").write_text("{")
         with pytest.raises(UserError, match="not JSON"):
             read_manifest(tmp_path / "x.json", split)
-        with pytest.raises(UserError, match="cannot read the manifest: No such file"):
+        with pytest.raises(UserError, match=r"none.json: no such file"):
             read_manifest(tmp_path / "none.json", split)
 
     def test_cannot_write(self, tmp_path, split):

@@ -9,9 +9,8 @@ from data_fixtures import parted_folder, save_image, split_file, split_of
 
 from kshot import data
 from kshot.data import Batch, CropFlip, FewShotDataModule
-from kshot.data.catalogue import CATALOGUE, load_split
+from kshot.data.catalogue import CATALOGUE, DatasetEntry, load_split
 from kshot.data.protocols import as_in_source, check_protocol, class_groups, restrict
-from kshot.data.sources import ImageFiles, SklearnDigits
 from kshot.data.splits import Row
 from kshot.errors import UserError
 
@@ -161,7 +160,7 @@ class TestBaseToNew:
         whole.setup("test")
         images = torch.cat([batch.image for batch in whole.test_dataloader()])
         assert torch.equal(torch.cat([batch.image for loader in (base, new) for batch in loader]), images)
-        assert pets.skipped == {"test/base": 0, "test/new": 0}
+        assert pets.test_sizes() == {"base": 9, "new": 6}
         pets.teardown("test")
         with pytest.raises(RuntimeError, match=r"the test/base part opens with setup\('test'\)"):
             pets.test_dataloader()
@@ -283,8 +282,7 @@ class TestCrossDataset:
         (root / "empty.csv").write_text("path,label,split\nx.png,car,train\n")
         split_file(root / "only-train.json", train=[["x.png", 0, "a"]])
         parted_folder(root / "test-only", {"a": 1}, ("test",))
-        for kind in (ImageFiles, SklearnDigits):
-            monkeypatch.setattr(kind, "images", None)
+        monkeypatch.setattr(DatasetEntry, "images", None)
         with pytest.raises(UserError, match=message) as error:
             module(root, "cross-dataset", targets=targets)
         assert "\n" not in str(error.value)
@@ -314,7 +312,7 @@ class TestCrossDataset:
         pets = module(root, "cross-dataset", targets=["vehicles"], skip_unreadable=True)
         with pytest.warns(UserWarning, match="1 of 6 images are left out"):
             pets.setup("test")
-        assert pets.skipped == {"test/pets": 0, "test/vehicles": 1}
+        assert pets.test_sizes() == {"pets": 15, "vehicles": 5}
 
     def test_workers(self, root):
         pets = module(root, "cross-dataset", targets=["vehicles"], num_workers=1)
@@ -403,7 +401,7 @@ class TestFrozenFeatures:
             assert torch.equal(batch.frozen, features[0, batch.index])
         assert next(iter(pets.val_dataloader())).frozen is None
         part = pets.part("train")
-        assert torch.equal(part[(2, views - 1)].frozen, features[views - 1, 2])
+        assert torch.equal(part.__getitems__([(2, views - 1)]).frozen[0], features[views - 1, 2])
 
     @pytest.mark.parametrize("shape", [(10, 5), (2, 10, 5), (1, 9, 5), (0, 10, 5)])
     def test_wrong_shapes(self, root, shape):

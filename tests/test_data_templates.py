@@ -5,13 +5,13 @@ import sys
 
 import pytest
 
-from kshot.data.sources import ImageFiles
+from kshot.data.catalogue import DatasetEntry
 from kshot.errors import UserError
 from kshot.templates import DEFAULT_TEMPLATE, IMAGENET_7, check_templates, named_templates
 
 
 def test_the_default_is_that_of_a_data_set_without_its_own():
-    assert DEFAULT_TEMPLATE == ImageFiles().template == "a photo of a {}."
+    assert DEFAULT_TEMPLATE == DatasetEntry().template == "a photo of a {}."
     assert check_templates([DEFAULT_TEMPLATE]) == (DEFAULT_TEMPLATE,)
 
 

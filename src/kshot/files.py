@@ -1,15 +1,19 @@
-"""Files and folders: writing so that nothing is lost, and where kshot's own things lie. Loads no torch."""
+"""Files and folders: careful reading and writing, and where kshot's own things lie. Loads no torch."""
 
 from __future__ import annotations
 
+import gzip
 import os
-from collections.abc import Callable
-from contextlib import suppress
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from kshot.errors import UserError, first_line
+
+MOST_BYTES = 2**26  # of a list of images; that of ImageNet's 1.3 million has as many
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -34,6 +38,35 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     finally:
         with suppress(OSError):
             beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def may_be_read() -> Iterator[None]:
+    """Turns what the file system refuses into a UserError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise UserError(f"{error.filename or 'a file'}: may not be read ({reason})") from None
+
+
+def file_content(path: Path) -> bytes:
+    """Reads a file, and unpacks it where its name ends in ``.gz``.
+
+    Raises UserError when that cannot be done, or there are more than ``MOST_BYTES``.
+    """
+    try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for, and a device has no end
+            raise UserError(f"{path}: not a file")
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            content = file.read(MOST_BYTES + 1)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: not a gzip file ({error})") from None
+    except OSError as error:
+        raise UserError(f"{path}: {(error.strerror or str(error)).lower()}") from None
+    if len(content) > MOST_BYTES:
+        raise UserError(f"{path}: more than {amount(MOST_BYTES)}, which no list of images has")
+    return content
 
 
 def packaged_folder(name: str) -> Path:

@@ -4,5 +4,3 @@ from kshot.data.datamodule import FewShotDataModule
 from kshot.data.images import Augment, CropFlip
 from kshot.data.parts import Batch
 from kshot.data.protocols import TestSet
-
-__all__ = ["Augment", "Batch", "CropFlip", "FewShotDataModule", "TestSet"]

@@ -1,22 +1,156 @@
-"""The data sets known by name, and the one function that turns a name, folder, CSV or split file into a split."""
+"""Data sets: what is known about each, who opens its images, and what turns a name, folder or file into a split."""
 
+import hashlib
 import tomllib
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from operator import itemgetter
 from pathlib import Path
+from typing import Any, Literal
 
+import numpy as np
+from PIL import Image
+
+from kshot.data.images import ArrayImages, FileImages, ImageSource, read_image
 from kshot.data.readers import read_split_zhou, split_from_csv, split_from_folder
-from kshot.data.sources import DatasetEntry, ImageFiles, SklearnDigits, TorchvisionArrays
-from kshot.data.splits import Split, check_distinct
+from kshot.data.splits import Row, Split, check_distinct, make_split, stratify
 from kshot.errors import UserError, nearest_first
-from kshot.files import packaged_folder
+from kshot.files import may_be_read, packaged_folder
+from kshot.templates import DEFAULT_TEMPLATE
 
-_KINDS: dict[str, type[DatasetEntry]] = {"files": ImageFiles, "arrays": TorchvisionArrays, "digits": SklearnDigits}
+ARRAYS = {"train": "train", "val": "train", "test": "test"}  # which array of a torchvision data set a part indexes
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetEntry:
+    """What is known about a data set. A new one is one table in ``data_splits/catalogue.toml``.
+
+    Attributes:
+        kind: image files as their authors distribute them; torchvision's training and test arrays, where 20 % of the
+            training images are for validation; or the digits that come with scikit-learn.
+        split: file in ``data_splits/``; empty for arrays, which have their own parts.
+        folder: of the data set, below the data root.
+        image_root: folder below that to which the paths of the split refer.
+        aliases: other folders below the data root to which they may refer, such as torchvision's.
+        url: where a user finds the files.
+        torchvision: data set class in torchvision that downloads the same files, if there is one.
+        by_split: whether its argument that chooses an array is ``split``, not ``train``.
+        labels: its attribute with the labels; ``_samples`` holds (path, label) pairs.
+        class_names: of arrays, in label order; empty: those that torchvision says.
+        template: sentence for a class name.
+    """
+
+    kind: Literal["files", "arrays", "digits"] = "files"
+    split: str = ""
+    folder: str = "."
+    image_root: str = "."
+    aliases: Sequence[str] = ()
+    url: str = ""
+    torchvision: str = ""
+    by_split: bool = False
+    labels: str = "targets"
+    class_names: Sequence[str] = ()
+    template: str = DEFAULT_TEMPLATE
+
+    def read_split(self, name: str, root: str | Path, download: bool) -> Split:
+        """Reads the split, which gets the name; raises UserError when labels that come with the images are missing.
+
+        The digest of arrays is that of the training and then the test labels as little-endian int64.
+        """
+        if self.kind != "arrays":
+            return read_split_zhou(packaged_folder("data_splits") / self.split, name, self.image_root)
+        digest = hashlib.sha256()
+        rows: dict[str, list[Row]] = {}
+        names = self.class_names
+        for array in ("train", "test"):
+            dataset = self.open_array(root, array, download)
+            values = getattr(dataset, self.labels)
+            labels = np.asarray([v[1] for v in values] if self.labels == "_samples" else values, dtype="<i8")
+            digest.update(labels.tobytes())
+            names = names or dataset.classes
+            if labels.size and not 0 <= labels.min() <= labels.max() < len(names):
+                raise UserError(f"{name}: labels from {labels.min()} to {labels.max()} for {len(names)} classes")
+            rows[array] = [Row(str(i), int(label), names[label]) for i, label in enumerate(labels)]
+        parts = stratify(rows["train"], (20, 0)) | {"test": rows["test"]}
+        file = f"torchvision.datasets.{self.torchvision}"
+        return make_split(name, parts, file=file, sha256=digest.hexdigest(), image_root=ARRAYS, item_kind="index")
+
+    @may_be_read()
+    def images(self, root: str | Path, part: str, rows: Sequence[Row], download: bool = False) -> ImageSource:
+        """Opens the images of a part: train, val or test.
+
+        Of the folders where files may be, it is the first that has the first image, or, so that the message names the
+        image, that exists. With ``download`` torchvision fetches what is missing, if it can. Raises UserError when
+        images are not there.
+        """
+        if self.kind == "digits":
+            return ArrayImages(_digits, _grey_levels_16)
+        if self.kind == "arrays":
+            load = partial(self._pictures, root, ARRAYS[part], download)
+            return ArrayImages(load, _file_of_sample if self.labels == "_samples" else itemgetter(0))
+        candidates = [Path(root, below) for below in (f"{self.folder}/{self.image_root}", *self.aliases)]
+        sample = rows[0].path
+        having = [folder for folder in candidates if (folder / sample).is_file()]
+        if not having and download and self.torchvision:
+            self._torchvision(root, download=True)
+            having = [folder for folder in candidates if (folder / sample).is_file()]
+        folder = next(iter(having or filter(Path.is_dir, candidates)), None)
+        if folder is None:
+            looked = " and in ".join(repr(str(candidate)) for candidate in candidates)
+            where = f"; they come from {self.url}" if self.url else ""
+            offer = ", or with --data.download true" if self.torchvision else ""
+            raise UserError(f"no {part} images: looked for {sample!r} in {looked}{where}{offer}")
+        return FileImages(folder)
+
+    def open_array(self, root: str | Path, array: str, download: bool) -> Any:
+        """Opens the training or the test array as a sequence of (PIL image, label)."""
+        return self._torchvision(Path(root, self.folder), download, **self.array_arguments(array))
+
+    def _pictures(self, root: str | Path, array: str, download: bool) -> Any:
+        dataset = self.open_array(root, array, download)
+        return dataset._samples if self.labels == "_samples" else dataset
+
+    def array_arguments(self, array: str) -> dict[str, Any]:
+        """Gives the arguments that choose the training or the test array."""
+        return {"split": array} if self.by_split else {"train": array == "train"}
+
+    def _torchvision(self, root: str | Path, download: bool, **arguments: Any) -> Any:
+        from torchvision import datasets
+
+        name, where = self.torchvision, repr(str(root))
+        try:
+            return getattr(datasets, name)(Path(root), download=download, **arguments)
+        except Exception as error:  # a broken file may raise anything
+            reason = " ".join(str(error).split())
+            if download:
+                raise UserError(f"{name} could not be downloaded to {where} from {self.url}: {reason}") from None
+            offer = f"it comes from {self.url}, or with --data.download true"
+            raise UserError(f"no {name} in {where}: {offer} ({reason})") from None
+
+
+def _file_of_sample(sample: tuple[str, int]) -> Image.Image:
+    return read_image(Path(sample[0]))  # torchvision would open files of any format
+
+
+def _digits() -> Any:
+    """The images, (1797, 8, 8), as ``sklearn.datasets.load_digits`` gives them, which would load all of SciPy."""
+    package = find_spec("sklearn")
+    assert package is not None, "scikit-learn is a dependency"
+    file = Path((package.submodule_search_locations or [""])[0], "datasets", "data", "digits.csv.gz")
+    return np.loadtxt(file, delimiter=",")[:, :-1].reshape(-1, 8, 8)
+
+
+def _grey_levels_16(values: np.ndarray) -> Image.Image:
+    return Image.fromarray(np.round(values * (255 / 16)).astype(np.uint8))
 
 
 _TABLES = tomllib.loads((packaged_folder("data_splits") / "catalogue.toml").read_text("utf-8"))
-CATALOGUE = {name: _KINDS[table.pop("kind")](**table) for name, table in _TABLES.items()}
+CATALOGUE = {name: DatasetEntry(**table) for name, table in _TABLES.items()}
 
 
+@may_be_read()
 def load_split(
     dataset: str, root: str | Path = "data", class_names: Sequence[str] | None = None, download: bool = False
 ) -> tuple[Split, DatasetEntry]:
@@ -35,11 +169,11 @@ def load_split(
         UserError: there is no such data set, it breaks a rule of its reader, or names are not as many as the classes or
             read the same.
     """
-    entry = CATALOGUE.get(dataset)
-    if entry is None:
-        split, entry = _given(dataset, Path(root), class_names)
+    if dataset in CATALOGUE:
+        entry = CATALOGUE[dataset]
+        split = entry.read_split(dataset, root, download)
     else:
-        split = entry.read_split(dataset, Path(root), download)
+        split, entry = _given(dataset, Path(root), class_names)
     if class_names is not None and len(class_names) != len(split.class_names):
         raise UserError(f"{len(class_names)} class_names for the {len(split.class_names)} of {split.name}")
     check_distinct(class_names or split.class_names, "class_names" if class_names else split.file)
@@ -53,14 +187,14 @@ def _given(dataset: str, root: Path, class_names: Sequence[str] | None) -> tuple
             f"unknown data set {dataset!r}, or a folder, CSV or split file that is neither here nor in {str(root)!r}. "
             f"{nearest_first(dataset, CATALOGUE, shown=20)}"
         )
-    here = str(path.resolve().parent)
     if path.is_dir():
-        return split_from_folder(path), ImageFiles(folder=str(path.resolve()))
+        return split_from_folder(path), DatasetEntry(folder=str(path.resolve()))
+    beside = str(path.resolve().parent)
     if path.suffix.lower() == ".csv":
-        return split_from_csv(path, class_names), ImageFiles(folder=here, aliases=(".",))
+        return split_from_csv(path, class_names), DatasetEntry(folder=beside, aliases=(".",))
     if not path.name.endswith((".json", ".json.gz")):
         raise UserError(f"{path}: a data set is a catalogue name, a folder, or a .csv, .json or .json.gz file")
     split = read_split_zhou(path)
     if split.item_kind == "index":
         raise UserError(f"{path}: the rows have an index instead of a file, which only catalogue data sets may")
-    return split, ImageFiles(aliases=(here,))
+    return split, DatasetEntry(aliases=(beside,))

@@ -1,8 +1,8 @@
 """The data of one few-shot run for Lightning: shots to train on, and test parts that open only for testing."""
 
-import dataclasses
 import hashlib
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,13 +11,12 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from kshot.data import protocols
 from kshot.data.catalogue import load_split
-from kshot.data.heldout import HeldOut, point_out_numbers
-from kshot.data.images import Augment, FileImages
+from kshot.data.images import Augment, FileImages, ImageSource
 from kshot.data.loading import EpochSampler, PartLoader, endless, halves, share
-from kshot.data.manifest import manifest_bytes, read_manifest
+from kshot.data.manifest import manifest_bytes, read_manifest, with_images
 from kshot.data.parts import Batch, Part
-from kshot.data.protocols import ProtocolName, check_protocol, class_groups, restrict
 from kshot.data.readers import image_files
 from kshot.data.sampling import draw
 from kshot.data.splits import Row
@@ -69,6 +68,7 @@ class FewShotDataModule(LightningDataModule):
         image_size: may be set until ``setup``.
         images: files and folders for prediction, set before ``setup("predict")``.
         predict_paths: the files that these are, in index order.
+        image_digests: of the images drawn from all classes, digests of their bytes by path, once a part is open.
 
     Raises:
         UserError: anything that is wrong and can be known without opening images.
@@ -82,7 +82,7 @@ class FewShotDataModule(LightningDataModule):
         shots: int | None = 16,
         split_seed: int = 1,
         sampler: str = "coop-v1",
-        protocol: ProtocolName = "all-to-all",
+        protocol: protocols.ProtocolName = "all-to-all",
         targets: list[str] | None = None,
         batch_size: int = 32,
         eval_batch_size: int = 128,
@@ -98,16 +98,18 @@ class FewShotDataModule(LightningDataModule):
         download: bool = False,
     ) -> None:
         super().__init__()
-        for name, value, least in (
-            ("batch_size", batch_size, 1),
-            ("eval_batch_size", eval_batch_size, 1),
-            ("num_workers", num_workers, 0),
-            ("image_size", image_size, 1),
-            ("views", views, 1),
-        ):
-            if value is not None and value < least:
-                raise UserError(f"{name} must be at least {least}, not {value}")
-        check_protocol(protocol, targets)
+        positive = {
+            "batch_size": batch_size,
+            "eval_batch_size": eval_batch_size,
+            "image_size": image_size,
+            "views": views,
+        }
+        for name, value in positive.items():
+            if value is not None and value < 1:
+                raise UserError(f"{name} must be at least 1, not {value}")
+        if num_workers < 0:
+            raise UserError(f"num_workers must be at least 0, not {num_workers}")
+        protocols.check_protocol(protocol, targets)
         self.protocol = protocol
         self.root = root
         self.split_seed = split_seed
@@ -120,32 +122,35 @@ class FewShotDataModule(LightningDataModule):
         self.skip_unreadable = skip_unreadable
         self.download = download
 
-        arguments = (dataset, root, class_names, download)
-        split, self._entry = load_split(*arguments)
+        where: dict[str, Any] = {"root": root, "download": download}
+        arguments = {"dataset": dataset, "class_names": class_names, **where}
+        split, entry = load_split(**arguments)
+        self._source = protocols.Source(split.name, split.sha256, entry, arguments)
         self.dataset_name = split.name
         if class_names is None:
-            point_out_numbers(dataset, split, "give --data.class_names")
-        sentences = [template] if isinstance(template, str) else template or [self._entry.template]
+            protocols.point_out_numbers(dataset, split, "give --data.class_names")
+        sentences = [template] if isinstance(template, str) else template or [entry.template]
         self.templates = list(check_templates(sentences))
         drawn = read_manifest(manifest, split) if manifest else draw(split, shots, split_seed, sampler, allow_fewer)
-        self._manifest = manifest_bytes(split, drawn)
+        self._drawn, self._manifest = drawn, manifest_bytes(split, drawn)
         # Classes are left out after drawing from all of them: a run on half of them has the images of the whole run.
-        trained = next(iter(class_groups(protocol, split).values()))
-        train, val = (restrict(rows, trained) for rows in (drawn.train, drawn.val))
-        self.draw = dataclasses.replace(drawn, train=train, val=val)
+        trained = next(iter(protocols.class_groups(protocol, split).values()))
+        train, val = (protocols.restrict(rows, trained) for rows in (drawn.train, drawn.val))
+        self.draw = replace(drawn, train=train, val=val)
         if not train:
             raise UserError(f"{split.name}: there are no training images")
 
-        self._held_out = HeldOut(protocol)
-        self._held_out.add(split, self._entry, arguments, class_names or split.class_names, self.templates)
+        names = class_names or split.class_names
+        self._held_out = protocols.held_out(protocol, split, self._source, names, self.templates)
         for target in targets or ():
-            self._held_out.add_target(target, root, download)
-        self.test_sets = list(self._held_out.sets.values())
-        self.test_parts = list(self._held_out.sets)
+            self._held_out += protocols.held_out_target(protocol, target, self._held_out, **where)
+        self.test_sets = [held.test_set for held in self._held_out]
+        self.test_parts = [held.part for held in self._held_out]
         self.class_names = list(self.test_sets[0].class_names)
 
         self.images: list[str] = []
         self.predict_paths: list[str] = []
+        self.image_digests: dict[str, str] = {}
         self._parts: dict[str, Part] = {}
 
     def use_image_size(self, size: int) -> None:
@@ -157,7 +162,7 @@ class FewShotDataModule(LightningDataModule):
     def prepare_data(self) -> None:
         """Downloads image files, once per machine, where that was asked for."""
         if self.download:
-            self._entry.images(self.root, "train", self.draw.train, download=True)
+            self._source.entry.images(self.root, "train", self.draw.train, download=True)
 
     def setup(self, stage: str) -> None:
         """Opens what a stage needs; a part that is open stays as it is. Training and validation images are decoded.
@@ -165,24 +170,37 @@ class FewShotDataModule(LightningDataModule):
         Raises:
             UserError: ``image_size`` is not set, or images are missing or unreadable.
         """
-        size, skip = self._known_size(), self.skip_unreadable
         if stage == "fit" and "train" not in self._parts:
             views = {"augment": self.augment, "views": self.train_views(), "seed": self.split_seed}
             self._parts["train"] = self._shots("train", self.draw.train, **views)
         if stage in {"fit", "validate"} and self.draw.val and "val" not in self._parts:
             self._parts["val"] = self._shots("val", self.draw.val)
         if stage == "test" and self.test_parts[0] not in self._parts:
-            self._parts |= self._held_out.open(size, skip)
+            tests = list(protocols.reopened(self._held_out))
+            self._parts |= {held.part: self._open(images, rows, held.part, lazy=True) for held, images, rows in tests}
         if stage == "predict":
-            rows = [Row(str(file), -1, "") for file in image_files(self.images)]
-            part = Part(FileImages(Path()), rows, size, name=stage, lazy=True, skip_unreadable=skip)
-            self._parts[stage], self.predict_paths = part, part.paths
+            files = [Row(str(file), -1, "") for file in image_files(self.images)]
+            self._parts[stage] = self._open(FileImages(Path()), files, stage, lazy=True)
+            self.predict_paths = self._parts[stage].paths
 
     def teardown(self, stage: str) -> None:
         """Closes the test parts again after testing."""
         if stage == "test":
             for part in self.test_parts:
                 self._parts.pop(part, None)
+
+    def check_test_files(self) -> None:
+        """Looks, before a run that ends with a test, whether all test images are files that may be read; decodes none.
+
+        Raises:
+            UserError: images are missing, empty, no files or without permission, with their number and the first; with
+                ``skip_unreadable`` only when all are; or there are no test images, or a source has changed.
+        """
+        for held, images, rows in protocols.reopened(self._held_out):
+            faults = [wrong for row in rows if (wrong := images.fault(row.path))]
+            if faults and not (self.skip_unreadable and len(faults) < len(rows)):
+                of = f"{len(faults)} of {len(rows)} test images of {held.source.name} cannot be read"
+                raise UserError(f"{of}, the first: {faults[0]}")
 
     def part(self, part: str) -> Part:
         """Gives an open part; raises RuntimeError when it is closed."""
@@ -228,10 +246,8 @@ class FewShotDataModule(LightningDataModule):
     def keep_features(
         self, part: str, features: Tensor | None = None, frozen: Tensor | None = None, free: bool = False
     ) -> None:
-        """``Part.keep`` for features in the order of ``eval_order_dataloader``, and perhaps ``Part.free_images``."""
-        self.part(part).keep(features, frozen)
-        if free:
-            self.part(part).free_images()
+        """``Part.keep`` for features in the order of ``eval_order_dataloader``."""
+        self.part(part).keep(features, frozen, free)
 
     def forget_features(self) -> None:
         """Lets the batches of all parts carry images again, and nothing else."""
@@ -247,48 +263,55 @@ class FewShotDataModule(LightningDataModule):
         if part == "predict":
             decides += self.part(part).paths
         else:
-            decides += self._held_out.source_of(part if part in self.test_parts else self.test_parts[0])
+            source = next((held.source for held in self._held_out if held.part == part), self._source)
+            decides += [source.name, source.sha256, source.entry]
         if part in {"train", "val"}:
             decides += self.draw.train if part == "train" else self.draw.val
         if part == "train" and self.augment is not None:
             kind = type(self.augment)
-            settings = dataclasses.asdict(cast(Any, self.augment))
+            settings = asdict(cast(Any, self.augment))
             decides += [kind.__module__, kind.__qualname__, settings, self.train_views(), self.split_seed]
         return hashlib.sha256(repr(decides).encode()).hexdigest()[:16]
-
-    @property
-    def skipped(self) -> dict[str, int]:
-        """Images left out by ``skip_unreadable``, by open part."""
-        return {name: part.skipped for name, part in self._parts.items()}
 
     def test_sizes(self) -> dict[str, int]:
         """Gives the number of images that could be read by name of the test set; there after ``setup("test")``."""
         return {each.name: len(self.part(part)) for each, part in zip(self.test_sets, self.test_parts, strict=True)}
 
     def split_info(self) -> dict[str, Any]:
-        """Says in plain data which images the run is about."""
-        digests = self._held_out.digests
+        """Says in plain data which images the run is about; ``images_sha256`` is None before ``setup("fit")``."""
+        digests = [self.image_digests.get(row.path) for row in (*self.draw.train, *self.draw.val)]
+        images = None if None in digests else hashlib.sha256(" ".join(map(str, digests)).encode()).hexdigest()
+        sources = {held.source.name: held.source.sha256 for held in self._held_out}
+        test = sum(held.images for held in self._held_out)
         return {
             "dataset": self.dataset_name,
             "protocol": self.protocol,
-            "targets": {name: sha256 for name, sha256 in digests.items() if name != self.dataset_name},
+            "targets": {name: sha256 for name, sha256 in sources.items() if name != self.dataset_name},
             **{key: getattr(self.draw, key) for key in ("sampler", "shots", "val_shots", "seed", "digest")},
-            "source_sha256": digests[self.dataset_name],
-            "counts": {"train": len(self.draw.train), "val": len(self.draw.val), "test": self._held_out.count},
+            "source_sha256": self._source.sha256,
+            "images_sha256": images,
+            "counts": {"train": len(self.draw.train), "val": len(self.draw.val), "test": test},
         }
 
     def write_manifest(self, path: str | Path) -> None:
-        """Writes the manifest of the draw; raises UserError when the file cannot be written."""
-        write_atomically(Path(path), lambda file: file.write_bytes(self._manifest))
+        """Writes the manifest of the draw, with the image digests; raises UserError when it cannot be written."""
+        content = with_images(self._manifest, self.image_digests)
+        write_atomically(Path(path), lambda file: file.write_bytes(content))
+
+    def _shots(self, part: str, rows: Sequence[Row], **views: Any) -> Part:
+        images = self._source.entry.images(self.root, part, rows, self.download)
+        paths = [row.path for row in (self._drawn.train if part == "train" else self._drawn.val)]
+        self.image_digests |= dict(zip(paths, images.digests(paths), strict=True))
+        return self._open(images, rows, part, **views)
+
+    def _open(self, images: ImageSource, rows: Sequence[Row], part: str, **settings: Any) -> Part:
+        size, skip = self._known_size(), self.skip_unreadable
+        return Part(images, rows, size, name=part, skip_unreadable=skip, **settings)
 
     def _known_size(self) -> int:
         if self.image_size is None:
             raise UserError("image_size is not set: give --data.image_size, or set it before setup")
         return self.image_size
-
-    def _shots(self, part: str, rows: Sequence[Row], **views: Any) -> Part:
-        source = self._entry.images(self.root, part, rows, self.download)
-        return Part(source, rows, self._known_size(), name=part, skip_unreadable=self.skip_unreadable, **views)
 
     def _epochs(self, part: Part, positions: Sequence[int], rank: int = 0, devices: int = 1) -> DataLoader[Batch]:
         order = EpochSampler(positions, self.split_seed, self.train_views(), self.batch_size, rank, devices)
@@ -297,7 +320,8 @@ class FewShotDataModule(LightningDataModule):
     def _judged(self, part: str, persistent: bool = False) -> DataLoader[Batch]:
         opened = self.part(part)
         rank, devices = share(opened, self.trainer)
-        return self._loader(opened, self.eval_batch_size, range(rank, len(opened), devices), persistent)
+        keys = [(position, 0) for position in range(rank, len(opened), devices)]
+        return self._loader(opened, self.eval_batch_size, keys, persistent)
 
     def _loader(self, part: Part, batch_size: int, keys: Any, persistent: bool = False) -> DataLoader[Batch]:
         workers = self.num_workers if part.features is None else 0

@@ -1,7 +1,10 @@
 """From a stored image to a uint8 tensor: opening, CLIP's evaluation transform, augmentation."""
 
 import math
+import os
 import random
+import stat
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +16,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from kshot.data.digests import digest_of, file_digests
 from kshot.errors import UserError
+
+# No others: Pillow hands PostScript, whatever the file is called, to a program that runs it.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+LONGEST = 100  # times the shorter side: resizing a longer image to a given shorter side takes gigabytes
 
 
 class UnreadableImageError(UserError):
@@ -25,89 +33,127 @@ class UnreadableImageError(UserError):
         super().__init__(last.removeprefix(f"{__name__}.{type(self).__name__}: "))
 
 
-class ImageSource(ABC):
-    """Opens the images of a part by the ``path`` of their rows."""
+def fault(file: Path) -> str:
+    """Says in one line what keeps an image file from being read, as far as its folder tells; empty for nothing."""
+    try:
+        entry = file.stat()
+    except FileNotFoundError:
+        return f"no such image: {str(file)!r}"
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        reason = getattr(error, "strerror", None) or str(error)
+    else:
+        regular = stat.S_ISREG(entry.st_mode)  # a pipe would be waited for
+        reason = "not a file" if not regular else "it is empty" if not entry.st_size else ""
+        if not reason and not os.access(file, os.R_OK):
+            reason = "permission denied"
+    return f"cannot read the image {str(file)!r}: {reason.lower()}" if reason else ""
 
-    @abstractmethod
-    def open(self, path: str) -> Image.Image:
-        """Decodes one image to 8-bit RGB; raises UnreadableImageError for what is missing, truncated or no image."""
 
-    def check(self, path: str) -> None:
-        """Finds out as cheaply as possible whether ``open`` would succeed, and raises as it does."""
-        self.open(path)
+def read_image(file: Path, draft: bool = False) -> Image.Image:
+    """Decodes an image file to 8-bit RGB; a draft of a JPEG has an eighth of each side.
 
-    def close(self) -> None:  # noqa: B027  most hold nothing
-        """Lets go of what is in memory, such as a whole data set; ``open`` gets it again."""
+    Raises UnreadableImageError for what is missing, truncated, too large, or in none of the ``FORMATS``.
+    """
+    if wrong := fault(file):
+        raise UnreadableImageError(wrong)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(file, formats=FORMATS) as image:
+                if max(image.size) > LONGEST * min(image.size):
+                    raise ValueError(
+                        f"{image.width} x {image.height} pixels, but a side may have {LONGEST} of the other"
+                    )
+                if draft:
+                    image.draft("RGB", (1, 1))
+                return to_rgb(image)
+    except MemoryError:
+        raise
+    except Exception as error:  # a broken file may raise anything in a decoder: SyntaxError, struct.error, ...
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UnreadableImageError(f"cannot read the image {str(file)!r}: {reason}") from None
 
 
 @dataclass(frozen=True)
-class FileImages(ImageSource):
+class FileImages:
     """Image files below a folder. EXIF orientation is ignored, as in CLIP's own preprocessing."""
 
     folder: Path
 
     def open(self, path: str, draft: bool = False) -> Image.Image:
-        """Reads the whole file; a draft of a JPEG has an eighth of each side."""
-        file = self.folder / path
-        try:
-            with Image.open(file) as image:
-                if draft:
-                    image.draft("RGB", (1, 1))
-                return to_rgb(image)
-        except FileNotFoundError:
-            raise UnreadableImageError(f"no such image: {str(file)!r}") from None
-        except MemoryError:
-            raise
-        except Exception as error:  # a broken file may raise anything in a decoder: SyntaxError, struct.error, ...
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise UnreadableImageError(f"cannot read the image {str(file)!r}: {reason}") from None
+        """Gives the image of a row by ``read_image``."""
+        return read_image(self.folder / path, draft)
 
-    def check(self, path: str) -> None:
-        self.open(path, draft=True)
+    def fault(self, path: str) -> str:
+        """Says what keeps the image of a row from being read, as far as its folder tells; empty for nothing."""
+        return fault(self.folder / path)
+
+    def digests(self, paths: Sequence[str]) -> list[str]:
+        """Digests the files of rows by ``file_digests``."""
+        return file_digests([self.folder / path for path in paths])
+
+    def close(self) -> None:
+        """Holds nothing."""
 
 
-class ArrayImages(ImageSource):
+class ArrayImages:
     """Images that a sequence holds by index: ``load`` opens it, and ``convert`` makes an image of an item."""
 
     def __init__(self, load: Callable[[], Sequence[Any]], convert: Callable[[Any], Image.Image]) -> None:
         self.load, self.convert = load, convert
         self.items: Sequence[Any] | None = load()
 
-    def open(self, path: str) -> Image.Image:
+    def open(self, path: str, draft: bool = False) -> Image.Image:  # noqa: ARG002  nothing to gain by a draft
+        """Gives an image as 8-bit RGB; raises UnreadableImageError for an index that there is not."""
         if self.items is None:
             self.items = self.load()
-        index = int(path)
-        if index >= len(self.items):
-            raise UnreadableImageError(f"there is no image {index}: the data set has {len(self.items)}")
-        return to_rgb(self.convert(self.items[index]))
+        if wrong := self.fault(path):
+            raise UnreadableImageError(wrong)
+        return to_rgb(self.convert(self.items[int(path)]))
 
-    def check(self, path: str) -> None:
-        """Knows arrays to be readable."""
+    def fault(self, path: str) -> str:
+        """Says what keeps an image from being given; empty for nothing."""
+        if self.items is None or int(path) < len(self.items):
+            return ""
+        return f"there is no image {path}: the data set has {len(self.items)}"
+
+    def digests(self, paths: Sequence[str]) -> list[str]:
+        """Digests the 8-bit RGB pixels of images; an empty text for one that cannot be read."""
+        found = []
+        for path in paths:
+            try:
+                found.append(digest_of(self.open(path).tobytes()))
+            except UnreadableImageError:
+                found.append("")
+        return found
 
     def close(self) -> None:
+        """Lets go of the whole data set; ``open`` gets it again."""
         self.items = None
+
+
+ImageSource = FileImages | ArrayImages
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Converts to 8-bit RGB; 16-bit greyscale is scaled, where PIL alone would clip it to white."""
     if image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.int64)
+        values = np.asarray(image).astype(np.int32)
         image = Image.fromarray((values >> 8 if values.max(initial=0) > 255 else values).clip(0, 255).astype(np.uint8))
     return image.convert("RGB")
 
 
-def evaluation_transform(image_size: int) -> Callable[[Image.Image], Tensor]:
-    """Makes CLIP's preprocessing, a picklable function from an image to a uint8 tensor (3, image_size, image_size).
+def evaluation_view(image: Image.Image, image_size: int) -> Tensor:
+    """Applies CLIP's preprocessing to an RGB image; gives a uint8 tensor (3, image_size, image_size).
 
     That is: shorter side to ``image_size`` (bicubic, antialiased), centre crop; normalising is left to the backbone,
-    which owns mean and deviation. The image is converted to RGB first: the result is the same for RGB and greyscale,
-    and palette images get resized in colours instead of palette indices.
+    which owns mean and deviation.
     """
-    from torchvision.transforms import v2
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms.v2 import functional
 
-    resize, crop = v2.Resize(image_size, v2.InterpolationMode.BICUBIC), v2.CenterCrop(image_size)
-    transform: Callable[[Image.Image], Tensor] = v2.Compose([to_rgb, resize, crop, to_tensor])
-    return transform
+    resized = functional.resize(image, [image_size], InterpolationMode.BICUBIC)
+    return to_tensor(functional.center_crop(resized, [image_size]))
 
 
 def limit_size(image: Image.Image, shorter_side: int) -> Image.Image:
@@ -129,10 +175,7 @@ class Augment(ABC):
 
     @abstractmethod
     def __call__(self, image: Image.Image, image_size: int, stream: random.Random) -> Tensor:
-        """Makes one view, a uint8 tensor (3, image_size, image_size), of an RGB image of any size.
-
-        The stream is the only source of randomness; the caller seeds it from (seed, index, view).
-        """
+        """Makes one view, uint8 (3, image_size, image_size), of an RGB image; all chance comes from the stream."""
 
 
 @dataclass(frozen=True)

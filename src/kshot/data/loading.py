@@ -2,7 +2,9 @@
 
 import itertools
 import random
+import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any, cast
 
 from lightning.pytorch import Trainer
@@ -10,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from kshot.data.parts import Batch, Key, Part
-from kshot.errors import UserError
+from kshot.errors import UserError, first_line
 
 
 class EpochSampler(Sampler[Key]):
@@ -47,7 +49,10 @@ class EpochSampler(Sampler[Key]):
 
 
 class PartLoader(DataLoader[Batch]):
-    """A data loader that starts no processes for features, and lets processes share what is decoded once."""
+    """A data loader that starts no processes for features, and lets processes share what is decoded once.
+
+    Raises UserError when a process that loads images has died.
+    """
 
     def __iter__(self) -> Any:
         part = cast(Part, self.dataset)
@@ -55,7 +60,36 @@ class PartLoader(DataLoader[Batch]):
             part.load()
         else:
             self.num_workers = 0
-        return super().__iter__()
+        return _told(super().__iter__())
+
+
+def _told(batches: Iterator[Batch]) -> Iterator[Batch]:
+    try:
+        yield from batches
+    except (RuntimeError, OSError, EOFError) as error:
+        lost = lost_worker(error)
+        if lost is None:
+            raise
+        with suppress(RuntimeError):  # the death may be found before its signal comes, by which torch reports it again
+            time.sleep(0.5)
+        raise lost from None
+
+
+def lost_worker(error: Exception) -> UserError | None:
+    """Says what it means when a process of a data loader has died; None for an error of another kind.
+
+    Torch reports it where a batch is drawn, and, by the signal of a child that ended, at any other moment; or a tensor
+    is asked of a process that is gone.
+    """
+    reason = first_line(error)
+    raised_in_it = reason.startswith("Caught ")
+    gone = isinstance(error, ConnectionError | EOFError | FileNotFoundError) and not raised_in_it
+    if not gone and not reason.startswith("DataLoader worker"):
+        return None
+    return UserError(
+        f"A process that loads images has died ({reason.rstrip('.')}), most often because memory ran out: set "
+        "--data.num_workers 0, or fewer, or free memory."
+    )
 
 
 def share(part: Part, trainer: Trainer | None) -> tuple[int, int]:
@@ -75,7 +109,8 @@ def halves(labels: Tensor, class_names: Sequence[str], seed: int) -> tuple[list[
 
     Raises UserError for a class with one image.
     """
-    parts: tuple[list[int], list[int]] = ([], [])
+    first: list[int] = []
+    second: list[int] = []
     for label, name in enumerate(class_names):
         members = (labels == label).nonzero().flatten().tolist()
         if len(members) == 1:
@@ -84,9 +119,9 @@ def halves(labels: Tensor, class_names: Sequence[str], seed: int) -> tuple[list[
                 "use --data.shots 2 or more, or an adapter that searches nothing, such as LoRA."
             )
         random.Random(f"{seed}/halves/{label}").shuffle(members)
-        parts[0].extend(members[len(members) // 2 :])
-        parts[1].extend(members[: len(members) // 2])
-    return parts
+        first += members[len(members) // 2 :]
+        second += members[: len(members) // 2]
+    return first, second
 
 
 def endless(loader: DataLoader[Batch]) -> Iterator[Batch]:

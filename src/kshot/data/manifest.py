@@ -1,12 +1,13 @@
 """Manifests: a draw as a file that is the same byte for byte wherever it is written."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kshot.data.readers import parsed_json
+from kshot.data.readers import list_content, parsed_json
 from kshot.data.sampling import PERCENT, SAMPLERS, FewShotDraw, draw_digest
-from kshot.data.splits import Row, Split, json_rows
+from kshot.data.splits import Row, Split, json_rows, shown
 from kshot.errors import UserError
 
 SCHEMA = "fewshot-manifest/1"
@@ -48,6 +49,27 @@ def manifest_bytes(split: Split, draw: FewShotDraw) -> bytes:
     return ("{\n" + ",\n".join(blocks) + "\n}\n").encode("ascii")
 
 
+def with_images(manifest: bytes, images: Mapping[str, str]) -> bytes:
+    """Adds the digests of images by path, one per line, to a manifest; without any it stays as it is."""
+    lines = [f"\n  {json.dumps(path)}: {json.dumps(digest)}" for path, digest in images.items()]
+    block = ',\n "images": {' + ",".join(lines) + "\n }\n}\n"
+    return manifest.removesuffix(b"\n}\n") + block.encode("ascii") if images else manifest
+
+
+def manifest_images(path: str | Path) -> dict[str, str]:
+    """Reads the digests of a manifest, none from an older one; raises UserError when it is no manifest."""
+    path = Path(path)
+    images = _parsed(path).get("images", {})
+    if not isinstance(images, dict) or not all(isinstance(digest, str) for digest in images.values()):
+        raise UserError(f"{path}: 'images' must be digests by path")
+    return images
+
+
+def first_changed(before: Mapping[str, str], now: Mapping[str, str]) -> str | None:
+    """Finds the first image, in the order of now, that had another digest before; None when there is none."""
+    return next((path for path, digest in now.items() if before.get(path, digest) != digest), None)
+
+
 def read_manifest(path: str | Path, split: Split) -> FewShotDraw:
     """Reads a manifest and checks it against the split that it was drawn from.
 
@@ -58,14 +80,10 @@ def read_manifest(path: str | Path, split: Split) -> FewShotDraw:
             that are not training and validation rows of the split.
     """
     path = Path(path)
-    try:
-        data = parsed_json(path.read_bytes(), path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the manifest: {error.strerror or error}") from None
-    _check_schema(data, path)
+    data = _parsed(path)
     source, sampler = data["source"], data["sampler"]
     if source.get("sha256") != split.sha256:
-        drawn_from = f"{source.get('file')!r} with SHA-256 {str(source.get('sha256'))[:12]}..."
+        drawn_from = f"{shown(source.get('file'))} with SHA-256 {str(source.get('sha256'))[:12]}..."
         raise UserError(f"{path}: drawn from {drawn_from}, but {split.file!r} has {split.sha256[:12]}...")
     left_over = split.train if SAMPLERS.get(data["protocol"], PERCENT).val_part == "train" else ()
     train = _rows(data["train"], "train", split.train, split, path)
@@ -73,21 +91,22 @@ def read_manifest(path: str | Path, split: Split) -> FewShotDraw:
     digest = draw_digest(train, val)
     if digest != data["digest"]:
         raise UserError(f"{path}: the rows have the digest {digest[:19]}..., not {data['digest'][:19]}... as it says")
-    return FewShotDraw(
-        train, val, sampler["shots"], sampler.get("val_shots"), sampler["seed"], data["protocol"], digest
-    )
+    shots, val_shots = sampler.get("shots"), sampler.get("val_shots")
+    return FewShotDraw(train, val, shots, val_shots, sampler["seed"], data["protocol"], digest)
 
 
-def _check_schema(data: Any, path: Path) -> None:
+def _parsed(path: Path) -> dict[str, Any]:
+    data = parsed_json(list_content(path, ",:[{"), path)
     found = data.get("schema") if isinstance(data, dict) else type(data).__name__
     if found != SCHEMA:
-        raise UserError(f"{path}: not a manifest of the schema {SCHEMA!r} but {found!r}")
+        raise UserError(f"{path}: not a manifest of the schema {SCHEMA!r} but {shown(found)}")
     for key, kind in _TYPES.items():
         if not isinstance(data.get(key), kind):
             raise UserError(f"{path}: {key!r} must be there and be a {kind.__name__}")
     seed, *shots = (data["sampler"].get(key) for key in ("seed", "shots", "val_shots"))
     if type(seed) is not int or any(type(value) is not int for value in shots if value is not None):
         raise UserError(f"{path}: 'sampler' must have a whole seed, shots and val_shots")
+    return dict(data)
 
 
 def _rows(values: list[Any], part: str, choice: tuple[Row, ...], split: Split, path: Path) -> tuple[Row, ...]:
@@ -98,6 +117,6 @@ def _rows(values: list[Any], part: str, choice: tuple[Row, ...], split: Split, p
         row = known.get(json.dumps(value[:2])) if isinstance(value, list) and len(value) == 3 else None
         if row is None:
             # Above all it must not be a test image.
-            raise UserError(f"{path}: {value!r} is not one of the {part} rows of {split.file!r}")
+            raise UserError(f"{path}: {shown(value)} is not one of the {part} rows of {split.file!r}")
         rows.append(row)
     return tuple(rows)

@@ -2,9 +2,9 @@
 
 import random
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, InitVar, dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from kshot.data.images import Augment, ImageSource, UnreadableImageError, evaluation_transform, limit_size
+from kshot.data.images import Augment, ImageSource, UnreadableImageError, evaluation_view, limit_size
 from kshot.data.splits import Row
 from kshot.errors import UserError
 
@@ -41,13 +41,12 @@ class Batch(NamedTuple):
 class Part(Dataset[Batch]):
     """Images with labels, and the features that are kept of them.
 
-    A key is a position, or a position and a view; the same key gives the same view in every run and process. A data
-    loader asks for all keys of a batch at once, so that stacking is done here, by indexing where possible.
+    A key is a position and a view; the same key gives the same view in every run and process. A data loader asks for
+    all keys of a batch at once, so that stacking is done here.
 
-    Images are decoded once and kept as uint8 in memory. Without ``augment`` these are the evaluation images:
-    3 * image_size² bytes each. With it they have their own shape, the shorter side limited to 2 * image_size: about
-    0.6 MB for a 4:3 photo at 224 pixels. The limit costs sharpness only in crops below a quarter of the area, and
-    saves decoding in every epoch.
+    Images are decoded once and kept as uint8 in memory: without ``augment`` the evaluation images, 3 * image_size²
+    bytes each; with it in their own shape, the shorter side limited to 2 * image_size: about 0.6 MB for a 4:3 photo at
+    224 pixels. The limit costs sharpness only in crops below a quarter of the area.
 
     Args:
         source: opens the images of the rows.
@@ -62,7 +61,6 @@ class Part(Dataset[Batch]):
     Attributes:
         paths: of the images, by position.
         labels: (N,) int64.
-        skipped: number of images that were left out because they cannot be read.
         features: (V, N, D) for V views, once kept; loaders that exist already hand them out.
         frozen: the same for ``Batch.frozen``.
 
@@ -86,16 +84,11 @@ class Part(Dataset[Batch]):
     frozen: Tensor | None = field(default=None, init=False)
 
     def __post_init__(self, rows: Sequence[Row], skip_unreadable: bool) -> None:
-        self.transform = evaluation_transform(self.image_size)
-        kept = rows
+        kept = rows if self.lazy and not skip_unreadable else self._readable(rows, skip_unreadable)
         if not self.lazy:
-            kept = _readable(rows, lambda path: self.arrays.append(self._decoded(path)), skip_unreadable)
             self.source.close()
-        elif skip_unreadable:
-            kept = _readable(rows, self.source.check, skip_unreadable)
         self.paths = [row.path for row in kept]
         self.labels = torch.tensor([row.label for row in kept], dtype=torch.int64)
-        self.skipped = len(rows) - len(kept)
 
     def load(self) -> None:
         """Decodes now what is decoded once; a data loader asks for it before it starts processes."""
@@ -103,15 +96,11 @@ class Part(Dataset[Batch]):
             self.arrays = [self._decoded(path) for path in self.paths]
             self.source.close()
 
-    def free_images(self) -> None:
-        """Drops decoded images; they are decoded again when they are asked for."""
-        self.arrays = []
-
-    def keep(self, features: Tensor | None = None, frozen: Tensor | None = None) -> None:
+    def keep(self, features: Tensor | None = None, frozen: Tensor | None = None, free: bool = False) -> None:
         """Lets batches carry features: of this run in the place of images, of the untouched backbone beside them.
 
-        Both are (V, N, D) on the CPU; None leaves them as they are. Raises ValueError for another shape, and for
-        endless views.
+        Both are (V, N, D) on the CPU; None leaves them as they are. With ``free`` decoded images are dropped until they
+        are asked for. Raises ValueError for another shape, and for endless views.
         """
         for given in (features, frozen):
             if given is not None and (given.ndim, *given.shape[:2]) != (3, self.views or -1, len(self)):
@@ -119,24 +108,22 @@ class Part(Dataset[Batch]):
                 raise ValueError(f"features of shape {tuple(given.shape)} for {self.name}, which needs {expected}")
         self.features = self.features if features is None else features
         self.frozen = self.frozen if frozen is None else frozen
+        if free:
+            self.arrays = []
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, key: int | Key) -> Batch:
-        fields: Any = (None if field is None else field[0] for field in self.__getitems__([key]))
-        return Batch(*fields)
-
-    def __getitems__(self, keys: Sequence[int | Key]) -> Batch:
-        pairs = [(key, 0) if isinstance(key, int) else key for key in keys]
-        index, view = torch.tensor(pairs, dtype=torch.int64).unbind(1)
+    def __getitems__(self, keys: Sequence[Key]) -> Batch:
+        index, view = torch.tensor(keys, dtype=torch.int64).unbind(1)
         features, frozen = (
             None if kept is None else kept[view % self.views, index] for kept in (self.features, self.frozen)
         )
-        image = self._images(pairs) if features is None else None
+        image = self.images(keys) if features is None else None
         return Batch(image, self.labels[index], index, features, frozen)
 
-    def _images(self, keys: Sequence[Key]) -> Tensor:
+    def images(self, keys: Sequence[Key]) -> Tensor:
+        """Makes views of images, uint8 (B, 3, S, S)."""
         self.load()
         arrays = [self._decoded(self.paths[i]) if self.lazy else self.arrays[i] for i, _ in keys]
         if self.augment is None:
@@ -150,24 +137,28 @@ class Part(Dataset[Batch]):
     def _decoded(self, path: str) -> np.ndarray:
         image = self.source.open(path)
         if self.augment is None:
-            return self.transform(image).numpy()
+            return evaluation_view(image, self.image_size).numpy()
         return np.array(limit_size(image, 2 * self.image_size))
 
-
-def _readable(rows: Sequence[Row], read: Callable[[str], object], skip: bool) -> list[Row]:
-    kept: list[Row] = []
-    first = ""
-    for row in rows:
-        try:
-            read(row.path)
-        except UnreadableImageError as error:
-            if not skip:
-                raise UnreadableImageError(f"{error}; leave such images out with --data.skip_unreadable true") from None
-            first = first or str(error)
-        else:
-            kept.append(row)
-    if rows and not kept:
-        raise UserError(f"none of the {len(rows)} images can be read: {first}")
-    if first:
-        warnings.warn(f"{len(rows) - len(kept)} of {len(rows)} images are left out: {first}", stacklevel=4)
-    return kept
+    def _readable(self, rows: Sequence[Row], skip: bool) -> list[Row]:
+        kept: list[Row] = []
+        first = ""
+        for row in rows:
+            try:
+                if self.lazy:
+                    self.source.open(row.path, draft=True)
+                else:
+                    self.arrays.append(self._decoded(row.path))
+            except UnreadableImageError as error:
+                if not skip:
+                    raise UnreadableImageError(
+                        f"{error}; leave such images out with --data.skip_unreadable true"
+                    ) from None
+                first = first or str(error)
+            else:
+                kept.append(row)
+        if rows and not kept:
+            raise UserError(f"none of the {len(rows)} images can be read: {first}")
+        if first:
+            warnings.warn(f"{len(rows) - len(kept)} of {len(rows)} images are left out: {first}", stacklevel=6)
+        return kept

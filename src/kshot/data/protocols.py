@@ -1,11 +1,18 @@
 """Protocols: the classes that a run is trained on, and the test sets that judge it.
 
 Base-to-new and cross-data-set: CoCoOp, arXiv 2203.05557; domain generalisation: CoOp, arXiv 2109.01134.
+
+Test sets are closed: their rows are forgotten after reading and read again for testing. No training can see one.
 """
 
-from collections.abc import Sequence
-from typing import Literal, NamedTuple, get_args
+import warnings
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from operator import attrgetter
+from typing import Any, Literal, NamedTuple, get_args
 
+from kshot.data.catalogue import CATALOGUE, DatasetEntry, load_split
+from kshot.data.images import ImageSource
 from kshot.data.splits import Row, Split, display_name, listed
 from kshot.errors import UserError, nearest_first
 
@@ -70,3 +77,82 @@ def as_in_source(target: Split, class_names: Sequence[str]) -> list[str]:
             f"{listed(foreign)}; other classes are for protocol cross-dataset"
         )
     return [spelling[name.casefold()] for name in names]
+
+
+class Source(NamedTuple):
+    """A data set that was read: its id and digest, what is known about it, and the arguments of ``load_split``."""
+
+    name: str
+    sha256: str
+    entry: DatasetEntry
+    arguments: dict[str, Any]
+
+
+class HeldOut(NamedTuple):
+    """A test set: the name of its part, what it is about, its labels and number of images in its source."""
+
+    part: str
+    test_set: TestSet
+    labels: range
+    images: int
+    source: Source
+
+
+def held_out(
+    protocol: ProtocolName, split: Split, source: Source, class_names: Sequence[str], templates: Sequence[str]
+) -> list[HeldOut]:
+    """Gives the test sets of a data set; raises UserError when one of several is empty."""
+    held: list[HeldOut] = []
+    groups = class_groups(protocol, split)
+    for group, labels in groups.items():
+        count = sum(row.label in labels for row in split.test)
+        if not count and protocol != "all-to-all":
+            whose = f" of the {group} classes" if len(groups) > 1 else ""
+            raise UserError(f"{split.name}: there are no test images{whose}")
+        names = tuple(display_name(class_names[label]) for label in labels)
+        part = "test" if protocol == "all-to-all" else f"test/{group}"
+        held.append(HeldOut(part, TestSet(group, names, tuple(templates)), labels, count, source))
+    return held
+
+
+def held_out_target(protocol: ProtocolName, target: str, others: Sequence[HeldOut], **arguments: Any) -> list[HeldOut]:
+    """Gives the test set of a target, given the others, that of the data set trained on first, and root and download.
+
+    Raises UserError when it is among the others, cannot be read, or has classes that the protocol does not allow.
+    """
+    split, entry = load_split(target, **arguments)
+    trained_on = others[0]
+    if split.name in {other.source.name for other in others}:
+        raise UserError(
+            f"targets: {target!r} is called {split.name!r}, as another data set of this run is: give each one once, "
+            f"without the source {trained_on.source.name!r}"
+        )
+    class_names: Sequence[str] = split.class_names
+    templates: Sequence[str] = [entry.template]
+    if protocol == "domain-generalisation":
+        class_names = as_in_source(split, trained_on.test_set.class_names)
+        templates = trained_on.test_set.templates
+    else:
+        point_out_numbers(target, split, "give the target as a CSV or split file with names")
+    source = Source(split.name, split.sha256, entry, {"dataset": target, **arguments})
+    return held_out(protocol, split, source, class_names, templates)
+
+
+def reopened(held: Sequence[HeldOut]) -> Iterator[tuple[HeldOut, ImageSource, tuple[Row, ...]]]:
+    """Reads test sets again, with images and rows; raises UserError when a source has changed or has none."""
+    for source, group in groupby(held, attrgetter("source")):
+        split, entry = load_split(**source.arguments)
+        if split.sha256 != source.sha256:
+            raise UserError(f"{source.name} has changed since the training images were drawn")
+        if not split.test:
+            raise UserError(f"{source.name}: there are no test images")
+        images = entry.images(source.arguments["root"], "test", split.test, source.arguments["download"])
+        for each in group:
+            yield each, images, restrict(split.test, each.labels)
+
+
+def point_out_numbers(dataset: str, split: Split, advice: str) -> None:
+    """Warns of class names that are numbers, unless a catalogue data set's are."""
+    if dataset not in CATALOGUE and all(name.isdecimal() for name in split.class_names):
+        called = f"the classes of {split.name} are called {split.class_names[0]!r} and so on"
+        warnings.warn(f"{called}: methods with prompts need words, {advice}", stacklevel=4)

@@ -41,11 +41,10 @@ class Sampler:
     """A rule for drawing.
 
     By default it is CoOp's: one stream over the parts, and in each over the classes in order of first appearance. A
-    class with fewer images gives all of them, and then takes nothing from the stream. Shots are not nested.
+    class with fewer images gives all of them, and then takes nothing from the stream.
 
     Attributes:
-        nested: draw the first images of each class's own permutation instead. The 1-shot images are among the 2-shot
-            images, and so on; the images of a class depend on no other class.
+        nested: draw the first images of each class's own permutation instead, which depends on no other class.
         val_shots: validation images per class at so many training images; None for the whole part.
         order: in which the parts are drawn.
         val_part: the part of the split that validation images are drawn from; of train, those left over.
@@ -57,7 +56,7 @@ class Sampler:
     val_part: Literal["train", "val"] = "val"
 
     def __call__(self, train: Sequence[Row], val: Sequence[Row], asked: Asked, seed: int) -> dict[str, list[Row]]:
-        """Draws ``asked`` training images per class, and what belongs to them for validation."""
+        """Draws training images as asked for, and what belongs to them for validation."""
         drawn = {"train": list(train), "val": list(val)}
         stream = random.Random(seed)
         for part in self.order:

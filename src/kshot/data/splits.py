@@ -3,14 +3,17 @@
 import json
 import random
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from kshot.errors import UserError
 
 PARTS = ("train", "val", "test")
 STRATIFY_SEED = 1  # of every split that we make ourselves: fixed, so that a folder always gives the same parts
+
+_UNWRITABLE = r"[\x00-\x1f\ud800-\udfff]"  # control characters, and what stands for bytes that are not UTF-8
 
 ItemKind = Literal["path", "index"]
 
@@ -31,7 +34,7 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Split:
-    """Who belongs where, and the digest of the source that says so. There may be no validation rows.
+    """Who belongs where, and the digest of the source that says so.
 
     Attributes:
         name: id of the data set.
@@ -65,11 +68,20 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(map(repr, names[:5])) + more
 
 
+def shown(value: Any) -> str:
+    """Shows a value in a message, shortened where a file may hold anything."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 120
+    return short.repr(value)
+
+
 def check_distinct(class_names: Sequence[str], where: str) -> None:
-    """Raises UserError for names that read the same in a prompt, but for case: the logits of both would be equal."""
+    """Raises UserError for names that are none, or read the same in a prompt, but for case: their logits were equal."""
     seen: dict[str, str] = {}
     for name in class_names:
         words = display_name(name).casefold()
+        if not words.strip() or len(name) > 300 or re.search(_UNWRITABLE, name):
+            raise UserError(f"{where}: {shown(name)} is no class name: it must have words, and no control characters")
         if words in seen:
             raise UserError(f"{where}: the class names {seen[words]!r} and {name!r} read the same in a prompt")
         seen[words] = name
@@ -78,10 +90,13 @@ def check_distinct(class_names: Sequence[str], where: str) -> None:
 def check_path(path: str, where: str) -> None:
     """Raises UserError for a path that is empty or absolute, or has ``..``, a backslash, drive or control character.
 
-    Such a path could leave the image root, or mean different things on different systems.
+    Such a path could leave the image root, or mean different things on different systems, as one that is not UTF-8.
     """
-    if not path or path.startswith("/") or ".." in path.split("/") or re.match(r"[A-Za-z]:|.*[\\\x00-\x1f]", path):
-        raise UserError(f"{where}: {path!r} must be a relative path with '/', without '..' and backslashes")
+    leaves = path.startswith("/") or ".." in path.split("/") or re.match("[A-Za-z]:", path)
+    if not path or leaves or "\\" in path or re.search(_UNWRITABLE, path):
+        raise UserError(
+            f"{where}: {shown(path)} must be a relative path with '/', without '..' and backslashes, and in UTF-8"
+        )
 
 
 def make_split(
@@ -110,9 +125,10 @@ def make_split(
                 raise UserError(f"{file}: {row.path!r} is in {other} and in {part}")
     if not names:
         raise UserError(f"{file}: there is no image in it")
-    if missing := sorted(set(range(max(names) + 1)) ^ names.keys()):
-        wrong = f"{missing[0]} is " + ("negative" if missing[0] < 0 else "missing")
-        raise UserError(f"{file}: labels must be 0 to C-1 without a gap, but {wrong}")
+    for expected, label in enumerate(sorted(names)):
+        if label != expected:
+            wrong = f"{label} is negative" if label < 0 else f"{expected} is missing"
+            raise UserError(f"{file}: labels must be 0 to C-1 without a gap, but {wrong}")
     class_names = tuple(names[label] for label in range(len(names)))
     train, val, test = (tuple(parts[part]) for part in PARTS)
     return Split(name, train, val, test, class_names, file, sha256, roots, item_kind)
@@ -137,13 +153,12 @@ def by_label(rows: Sequence[Row]) -> dict[int, list[int]]:
     return positions
 
 
-def stratify(rows: Sequence[Row], percents: tuple[int, int], seed: int = STRATIFY_SEED) -> dict[str, list[Row]]:
-    """Splits rows class by class into train, val and test.
+def stratify(rows: Sequence[Row], percents: tuple[int, int]) -> dict[str, list[Row]]:
+    """Splits rows class by class into train, val and test, given the percentages of validation and test.
 
-    Each class is shuffled by its own stream, so that the parts of a class do not depend on which other classes there
-    are. Sizes per class: the percentage rounded down for validation; rounded, but at least 1 unless the percentage is
-    0, for test; the rest for training. The rows keep their order within a part; sorted ones give a split that does not
-    depend on their order.
+    Each class is shuffled by its own stream, so that its parts do not depend on which other classes there are. Sizes:
+    the percentage rounded down for validation; rounded, but at least 1 unless it is 0, for test; the rest for training.
+    The rows keep their order within a part.
 
     Raises:
         UserError: a class has too few images to have one for training and one for testing.
@@ -156,6 +171,6 @@ def stratify(rows: Sequence[Row], percents: tuple[int, int], seed: int = STRATIF
         test = max(1, (n * test_percent + 50) // 100) if test_percent else 0
         if n - val - test < 1:
             raise UserError(f"class {class_name!r} has {n} image, but a split into training and test needs at least 2")
-        shuffled = random.Random(f"{seed}/{class_name}").sample(positions, n)
+        shuffled = random.Random(f"{STRATIFY_SEED}/{class_name}").sample(positions, n)
         part_of |= dict.fromkeys(shuffled[:val], "val") | dict.fromkeys(shuffled[val : val + test], "test")
     return {part: [row for i, row in enumerate(rows) if part_of.get(i, "train") == part] for part in PARTS}
