@@ -11,6 +11,9 @@ import pytest
 import torch
 import towers
 
+from kshot.backbones import OpenClip
+from kshot.data import FewShotDataModule
+
 torch.set_num_threads(1)
 
 
@@ -40,3 +43,15 @@ def _seeded():
     torch.manual_seed(0)
     if "torch._dynamo" in sys.modules:  # it gives up on code that many tests compiled before
         torch.compiler.reset()
+
+
+@pytest.fixture(scope="module")
+def backbone() -> OpenClip:
+    """The small CLIP that comes with kshot; a test that attaches something detaches it."""
+    return OpenClip("kshot:glyph_clip")
+
+
+@pytest.fixture
+def data() -> FewShotDataModule:
+    """Two shots of each digit, 20 images, and 539 test scans."""
+    return FewShotDataModule("digits", shots=2)

@@ -22,14 +22,11 @@ from kshot.run import build, evaluate, fit, make_trainer
 from kshot.slots import projections_of
 
 
-@pytest.fixture(scope="module")
-def backbone() -> OpenClip:
-    return OpenClip("kshot:glyph_clip")
-
-
 @pytest.fixture
-def data() -> FewShotDataModule:
-    return FewShotDataModule("digits", shots=2, batch_size=5)
+def data(data) -> FewShotDataModule:
+    """Four steps an epoch."""
+    data.batch_size = 5
+    return data
 
 
 class Watch(Callback):

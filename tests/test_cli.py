@@ -3,7 +3,6 @@
 import csv
 import json
 import re
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from processes import finished
 from safetensors.torch import load_file
 
 from kshot.cli import main
@@ -679,8 +679,7 @@ def test_a_pickle_is_not_executed(capsys, tmp_path):
 @pytest.mark.slow  # .ci/run runs it by itself
 def test_the_readme_command_ends_with_the_table(tmp_path):
     command = [sys.executable, "main.py", "fit", "--config", "clip_16shot.yaml", "--run.root", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    done = finished(command, timeout=300, cwd=ROOT)
     for line in ("zero-shot accuracy", "adapted accuracy", "trainable parameters", "seconds", "results"):
         assert line in done.stdout
     result = json.loads(next(tmp_path.rglob("result.json")).read_text())
@@ -696,11 +695,7 @@ TWO[TWO.index("--trainer.enable_progress_bar") + 1] = "true"  # a bar on the fir
 @pytest.mark.parametrize("launcher", [[], ["-m", "torch.distributed.run", "--nproc_per_node", "2"]])
 def test_several_processes_leave_one_run_and_one_table(launcher, tmp_path):
     arguments = [*FIT, *TWO, *WHOLE, "--model.targets", '["image.5.*"]', "--run.root", str(tmp_path)]
-    done = subprocess.run(
-        [sys.executable, *launcher, str(ROOT / "main.py"), *arguments], cwd=tmp_path, capture_output=True, text=True,
-        timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    done = finished([sys.executable, *launcher, str(ROOT / "main.py"), *arguments], cwd=tmp_path)
     assert done.stdout.count("adapted accuracy") == 1
     (directory,) = tmp_path.glob("*/*")
     assert json.loads((directory / "result.json").read_text())["tested"] == {"test": 539}
@@ -737,7 +732,7 @@ def test_an_unknown_command_names_those_there_are(capsys):
 
 def test_short_help_needs_no_torch(capsys):
     start = time.perf_counter()
-    done = subprocess.run([sys.executable, "main.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = finished([sys.executable, "main.py", "--help"], cwd=ROOT)
     assert "fit" in done.stdout
     assert time.perf_counter() - start < 5
     main([])

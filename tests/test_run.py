@@ -2,8 +2,6 @@
 
 import copy
 import json
-import os
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -11,11 +9,11 @@ from pathlib import Path
 import many_runs
 import pytest
 import torch
+from processes import finished
 
 from kshot.adapters import AutoLoRA, FullTuning, LoRA
 from kshot.backbones import OpenClip
 from kshot.classifiers import CoOp, LinearProbe, NearestClassMean, TextPrompt
-from kshot.data import FewShotDataModule
 from kshot.errors import UserError
 from kshot.features import FeatureStore
 from kshot.run import build, evaluate, fit, make_trainer
@@ -25,11 +23,7 @@ from kshot.run import build, evaluate, fit, make_trainer
 def runs() -> dict:
     """Every method, alone and after all others, by a process that keeps to one thread."""
     script = Path(many_runs.__file__)
-    done = subprocess.run(
-        [sys.executable, script], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout)
+    return json.loads(finished([sys.executable, str(script)], timeout=480).stdout)
 
 
 @pytest.mark.xdist_group("many_runs")
@@ -39,16 +33,6 @@ def test_a_run_after_others_equals_one_in_a_fresh_process(method, runs):
     assert shared.pop("untouched"), "detach gave another backbone back"
     assert fresh["tensors"] > 0 or method == "TextPrompt"
     assert shared == fresh
-
-
-@pytest.fixture(scope="module")
-def backbone() -> OpenClip:
-    return OpenClip("kshot:glyph_clip")
-
-
-@pytest.fixture(scope="module")
-def data() -> FewShotDataModule:
-    return FewShotDataModule("digits", shots=2)
 
 
 def test_images_are_decoded_and_encoded_once_for_many_runs(backbone, data, monkeypatch):
