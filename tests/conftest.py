@@ -2,11 +2,13 @@
 
 import os
 import sys
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is imported: no test waits for a network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import command_line
 import pytest
 import torch
 import towers
@@ -55,3 +57,9 @@ def backbone() -> OpenClip:
 def data() -> FewShotDataModule:
     """Two shots of each digit, 20 images, and 539 test scans."""
     return FewShotDataModule("digits", shots=2)
+
+
+@pytest.fixture(scope="session")
+def fitted(tmp_path_factory) -> Path:
+    """The directory of a short run of the default config, tested on all scans; nobody writes into it."""
+    return command_line.fit(tmp_path_factory.mktemp("runs"), *command_line.WHOLE)
