@@ -73,11 +73,11 @@ def disturbed(module, amount: float = 0.5):
     ids=["image", "text", "full", "CoOp"],
 )
 def test_the_zero_shot_row_is_that_of_the_untouched_backbone(backbone, data, frozen, settings):
-    assert frozen["acc"] == frozen["zero_shot_acc"] > 0.7
+    assert frozen["acc"] == frozen["zero_shot_acc"] > 0.65
     module = disturbed(build(backbone, data, **settings))
     tested = evaluate(module, data, make_trainer(limit_test_batches=1))
     assert tested.sets["test"]["zero_shot_acc"] == frozen["zero_shot_acc"]
-    assert tested.sets["test"]["acc"] < 0.7
+    assert tested.sets["test"]["acc"] < 0.6
     assert tested.counts == {"test": 128}
     module.detach()
 
