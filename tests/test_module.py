@@ -12,6 +12,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from kshot.adapters import DoRA, FullTuning, HydraLoRA, LoRA, PiSSA
 from kshot.checkpoint import packed, round_trip, unpacked
 from kshot.classifiers import VPT, CoOp, DePT, KgCoOp, LinearProbe, NearestClassMean, PromptSRC, TextPrompt
+from kshot.data import Batch
 from kshot.errors import UserError
 from kshot.module import FewShotModule
 from kshot.optim import make_optimizer
@@ -138,6 +139,20 @@ CASES = {
     "CoOp": {"head": HEADS["CoOp"]},
     "PromptSRC": {"head": HEADS["PromptSRC"]},
 }
+
+
+def test_features_of_the_untouched_backbone_are_constants():
+    """Also where what trains are its own tensors: a teacher takes no gradient."""
+    module = module_of(adapter=FullTuning(), targets=["image.*"])
+    images, label = towers.images(module.backbone), torch.arange(3)
+    before = towers.backbone().encode_image(images).detach()
+    with torch.no_grad():
+        for parameter in module.trained().values():
+            parameter.add_(0.1)
+    given = module.frozen_features_of(Batch(images, label, label))
+    assert torch.equal(given, before)
+    assert not given.requires_grad
+    assert not torch.equal(module.features_of(Batch(images, label, label)), before)
 
 
 class TestExplicitState:

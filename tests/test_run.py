@@ -9,6 +9,7 @@ from pathlib import Path
 import many_runs
 import pytest
 import torch
+from lightning.pytorch import Callback
 from processes import finished
 
 from kshot.adapters import AutoLoRA, FullTuning, LoRA
@@ -106,3 +107,30 @@ def test_the_same_after_a_refused_run(backbone, data):
     fit(module, data, make_trainer(max_epochs=1, limit_val_batches=0))
     assert module.classifier.held is None
     module.detach()
+
+
+@pytest.mark.parametrize(
+    ("options", "steps", "each"),
+    [
+        ({"max_epochs": 2}, 8, 4),
+        ({"max_epochs": 2, "accumulate_grad_batches": 3}, 4, 2),  # of 3 batches and of the last one
+        ({"max_epochs": -1, "max_steps": 6}, 6, 4),
+    ],
+)
+def test_a_schedule_is_planned_and_stepped_in_optimizer_steps(backbone, data, options, steps, each):
+    told, rates = [], []
+
+    def schedule(optimizer, total_steps, steps_per_epoch):
+        told.append((total_steps, steps_per_epoch))
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+
+    class Rates(Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            rates.append(optimizer.param_groups[0]["lr"])
+
+    data.batch_size = 5
+    sgd = partial(torch.optim.SGD, lr=1.0)
+    module = build(backbone, data, classifier=LinearProbe, optimizer=sgd, schedule=schedule)
+    fit(module, data, make_trainer(limit_val_batches=0, callbacks=[Rates()], **options))
+    assert told[-1] == (steps, each)
+    assert rates == [1 / (1 + step) for step in range(steps)]

@@ -25,7 +25,7 @@ PROMPTS = {
     "DePT": partial(DePT, base=partial(PromptSRC, templates=SENTENCES)),
 }
 ADAPTERS = sorted([*FIRST_CASES, *(label for label in METHODS if label not in SLOT_CASES)])
-# Every prompt method with LoRA, and every weight-tuning method with the one that has all kinds of tensors and a teacher.
+# Every prompt method with LoRA, and every weight-tuning method with the one that has all kinds of tensors.
 PAIRS = [(prompts, "lora") for prompts in PROMPTS] + [("DePT", adapter) for adapter in ADAPTERS if adapter != "lora"]
 LABEL = torch.tensor([3, 0, 1, 2, 2, 1])
 
