@@ -14,6 +14,7 @@ from processes import finished
 
 from kshot.adapters import AutoLoRA, FullTuning, LoRA
 from kshot.backbones import OpenClip
+from kshot.callbacks import ResumeFile
 from kshot.classifiers import CoOp, LinearProbe, NearestClassMean, TextPrompt
 from kshot.errors import UserError
 from kshot.features import FeatureStore
@@ -134,3 +135,12 @@ def test_a_schedule_is_planned_and_stepped_in_optimizer_steps(backbone, data, op
     fit(module, data, make_trainer(limit_val_batches=0, callbacks=[Rates()], **options))
     assert told[-1] == (steps, each)
     assert rates == [1 / (1 + step) for step in range(steps)]
+
+
+def test_a_file_says_which_images_it_was_trained_on(backbone, data, tmp_path):
+    keep = ResumeFile(0.0)
+    keep.folder = tmp_path
+    module = build(backbone, data, classifier=LinearProbe)
+    fit(module, data, make_trainer(max_epochs=1, limit_val_batches=0, callbacks=[keep]))
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["kshot"]
+    assert saved["split"] == module.header()["split"] == data.split_info()
