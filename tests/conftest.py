@@ -25,6 +25,11 @@ def pytest_xdist_auto_num_workers(config):
     return 0 if 0 < len(files) <= 3 else None
 
 
+def pytest_collection_modifyitems(items):
+    """Groups come first: at the end of the list one process would wait for the group of another."""
+    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _tower_folder(tmp_path_factory):
     """Where the tiny models of :mod:`towers` are written."""
