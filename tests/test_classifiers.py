@@ -274,7 +274,7 @@ class TestEvery:
         torch.testing.assert_close(logits, expected, rtol=0.1, atol=0.05 * float(expected.detach().abs().max()) + 1e-3)
 
     @every
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
     def test_as_a_module_of_any_precision(self, kind, settings, dtype):
         """Fitted, run forward and backward, and asked to choose, whatever the dtype of features is."""
         torch.manual_seed(0)
@@ -323,11 +323,10 @@ class TestEvery:
         assert all("backbone." in name for name in missing)
 
     @every
-    @pytest.mark.parametrize("where", ["plain", "merged"])
-    def test_copies_are_whole_and_apart(self, kind, settings, where):
-        """A copy or pickle, also one made while something is held, goes on by itself."""
+    def test_copies_are_whole_and_apart(self, kind, settings):
+        """A copy or pickle goes on by itself, also one made while something is held."""
         classifier = disturb(made(kind, settings, adapter=LoRA(rank=2)))
-        with torch.no_grad(), merged(classifier) if where == "merged" else nullcontext():
+        with torch.no_grad(), merged(classifier):
             expected = logits_of(classifier)
             first = copy_of(classifier)
             tokenizer, classifier.backbone.tokenizer = classifier.backbone.tokenizer, None  # large, and of no interest
