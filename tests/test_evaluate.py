@@ -119,8 +119,12 @@ def test_an_error_amid_a_test_set_leaves_nothing_held(backbone, data, monkeypatc
 def test_several_test_sets_are_served_in_turn_and_the_first_again_at_the_end(backbone):
     data = FewShotDataModule("digits", shots=2, protocol="base-to-new")
     module = build(backbone, data, classifier=partial(CoOp, context_length=2))
-    tested = evaluate(module, data, make_trainer())
+    trainer = make_trainer()
+    tested = evaluate(module, data, trainer)
     assert list(tested.sets) == ["base", "new"]
+    for logged, name in (("test/acc", "base"), ("test/zero_shot_acc", "base"), ("test/new/acc", "new")):
+        figure = logged.rpartition("/")[2]
+        assert trainer.callback_metrics[logged] == pytest.approx(tested.sets[name][figure]), logged
     assert sum(tested.counts.values()) == 539
     assert [len(accuracies) for accuracies in tested.per_class.values()] == [5, 5]
     assert module.classifier.task.class_names == ("zero", "one", "two", "three", "four")

@@ -15,9 +15,11 @@ from processes import finished
 from kshot.adapters import AutoLoRA, FullTuning, LoRA
 from kshot.backbones import OpenClip
 from kshot.callbacks import ResumeFile
-from kshot.classifiers import CoOp, LinearProbe, NearestClassMean, TextPrompt
+from kshot.classifiers import CLIPAdapter, CoOp, LinearProbe, NearestClassMean, TextPrompt
+from kshot.data import CropFlip, FewShotDataModule
 from kshot.errors import UserError
 from kshot.features import FeatureStore
+from kshot.prepare import try_step
 from kshot.run import build, evaluate, fit, make_trainer
 
 
@@ -144,3 +146,53 @@ def test_a_file_says_which_images_it_was_trained_on(backbone, data, tmp_path):
     fit(module, data, make_trainer(max_epochs=1, limit_val_batches=0, callbacks=[keep]))
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["kshot"]
     assert saved["split"] == module.header()["split"] == data.split_info()
+
+
+def test_a_store_tells_images_and_precisions_apart(backbone, monkeypatch):
+    encoded, encode, counts = [], OpenClip.encode_normalised, []
+    monkeypatch.setattr(OpenClip, "encode_normalised", lambda self, x: encoded.append(len(x)) or encode(self, x))
+    store = FeatureStore(backbone)
+    for seed, precision in ((1, "32-true"), (2, "32-true"), (1, "bf16-mixed"), (1, "32-true")):
+        data = FewShotDataModule("digits", shots=2, split_seed=seed)
+        trainer = make_trainer(max_epochs=1, limit_val_batches=0, precision=precision)
+        fit(build(backbone, data, classifier=LinearProbe), data, trainer, store=store)
+        counts.append(sum(encoded))
+        encoded.clear()
+    assert counts == [20 + 2, 20 + 2, 20 + 2, 2]  # and the trial step
+
+
+def test_a_closed_form_sees_every_view_of_the_shots_and_the_validation_shots(backbone, monkeypatch):
+    data = FewShotDataModule("digits", shots=2, augment=CropFlip(flip=0.0), views=3)
+    seen, start = [], NearestClassMean.fit
+    monkeypatch.setattr(NearestClassMean, "fit", lambda self, *shots: seen.extend(shots) or start(self, *shots))
+    fit(build(backbone, data, classifier=NearestClassMean), data, make_trainer(max_epochs=1))
+    assert [tuple(shots.features.shape) for shots in seen] == [(3, 20, 128), (1, 20, 128)]
+    drawn = (data.draw.train, data.draw.val)
+    assert [shots.label.tolist() for shots in seen] == [[row.label for row in rows] for rows in drawn]
+    view = torch.cat([batch.image for batch in data.eval_order_dataloader("train", 2)])
+    with torch.no_grad():
+        torch.testing.assert_close(seen[0].features[2], backbone.encode_image(view))
+
+
+def test_what_is_chosen_after_training_is_chosen_by_what_was_trained(backbone, data, monkeypatch):
+    seen = []
+    monkeypatch.setattr(CLIPAdapter, "select", lambda self, val: seen.append(val))
+    head, sgd = partial(CLIPAdapter, ratio=[0.2, 0.6]), partial(torch.optim.SGD, lr=1.0)
+    module = build(backbone, data, classifier=head, adapter=LoRA(rank=1), targets=["image.5.*"], optimizer=sgd)
+    fit(module, data, make_trainer(max_epochs=3, limit_val_batches=0))
+    (val,) = seen
+    image = torch.cat([batch.image for batch in data.eval_order_dataloader("val")])
+    with torch.no_grad():
+        torch.testing.assert_close(val.features[0], module.eval().encode_image(image), rtol=1e-4, atol=1e-4)
+    assert val.label.tolist() == [row.label for row in data.draw.val]
+    frozen = module.detach().encode_image(image)
+    assert (val.features[0] - frozen).abs().max() > 1e-2
+
+
+def test_the_trial_step_leaves_nothing_behind(backbone, data):
+    module = build(backbone, data, adapter=LoRA(rank=1, dropout=0.5), targets=["image.5.q"])
+    state = torch.get_rng_state()
+    try_step(module, make_trainer(max_epochs=1), 4)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(p.grad is None for p in module.parameters())
+    module.detach()
