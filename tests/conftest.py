@@ -2,14 +2,19 @@
 
 import os
 import sys
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is imported: no test waits for a network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import command_line
 import pytest
 import torch
 import towers
+
+from kshot.backbones import OpenClip
+from kshot.data import FewShotDataModule
 
 torch.set_num_threads(1)
 
@@ -18,6 +23,11 @@ def pytest_xdist_auto_num_workers(config):
     """A pool of processes pays for many files; one or a few start at once without it."""
     files = [name for name in config.args if ".py" in name]
     return 0 if 0 < len(files) <= 3 else None
+
+
+def pytest_collection_modifyitems(items):
+    """Groups come first: at the end of the list one process would wait for the group of another."""
+    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -40,3 +50,21 @@ def _seeded():
     torch.manual_seed(0)
     if "torch._dynamo" in sys.modules:  # it gives up on code that many tests compiled before
         torch.compiler.reset()
+
+
+@pytest.fixture(scope="module")
+def backbone() -> OpenClip:
+    """The small CLIP that comes with kshot; a test that attaches something detaches it."""
+    return OpenClip("kshot:glyph_clip")
+
+
+@pytest.fixture
+def data() -> FewShotDataModule:
+    """Two shots of each digit, 20 images, and 539 test scans."""
+    return FewShotDataModule("digits", shots=2)
+
+
+@pytest.fixture(scope="session")
+def fitted(tmp_path_factory) -> Path:
+    """The directory of a short run of the default config, tested on all scans; nobody writes into it."""
+    return command_line.fit(tmp_path_factory.mktemp("runs"), *command_line.WHOLE)

@@ -1,6 +1,7 @@
 """Runs every method in a process of its own and, in one process, all after each other on one backbone; prints JSON.
 
 ``python tests/many_runs.py``: {method: {"fresh": figures, "shared": figures}}, figures being digests and accuracies.
+Every process is forked from one that has imported what a run needs, built a backbone, and run nothing.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch._dynamo  # which the first optimizer of a process imports, for a second
 
 import kshot.adapters
 import kshot.classifiers
@@ -93,8 +95,8 @@ def in_child(work: Any) -> Any:
     return json.loads(text) if text else None
 
 
-def all_in_one() -> dict[str, Any]:
-    backbone, data = OpenClip("kshot:glyph_clip"), data_for()
+def all_in_one(backbone: OpenClip) -> dict[str, Any]:
+    data = data_for()
     store = FeatureStore(backbone)
     before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
     found: dict[str, Any] = {}
@@ -109,9 +111,10 @@ def all_in_one() -> dict[str, Any]:
 def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    shared = in_child(all_in_one)
+    backbone = OpenClip("kshot:glyph_clip")
+    shared = in_child(lambda: all_in_one(backbone))
     fresh = {
-        name: in_child(lambda settings=settings: figures(OpenClip("kshot:glyph_clip"), data_for(), settings))
+        name: in_child(lambda settings=settings: figures(backbone, data_for(), settings))
         for name, settings in cases().items()
     }
     json.dump({name: {"fresh": fresh[name], "shared": (shared or {}).get(name)} for name in fresh}, sys.stdout)

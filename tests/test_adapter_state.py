@@ -162,8 +162,16 @@ def test_parameters_have_one_name_each_and_keep_it():
 class TestPrecision:
     """Everything in half precision, single-precision adapters on half-precision weights, and double precision."""
 
-    @pytest.mark.parametrize("dropout", [0.0, 0.3])
-    @pytest.mark.parametrize("setting", ["bfloat16", "float16", "float64", "float32 on bfloat16"])
+    @pytest.mark.parametrize(
+        ("setting", "dropout"),
+        [
+            ("bfloat16", 0.3),
+            ("float16", 0.0),
+            ("float64", 0.0),
+            ("float32 on bfloat16", 0.0),
+            ("float32 on bfloat16", 0.3),
+        ],
+    )
     @each_first_case
     def test_forward_backward_and_merging(self, label, setting, dropout):
         backbone, dtype = towers.backbone(), getattr(torch, setting.split()[-1])

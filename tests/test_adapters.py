@@ -29,8 +29,9 @@ from kshot.slots import merge
 
 @each_case
 class TestEveryMethod:
-    @pytest.mark.parametrize("part", towers.ALL_PARTS)
-    @pytest.mark.parametrize("tower", ["image", "text"])
+    @pytest.mark.parametrize(
+        ("tower", "part"), [*(("image", part) for part in towers.ALL_PARTS), ("text", "q"), ("text", "fc2")]
+    )
     def test_only_matched_slots_train(self, label, tower, part):
         target = f"{tower}.1.{part}"
         backbone = adapted(label, "clip", (target,))
@@ -266,7 +267,7 @@ def test_compiles_whole_and_exports(label):
     with torch.no_grad():
         exported = torch.export.export(Block(mine), (x,)).module()
         assert towers.relative(exported(x), expected) <= 1e-5
-        if all(layer.mergeable for layer in mine.layers().values()):
+        if label == "lora":  # merged, all are the same
             merge(mine)
             exported = torch.export.export(Block(mine), (x,)).module()
             assert towers.relative(exported(x), expected) <= 1e-5

@@ -46,7 +46,7 @@ TINY = ["--quick", "--seconds", "0", "--least", "1", "--in-process"]
 
 def test_adapters__against_peft(run, tmp_path):
     pytest.importorskip("peft")
-    methods = ["AdaLoRA-12", "RandLoRA-6", "HydraLoRA 8x3", "SVFT plain", "NOLA K=1024"]
+    methods = ["AdaLoRA-12", "HydraLoRA 8x3"]  # with work after a step, and one that PEFT has not
     parts = ["--part", "peft", "open_clip", "--images", "1"]
     rows = run("adapters", *TINY, *parts, "--methods", "LoRA-32", "--dtype", "bfloat16", "--out", str(tmp_path))
     assert [row["part"] for row in rows["adapters"]] == ["peft", "open_clip"]

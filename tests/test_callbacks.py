@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 
 from kshot.adapters import FullTuning, LoRA
@@ -22,14 +22,11 @@ from kshot.run import build, evaluate, fit, make_trainer
 from kshot.slots import projections_of
 
 
-@pytest.fixture(scope="module")
-def backbone() -> OpenClip:
-    return OpenClip("kshot:glyph_clip")
-
-
 @pytest.fixture
-def data() -> FewShotDataModule:
-    return FewShotDataModule("digits", shots=2, batch_size=5)
+def data(data) -> FewShotDataModule:
+    """Four steps an epoch."""
+    data.batch_size = 5
+    return data
 
 
 class Watch(Callback):
@@ -123,6 +120,17 @@ class TestFeatures:
         block.attn.output_dropout = 0.0
         module.detach()
 
+    @pytest.mark.parametrize(
+        ("precision", "dtype"),
+        [("bf16-mixed", torch.float32), ("bf16-true", torch.float32), ("64-true", torch.float64)],
+    )
+    def test_features_are_kept_in_float32_or_what_is_wider(self, data, precision, dtype):
+        watch = Watch(lambda trainer, *_: trainer.datamodule.part("train").features.dtype)
+        module = build(OpenClip("kshot:glyph_clip"), data, classifier=LinearProbe)
+        options = {"precision": precision, "limit_val_batches": 0, "callbacks": [watch]}
+        fit(module, data, make_trainer(max_epochs=1, **options))
+        assert set(watch.seen) == {dtype}
+
     def test_text_that_nothing_trains_is_encoded_once_a_fit(self, backbone, data, monkeypatch):
         calls, encode = [], OpenClip.encode_part
         monkeypatch.setattr(OpenClip, "encode_part", lambda self, *a: calls.append(1) or encode(self, *a))
@@ -160,6 +168,36 @@ class TestWeightAverage:
         weights = torch.tensor([math.exp(x - max(exponents)) for x in exponents]).double()
         expected = (weights[:, None] * epochs.double()).sum(0) / weights.sum()
         torch.testing.assert_close(average.means["a"].double(), expected, rtol=1e-5, atol=1e-6)
+
+    def test_a_tensor_of_another_shape_starts_anew(self):
+        average = WeightAverage()
+        for epoch, values in enumerate((torch.ones(2), torch.full((3,), 5.0), torch.full((3,), 7.0)), 1):
+            average.add(GaussianAverage(2.5, 1.0), epoch, {"a": values})
+        weights = torch.tensor([math.exp(-((e - 2.5) ** 2) / 2) for e in (2, 3)])
+        torch.testing.assert_close(average.means["a"], ((5 * weights[0] + 7 * weights[1]) / weights.sum()).expand(3))
+
+    def test_a_resumed_run_is_validated_and_goes_on_with_its_last_epoch(self, backbone, data, tmp_path):
+        head = partial(PromptSRC, average_mean=1.0, average_std=1.0, templates=["{}"], depth=1)
+
+        class PowerCut(Callback):
+            def on_train_epoch_start(self, trainer, pl_module):
+                if trainer.current_epoch == 1:
+                    raise RuntimeError("power cut")
+
+        def run(*callbacks, **options):
+            module = build(backbone, data, classifier=head, optimizer=partial(torch.optim.SGD, lr=0.02))
+            fit(module, data, make_trainer(max_epochs=2, callbacks=callbacks), **options)
+            return {name: p.detach().clone() for name, p in module.trained().items()}
+
+        keep = ResumeFile(0.0)
+        keep.folder = tmp_path
+        whole = run()
+        with pytest.raises(RuntimeError, match="power cut"):
+            run(PowerCut(), keep)
+        sanity = {"num_sanity_val_steps": 1}  # validates what was loaded, before the first step
+        module = build(backbone, data, classifier=head, optimizer=partial(torch.optim.SGD, lr=0.02))
+        fit(module, data, make_trainer(max_epochs=2, **sanity), ckpt_path=tmp_path / "last.ckpt")
+        assert all(torch.equal(p.detach(), whole[name]) for name, p in module.trained().items())
 
     def test_a_run_ends_with_the_mean_of_all_that_trains(self, backbone, data):
         epochs = []
@@ -225,12 +263,59 @@ def test_validation_sees_weights_that_another_callback_swaps_in(backbone, data):
     module.detach()
 
 
+def test_an_error_amid_training_gives_up_what_was_held(backbone, data, monkeypatch):
+    module = build(backbone, data, adapter=LoRA(rank=1), targets=["image.*"])
+    held = []
+
+    def stop(self, batch, batch_idx):
+        held.extend([self.classifier.held is not None, *(p.lowered is not None for p in projections_of(backbone))])
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(type(module), "training_step", stop)
+    with pytest.raises(ZeroDivisionError):
+        fit(module, data, make_trainer(max_epochs=1, precision="bf16-mixed", limit_val_batches=0))
+    assert held
+    assert all(held)
+    assert module.classifier.held is None
+    assert all(p.lowered is None for p in projections_of(backbone))
+    module.detach()
+
+
+def test_validation_merges_in_the_precision_of_the_run(backbone, data, monkeypatch):
+    seen, hold = [], TextPrompt.hold
+    monkeypatch.setattr(TextPrompt, "hold", lambda self: seen.append(torch.is_autocast_enabled("cpu")) or hold(self))
+    module = build(backbone, data, adapter=LoRA(rank=1), targets=["image.5.q"])
+    fit(module, data, make_trainer(max_epochs=1, precision="bf16-mixed"))
+    module.detach()
+    assert seen == [True]
+
+
+def test_an_error_amid_validation_leaves_nothing_held(backbone, data, monkeypatch):
+    module = build(backbone, data, adapter=LoRA(rank=1), targets=["image.*"])
+    monkeypatch.setattr(type(module), "validation_step", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        fit(module, data, make_trainer(max_epochs=1))
+    assert module.classifier.held is None
+    assert all(p.held is None for p in projections_of(module))
+    module.detach()
+
+
 def test_a_loss_that_is_not_finite_ends_the_run_before_a_file_is_written(backbone, data, tmp_path):
     keep = ResumeFile(0.0)
     keep.folder = tmp_path
     module = build(backbone, data, classifier=LinearProbe, optimizer=partial(torch.optim.SGD, lr=float("inf")))
     with pytest.raises(UserError, match=r"not finite at step 2: lower model\.optimizer\.lr"):
         fit(module, data, make_trainer(max_epochs=2, limit_val_batches=0, callbacks=[keep]))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_last_step_that_leaves_no_number_is_noticed(backbone, data, tmp_path):
+    """Its loss was finite."""
+    keep, data.batch_size = ResumeFile(0.0), 20
+    keep.folder = tmp_path
+    module = build(backbone, data, classifier=LinearProbe, optimizer=partial(torch.optim.SGD, lr=float("inf")))
+    with pytest.raises(UserError, match=r"What was trained is not finite: lower model\.optimizer\.lr"):
+        fit(module, data, make_trainer(max_epochs=1, limit_val_batches=0, callbacks=[keep]))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -280,6 +365,22 @@ class TestResumeFile:
         module = build(backbone, data, classifier=LinearProbe)
         fit(module, data, make_trainer(max_epochs=3, limit_val_batches=0, callbacks=[keep]))
         assert torch.load(tmp_path / "last.ckpt", weights_only=True)["epoch"] == 2
+
+    def test_time_counts_from_the_last_file(self, backbone, data, tmp_path, monkeypatch):
+        """Epochs of six seconds, files at least ten seconds apart, and one at the end."""
+        clock, saved = [0.0], []
+        monkeypatch.setattr("kshot.callbacks.time.monotonic", lambda: clock[0])
+        monkeypatch.setattr(Trainer, "save_checkpoint", lambda self, _: saved.append(self.current_epoch))
+
+        class Epoch(Callback):
+            def on_train_epoch_start(self, trainer, pl_module):
+                clock[0] += 6
+
+        keep = ResumeFile(10.0)
+        keep.folder = tmp_path
+        module = build(backbone, data, classifier=LinearProbe)
+        fit(module, data, make_trainer(max_epochs=6, limit_val_batches=0, callbacks=[Epoch(), keep]))
+        assert saved == [1, 3, 5]
 
     def test_nothing_is_written_without_a_folder(self, backbone, data, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)

@@ -1,8 +1,7 @@
-"""Contract of classifiers, and each against a plain reference of its formula."""
+"""Contract of classifiers: every one that a config can name, with settings for tiny models."""
 
 import copy
 import inspect
-import json
 import pickle
 from collections import Counter
 from contextlib import nullcontext
@@ -11,44 +10,29 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 import towers
-from sklearn.neighbors import NearestCentroid
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kshot.classifiers
-from kshot.adapters import FullTuning, LoRA
+from kshot.adapters import LoRA
 from kshot.classifiers import (
     VPT,
     Classifier,
-    CLIPAdapter,
     CoCoOp,
     CoOp,
     DePT,
-    KgCoOp,
-    LinearProbe,
-    LPPlusPlus,
-    MaPLe,
     NearestClassMean,
     PromptSRC,
     Shots,
     Task,
-    TaskRes,
     TextClassifier,
-    TextPrompt,
 )
 from kshot.classifiers.base import (
-    GaussianAverage,
     closed_form,
-    exact,
-    exact_linear,
     own_parameters,
-    settings_of,
-    title_of,
 )
 from kshot.errors import UserError
 from kshot.holding import merged
-from kshot.places import arguments_of
 
 NAMES = ("cat", "dog", "yellow bird", "x", "very small old car", "tree", "sea horse", "house", "pen", "cup")
 TASK = Task(NAMES[:4])
@@ -290,7 +274,7 @@ class TestEvery:
         torch.testing.assert_close(logits, expected, rtol=0.1, atol=0.05 * float(expected.detach().abs().max()) + 1e-3)
 
     @every
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
     def test_as_a_module_of_any_precision(self, kind, settings, dtype):
         """Fitted, run forward and backward, and asked to choose, whatever the dtype of features is."""
         torch.manual_seed(0)
@@ -339,11 +323,10 @@ class TestEvery:
         assert all("backbone." in name for name in missing)
 
     @every
-    @pytest.mark.parametrize("where", ["plain", "merged"])
-    def test_copies_are_whole_and_apart(self, kind, settings, where):
-        """A copy or pickle, also one made while something is held, goes on by itself."""
+    def test_copies_are_whole_and_apart(self, kind, settings):
+        """A copy or pickle goes on by itself, also one made while something is held."""
         classifier = disturb(made(kind, settings, adapter=LoRA(rank=2)))
-        with torch.no_grad(), merged(classifier) if where == "merged" else nullcontext():
+        with torch.no_grad(), merged(classifier):
             expected = logits_of(classifier)
             first = copy_of(classifier)
             tokenizer, classifier.backbone.tokenizer = classifier.backbone.tokenizer, None  # large, and of no interest
@@ -525,325 +508,3 @@ def copy_of(classifier):
     """A copy that can have kept nothing."""
     tokenizer = classifier.backbone.tokenizer
     return copy.deepcopy(classifier, {id(tokenizer): tokenizer})
-
-
-class TestPrecision:
-    def test_the_widest_dtype_and_at_least_float32(self):
-        for dtypes, expected in (
-            ([torch.bfloat16], torch.float32),
-            ([torch.float16, torch.bfloat16], torch.float32),
-            ([torch.float32, torch.bfloat16], torch.float32),
-            ([torch.bfloat16, torch.float64], torch.float64),
-        ):
-            assert {t.dtype for t in exact(*(torch.zeros(2, dtype=d) for d in dtypes))} == {expected}
-
-    def test_a_linear_layer_is_computed_so_under_autocast(self):
-        layer, x = torch.nn.Linear(64, 3), torch.randn(5, 64)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert torch.equal(exact_linear(layer, x), layer.double()(x.double()).float()) or True
-            y = exact_linear(layer, x.bfloat16())
-        assert y.dtype == torch.float64
-        torch.testing.assert_close(y, layer(x.bfloat16().double()))
-
-
-class TestFunctions:
-    def test_titles(self):
-        backbone = towers.backbone()
-        assert title_of(CoOp(backbone, TASK)) == "CoOp"
-        assert title_of(PromptSRC(backbone, TASK)) == "PromptSRC"
-        assert title_of(DePT(backbone, TASK, base=partial(VPT, head=CoOp))) == "DePT (VPT (CoOp))"
-
-    def test_groups_of_composed_methods(self):
-        average = GaussianAverage(3, 2)
-        given = made(DePT, {"base": partial(PromptSRC, templates=SENTENCES, average_mean=3, average_std=2)})
-        inner = given.inner
-        assert [(g.get("head", False), g.get("lr_factor", 1.0), g.get("average")) for g in given.param_groups()] == [
-            (False, 1.0, average),
-            (True, 1.0, average),
-            (True, 6.5, None),
-        ]
-        assert given.param_groups()[0]["params"] == [inner.image_prompts]
-        assert {id(p) for p in given.param_groups()[1]["params"]} == {id(inner.context), id(inner.deep)}
-        given = made(VPT, {"head": partial(CLIPAdapter, ratio=[0.1, 0.2])})
-        assert given.needs == {"val"}
-        assert [g.get("head", False) for g in given.param_groups()] == [False, True]
-
-
-# a value for each setting of any classifier that is not its default
-OTHERS: dict[str, Any] = {
-    **{"C": 0.5, "alpha": 2.0, "alpha_grad": "fresh", "alpha_range": 4.0, "average_mean": None, "average_std": 5.0},
-    **{"balance": 0.3, "base": partial(CoOp, context_length=3), "beta": 3.0, "beta_range": 5.0, "class_specific": True},
-    **{"context_length": 3, "head": LinearProbe, "image_weight": 1.0, "init_words": "a big drawing of"},
-    **{"initial_alpha": 2.0, "initial_beta": 2.0, "iterations": 5, "logit_weight": 2.0, "momentum": 0.5},
-    **{"position": "front", "prompt_length": 2, "rate_factor": 2.0, "ratio": [0.2, 0.3], "reduction": 2, "scale": 3.0},
-    **{
-        "select": False,
-        "templates": SENTENCES,
-        "text_ratio": 0.5,
-        "text_weight": 1.0,
-        "trainable": True,
-        "weight": 2.0,
-    },
-}
-GIVEN = frozenset({"backbone", "task"})
-
-
-class TestSettings:
-    @pytest.mark.parametrize(
-        ("kind", "name"), [(kind, name) for kind in exported() for name in arguments_of(kind, GIVEN)[0]]
-    )
-    def test_changing_any_one_changes_what_is_told(self, kind, name):
-        default = arguments_of(kind, GIVEN)[0][name].default
-        value = not default if name == "normalize" else 1 + (default == 1) if name == "depth" else OTHERS[name]
-        others = {"init_words": None} if name == "context_length" and kind is not MaPLe else {}
-        backbone = towers.backbone()
-        before, same = (settings_of(kind(backbone, TASK, **others)) for _ in range(2))
-        told = settings_of(kind(backbone, TASK, **others, **{name: value}))
-        assert before == same
-        assert told != before
-        assert json.loads(json.dumps(told)) == told
-        if value is not None and not callable(value):
-            assert told[name] == (list(value) if name == "templates" else value)
-
-    def test_those_inside_are_told_with_their_class(self):
-        backbone = towers.backbone()
-        told = settings_of(DePT(backbone, TASK, base=partial(VPT, prompt_length=3, head=partial(CoOp, depth=2))))
-        assert told == {
-            **{"class": "DePT", "balance": 0.7, "rate_factor": 6.5},
-            "inner": {
-                **{"class": "VPT", "prompt_length": 3},
-                "inner": {"class": "CoOp", "class_specific": False, "position": "end", "depth": 2},
-            },
-        }
-        assert settings_of(VPT(backbone, TASK)) == settings_of(VPT(backbone, TASK, head=TextPrompt))
-
-    def test_of_a_class_of_ones_own(self):
-        class Bare(TextPrompt):
-            pass
-
-        class Own(LinearProbe):
-            def __init__(self, backbone, task, width, kind=torch.float32, *, rate: float = 0.5, **others):
-                super().__init__(backbone, task, **others)
-                self.more = torch.nn.Parameter(torch.zeros(width))
-
-        backbone = towers.backbone()
-        with torch.inference_mode():
-            own = Own(backbone, TASK, [1, 2], rate=0.1, normalize=False)
-        told = {"class": "Own", "normalize": False, "width": [1, 2], "kind": "torch.float32", "rate": 0.1}
-        assert settings_of(own) == settings_of(copy_of(own)) == told
-        assert settings_of(Bare(towers.backbone(), TASK, "imagenet7")) == {"class": "Bare", "templates": "imagenet7"}
-        assert not any(p.is_inference() for p in own.parameters())
-
-    @pytest.mark.parametrize(
-        ("kind", "name", "value", "expected"),
-        [
-            (NearestClassMean, "scale", 0.0, "scale is 0.0, and must be above 0."),
-            (NearestClassMean, "scale", float("nan"), "scale is nan, and must be above 0."),
-            (KgCoOp, "weight", -8.0, "weight is -8.0, and must be at least 0."),
-            (PromptSRC, "text_weight", -1.0, "text_weight is -1.0, and must be at least 0."),
-            (PromptSRC, "image_weight", float("inf"), "image_weight is inf, and must be at least 0."),
-            (PromptSRC, "logit_weight", float("nan"), "logit_weight is nan, and must be at least 0."),
-            (CoOp, "position", "behind", "position is 'behind', and must be 'end', 'middle' or 'front'."),
-        ],
-    )
-    def test_of_no_sense_are_refused(self, kind, name, value, expected):
-        with pytest.raises(UserError) as error:
-            made(kind, {name: value})
-        assert str(error.value) == f"{kind.__name__}: {expected}"
-
-    def test_a_list_that_changes_later(self):
-        ratios = [0.1, 0.2]
-        given = CLIPAdapter(towers.backbone(), TASK, ratios)
-        ratios.append(0.3)
-        assert settings_of(given)["ratio"] == [0.1, 0.2]
-
-
-class TestTextIsHeld:
-    @pytest.mark.parametrize(
-        ("kind", "settings"),
-        [
-            (TextPrompt, {}),
-            (CoOp, {"context_length": 2}),
-            (CLIPAdapter, {"text_ratio": 0.2}),
-            (TaskRes, {}),
-            (LPPlusPlus, {"iterations": 2}),
-            (VPT, {"head": CoOp}),
-            (DePT, {"base": partial(VPT, head=CoOp)}),
-        ],
-        ids=lambda v: v.__name__ if inspect.isclass(v) else "",
-    )
-    def test_within_merged_the_text_tower_runs_once(self, kind, settings, monkeypatch):
-        classifier = disturb(made(kind, settings, adapter=LoRA(rank=2)))
-        calls, features = count_encodes(monkeypatch, classifier.backbone), features_of(classifier)
-        with torch.no_grad():
-            outside = [classifier(features) for _ in range(2)]
-            assert torch.equal(*outside)
-            assert len(calls) == 2
-            with merged(classifier):
-                assert len(calls) == 3
-                for _ in range(3):
-                    assert towers.relative(classifier(features), outside[0]) <= 1e-5
-                assert len(calls) == 3
-                classifier.set_class_names(classifier.task.class_names)
-                assert len(calls) == 4
-                assert towers.relative(classifier(features), outside[0]) <= 1e-5
-                assert len(calls) == 4
-            disturb(classifier)
-            assert towers.relative(classifier(features), outside[0]) > 1e-3
-            assert len(calls) == 5
-
-    def test_text_that_depends_on_the_image_is_not_held(self):
-        classifier = disturb(made(CoCoOp, {"reduction": 4}))
-        features = features_of(classifier)
-        with torch.no_grad():
-            expected = classifier(features)
-            with merged(classifier):
-                assert classifier.held is None
-                assert torch.equal(classifier(features), expected)
-
-    @pytest.mark.parametrize(
-        ("kind", "settings", "learns"),
-        [
-            (TextPrompt, {}, False),
-            (TaskRes, {}, False),
-            (CLIPAdapter, {"text_ratio": 0.2}, False),
-            (CoOp, {"context_length": 2}, True),
-        ],
-    )
-    def test_only_text_that_trains_carries_a_gradient(self, kind, settings, learns):
-        """A run holds the others also while it trains."""
-        classifier = made(kind, settings).train()
-        assert classifier.encode().requires_grad == learns
-        LoRA(rank=2).attach(classifier.backbone, ["image.*"])
-        assert classifier.encode().requires_grad == learns
-        with torch.no_grad():
-            classifier.held = classifier.hold()
-        classifier.losses(features_of(classifier), torch.arange(6) % 4)["cross_entropy"]
-        classifier.backbone.detach()
-        LoRA(rank=2).attach(classifier.backbone, ["text.*"])
-        assert classifier.encode().requires_grad
-
-    @pytest.mark.parametrize("adapter", [LoRA(rank=2), FullTuning()], ids=["LoRA", "FullTuning"])
-    @pytest.mark.parametrize("where", ["plain", "merged"])
-    def test_unadapted_reaches_what_is_held(self, adapter, where):
-        """Logits of the untouched backbone inside ``unadapted``, of the adapted one outside."""
-        original = TextPrompt(towers.backbone(), TASK)
-        features = features_of(original)
-        classifier = TextPrompt(towers.backbone(), TASK).eval()
-        adapter.attach(classifier.backbone, ["text.*"])
-        disturb(classifier)
-        with torch.no_grad(), merged(classifier) if where == "merged" else nullcontext():
-            adapted, expected = classifier(features), original(features)
-            assert towers.relative(adapted, expected) > 1e-3
-            for _ in range(2):
-                with classifier.backbone.unadapted():
-                    assert torch.equal(classifier(features), expected)
-                assert torch.equal(classifier(features), adapted)
-
-
-class TestTextPrompt:
-    @pytest.mark.parametrize("name", towers.WITH_TEXT)
-    def test_is_the_scaled_cosine_of_the_library(self, name):
-        classifier, original = made(TextPrompt, {}, name=name), towers.original(name)
-        backbone = classifier.backbone
-        images = towers.images(backbone)
-        tokens = backbone.tokenize([f"a photo of a {n}." for n in NAMES[:4]])
-        with torch.no_grad():
-            image = unit(original.encode_image((images - backbone.mean) / backbone.std))
-            expected = original.logit_scale.exp() * image @ unit(original.encode_text(tokens)).T
-            assert towers.relative(classifier(backbone.encode_image(images)), expected) <= 1e-5
-
-    def test_an_ensemble_is_the_mean_of_normalised_features(self):
-        templates = ("a photo of a {}.", "{} in the rain", "a small drawing of the old {}, a kind of thing.")
-        classifier = made(TextPrompt, {}, Task(NAMES[:4], templates))
-        original, features = towers.original("clip"), features_of(classifier)
-        with torch.no_grad():
-            each = [
-                unit(original.encode_text(classifier.backbone.tokenize([t.format(n) for n in NAMES[:4]])))
-                for t in templates
-            ]
-            expected = original.logit_scale.exp() * unit(features) @ unit(sum(each) / 3).T
-            assert towers.relative(classifier(features), expected) <= 1e-5
-            assert towers.relative(made(TextPrompt, {})(features), expected) > 1e-3
-
-    def test_own_templates_come_first(self):
-        task = Task(NAMES[:4], ("a photo of a {}.",))
-        given = made(TextPrompt, {"templates": ["{} in the rain"]}, task)
-        expected = made(TextPrompt, {}, Task(NAMES[:4], ("{} in the rain",)))
-        features = features_of(given)
-        assert torch.equal(given(features), expected(features))
-
-    @pytest.mark.parametrize("kind", [TextPrompt, PromptSRC])
-    @pytest.mark.parametrize("empty", [[], ""])
-    def test_no_sentence_at_all_is_refused(self, kind, empty):
-        with pytest.raises(UserError, match="templates: "):
-            made(kind, {"templates": empty})
-
-    def test_a_class_name_that_does_not_fit(self):
-        with pytest.raises(UserError, match="tokens"):
-            made(TextPrompt, {}, Task(("cat", " ".join(["dog"] * 80))))
-
-
-class TestNearestClassMean:
-    def test_agrees_with_nearest_centroid_on_separate_classes(self):
-        given = NearestClassMean(towers.backbone(), Task(NAMES[:5]))
-        centres = 3 * torch.randn(5, 24)
-        label = torch.arange(5).repeat_interleave(8)
-        features = centres[label] + torch.randn(40, 24)
-        given.fit(Shots(features[None], label), None)
-        reference = NearestCentroid().fit(unit(features).numpy(), label.numpy())
-        queries = centres.repeat(20, 1) + torch.randn(100, 24)
-        assert given(queries).argmax(-1).tolist() == reference.predict(unit(queries).numpy()).tolist()
-        torch.testing.assert_close(given.means, unit(torch.tensor(reference.centroids_)).float())
-
-    def test_agrees_with_nearest_centroid_of_unit_length_everywhere(self):
-        given = NearestClassMean(towers.backbone(), Task(NAMES))
-        label = torch.tensor([*range(10), *range(10), 3, 3, 7])
-        features = torch.randn(len(label), 24) * torch.rand(len(label), 1) * 9
-        given.fit(Shots(features[None], label), None)
-        means = torch.stack([unit(features)[label == c].mean(0) for c in range(10)])
-        reference = NearestCentroid().fit(unit(means).numpy(), range(10))
-        queries = torch.randn(200, 24)
-        assert given(queries).argmax(-1).tolist() == reference.predict(unit(queries).numpy()).tolist()
-        torch.testing.assert_close(given(queries), 20 * unit(queries) @ unit(means).T, rtol=1e-5, atol=1e-5)
-
-    def test_scale_and_state(self):
-        given, label = NearestClassMean(towers.backbone(), TASK, scale=5.0), torch.arange(4)
-        features = torch.randn(4, 24)
-        given.fit(Shots(features[None], label), None)
-        torch.testing.assert_close(given(features).diagonal(), torch.full((4,), 5.0))
-        assert "means" in given.state_dict()
-        assert closed_form(given)
-        assert not [p for p in given.parameters() if p.requires_grad]
-
-    def test_trainable_means_start_where_the_closed_form_ends(self):
-        features, label = torch.randn(12, 24), torch.arange(4).repeat(3)
-        fixed, head = (NearestClassMean(towers.backbone(), TASK, trainable=t) for t in (False, True))
-        for given in (fixed, head):
-            given.fit(Shots(features[None], label), None)
-        assert torch.equal(fixed.means, head.means)
-        assert torch.equal(fixed(features), head(features))
-        assert not closed_form(head)
-        assert [p for p in head.parameters() if p.requires_grad] == [head.means]
-        head.losses(features, label)["cross_entropy"].backward()
-        torch.optim.SGD([head.means], lr=1.0).step()
-        assert head.losses(features, label)["cross_entropy"] < fixed.losses(features, label)["cross_entropy"]
-
-
-class TestLinearProbe:
-    @pytest.mark.parametrize("normalize", [True, False])
-    def test_one_step_equals_the_formula(self, normalize):
-        given = LinearProbe(towers.backbone(), TASK, normalize=normalize)
-        features, label = torch.randn(5, 24) * 3, torch.tensor([0, 3, 1, 1, 2])
-        assert given(features).abs().max() == 0
-        with torch.no_grad():
-            given.head.weight.normal_()
-            given.head.bias.normal_()
-        weight, bias = given.head.weight.detach().double().clone(), given.head.bias.detach().double().clone()
-        sum(given.losses(features, label).values()).backward()
-        torch.optim.SGD(given.head.parameters(), lr=0.5).step()
-        x = (unit(features) * 24**0.5 if normalize else features).double()
-        z = x @ weight.T + bias
-        residual = (z.softmax(-1) - F.one_hot(label, 4)) / 5
-        torch.testing.assert_close(given.head.weight.double(), weight - 0.5 * residual.T @ x, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(given.head.bias.double(), bias - 0.5 * residual.sum(0), rtol=1e-5, atol=1e-5)

@@ -8,23 +8,12 @@ from sklearn.metrics import balanced_accuracy_score, f1_score
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from kshot.adapters import FullTuning, LoRA
-from kshot.backbones import OpenClip
 from kshot.callbacks import Fitting, Merged, WeightAverage
-from kshot.classifiers import CoOp, LinearProbe, TextPrompt
+from kshot.classifiers import CoOp, LinearProbe
 from kshot.data import FewShotDataModule
 from kshot.evaluate import Evaluation, Meter
 from kshot.run import build, evaluate, make_trainer
 from kshot.slots import projections_of
-
-
-@pytest.fixture(scope="module")
-def backbone() -> OpenClip:
-    return OpenClip("kshot:glyph_clip")
-
-
-@pytest.fixture(scope="module")
-def data() -> FewShotDataModule:
-    return FewShotDataModule("digits", shots=2)
 
 
 class TestMeter:
@@ -59,6 +48,13 @@ class TestMeter:
         assert "zero_shot_acc" not in meter.results()[0]
 
 
+@pytest.fixture(scope="module")
+def frozen(backbone) -> dict[str, float]:
+    """Figures of the untouched backbone on 128 test scans."""
+    data = FewShotDataModule("digits", shots=2)
+    return evaluate(build(backbone, data), data, make_trainer(limit_test_batches=1)).sets["test"]
+
+
 def disturbed(module, amount: float = 0.5):
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -77,14 +73,13 @@ def disturbed(module, amount: float = 0.5):
     ],
     ids=["image", "text", "full", "CoOp"],
 )
-def test_the_zero_shot_row_is_that_of_the_untouched_backbone(backbone, data, settings):
-    frozen = evaluate(build(backbone, data, classifier=TextPrompt), data, make_trainer())
-    assert frozen.sets["test"]["acc"] == frozen.sets["test"]["zero_shot_acc"] > 0.7
+def test_the_zero_shot_row_is_that_of_the_untouched_backbone(backbone, data, frozen, settings):
+    assert frozen["acc"] == frozen["zero_shot_acc"] > 0.65
     module = disturbed(build(backbone, data, **settings))
-    tested = evaluate(module, data, make_trainer())
-    assert tested.sets["test"]["zero_shot_acc"] == frozen.sets["test"]["zero_shot_acc"]
-    assert tested.sets["test"]["acc"] < 0.7
-    assert tested.counts == {"test": 539}
+    tested = evaluate(module, data, make_trainer(limit_test_batches=1))
+    assert tested.sets["test"]["zero_shot_acc"] == frozen["zero_shot_acc"]
+    assert tested.sets["test"]["acc"] < 0.6
+    assert tested.counts == {"test": 128}
     module.detach()
 
 
@@ -126,8 +121,12 @@ def test_an_error_amid_a_test_set_leaves_nothing_held(backbone, data, monkeypatc
 def test_several_test_sets_are_served_in_turn_and_the_first_again_at_the_end(backbone):
     data = FewShotDataModule("digits", shots=2, protocol="base-to-new")
     module = build(backbone, data, classifier=partial(CoOp, context_length=2))
-    tested = evaluate(module, data, make_trainer())
+    trainer = make_trainer()
+    tested = evaluate(module, data, trainer)
     assert list(tested.sets) == ["base", "new"]
+    for logged, name in (("test/acc", "base"), ("test/zero_shot_acc", "base"), ("test/new/acc", "new")):
+        figure = logged.rpartition("/")[2]
+        assert trainer.callback_metrics[logged] == pytest.approx(tested.sets[name][figure]), logged
     assert sum(tested.counts.values()) == 539
     assert [len(accuracies) for accuracies in tested.per_class.values()] == [5, 5]
     assert module.classifier.task.class_names == ("zero", "one", "two", "three", "four")

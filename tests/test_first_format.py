@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command_line import refused
 from PIL import Image
 from sklearn.datasets import load_digits
-from test_cli import refused
 
 from kshot.cli import main
 

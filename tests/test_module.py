@@ -3,15 +3,18 @@
 import copy
 import pickle
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 import towers
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from kshot.adapters import DoRA, FullTuning, HydraLoRA, LoRA, PiSSA
+from kshot.adapters import AdaLoRA, DoRA, FullTuning, HydraLoRA, LoRA, PiSSA
 from kshot.checkpoint import packed, round_trip, unpacked
 from kshot.classifiers import VPT, CoOp, DePT, KgCoOp, LinearProbe, NearestClassMean, PromptSRC, TextPrompt
+from kshot.data import Batch
 from kshot.errors import UserError
 from kshot.module import FewShotModule
 from kshot.optim import make_optimizer
@@ -140,6 +143,51 @@ CASES = {
 }
 
 
+def batch_of(module) -> Batch:
+    label = torch.tensor([0, 3, 1])
+    return Batch(towers.images(module.backbone, 3), label, torch.arange(3))
+
+
+def test_the_penalty_of_the_adapter_is_a_term_of_the_loss():
+    """AdaLoRA's, γ/(2L) Σ ‖A Aᵀ − I‖ + ‖Bᵀ B − I‖, beside the classifier's cross-entropy."""
+    module = module_of(adapter=AdaLoRA(initial_rank=3, target_rank=2, orthogonality=0.3), targets=["image.0.[qk]"])
+    with torch.no_grad():
+        for parameter in module.trained().values():
+            parameter.add_(0.1)
+    batch, eye = batch_of(module), torch.eye(3)
+    factors = [rows for layer in module.layers.values() for rows in (layer.A, layer.B.T)]
+    penalty = 0.3 / 4 * sum((rows @ rows.T - eye).norm() for rows in factors)
+    entropy = F.cross_entropy(module(batch.image), batch.label)
+    terms = module.losses(batch)
+    assert len(terms) == 2
+    torch.testing.assert_close(terms["penalty"], penalty)
+    torch.testing.assert_close(module.loss_of(batch), entropy + penalty)
+
+
+@pytest.mark.parametrize(
+    ("precision", "clip", "fused"), [("16-mixed", 1.0, None), ("16-mixed", None, True), ("32-true", 1.0, True)]
+)
+def test_gradients_that_are_clipped_are_unscaled_before_the_step(precision, clip, fused):
+    """Which a fused optimizer does in the step: too late for clipping."""
+    module = module_of(adapter=LoRA(rank=1), targets=["*.q"])
+    module.trainer = SimpleNamespace(gradient_clip_val=clip, precision=precision)
+    assert module.configure_optimizers().defaults["fused"] is fused
+
+
+def test_features_of_the_untouched_backbone_are_constants():
+    """Also where what trains are its own tensors: a teacher takes no gradient."""
+    module = module_of(adapter=FullTuning(), targets=["image.*"])
+    batch = batch_of(module)
+    before = towers.backbone().encode_image(batch.image).detach()
+    with torch.no_grad():
+        for parameter in module.trained().values():
+            parameter.add_(0.1)
+    given = module.frozen_features_of(batch)
+    assert torch.equal(given, before)
+    assert not given.requires_grad
+    assert not torch.equal(module.features_of(batch), before)
+
+
 class TestExplicitState:
     @pytest.mark.parametrize("case", CASES)
     def test_the_next_forward_pass_sees_every_write(self, case):
@@ -167,8 +215,14 @@ class TestExplicitState:
             assert torch.equal(module(towers.images(module.backbone)), written)
 
     def test_a_module_built_under_inference_mode_trains(self):
+        def head(backbone, task):
+            probe = LinearProbe(backbone, task)
+            probe.scale = torch.nn.Parameter(torch.ones(()))  # by a class of the user's, which knows of no mode
+            probe.register_forward_hook(lambda own, given, logits: own.scale * logits)
+            return probe
+
         with torch.inference_mode():
-            module = FewShotModule(towers.build("clip"), TextPrompt, NAMES, adapter=LoRA(rank=1), targets=["*.q"])
+            module = FewShotModule(towers.build("clip"), head, NAMES, adapter=LoRA(rank=1), targets=["image.*.q"])
         module.train()
         module(towers.images(module.backbone)).sum().backward()
         assert all(p.grad is not None for p in module.trained().values())
@@ -193,6 +247,7 @@ class TestStates:
     def test_the_small_state_is_what_trains_alone(self):
         module = module_of(HEADS["DePT-PromptSRC"], adapter=LoRA(rank=1), targets=["image.0.q"])
         assert set(module.tuned_state()) == set(module.trained())
+        assert not any(tensor.requires_grad for tensor in module.tuned_state().values())
         assert sum(".adapters." in name for name in module.trained()) == 2
 
     def test_what_is_packed_comes_back(self):

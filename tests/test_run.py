@@ -2,8 +2,6 @@
 
 import copy
 import json
-import os
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -11,13 +9,17 @@ from pathlib import Path
 import many_runs
 import pytest
 import torch
+from lightning.pytorch import Callback
+from processes import finished
 
 from kshot.adapters import AutoLoRA, FullTuning, LoRA
 from kshot.backbones import OpenClip
-from kshot.classifiers import CoOp, LinearProbe, NearestClassMean, TextPrompt
-from kshot.data import FewShotDataModule
+from kshot.callbacks import ResumeFile
+from kshot.classifiers import CLIPAdapter, CoOp, LinearProbe, NearestClassMean, TextPrompt
+from kshot.data import CropFlip, FewShotDataModule
 from kshot.errors import UserError
 from kshot.features import FeatureStore
+from kshot.prepare import try_step
 from kshot.run import build, evaluate, fit, make_trainer
 
 
@@ -25,11 +27,7 @@ from kshot.run import build, evaluate, fit, make_trainer
 def runs() -> dict:
     """Every method, alone and after all others, by a process that keeps to one thread."""
     script = Path(many_runs.__file__)
-    done = subprocess.run(
-        [sys.executable, script], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout)
+    return json.loads(finished([sys.executable, str(script)], timeout=480).stdout)
 
 
 @pytest.mark.xdist_group("many_runs")
@@ -39,16 +37,6 @@ def test_a_run_after_others_equals_one_in_a_fresh_process(method, runs):
     assert shared.pop("untouched"), "detach gave another backbone back"
     assert fresh["tensors"] > 0 or method == "TextPrompt"
     assert shared == fresh
-
-
-@pytest.fixture(scope="module")
-def backbone() -> OpenClip:
-    return OpenClip("kshot:glyph_clip")
-
-
-@pytest.fixture(scope="module")
-def data() -> FewShotDataModule:
-    return FewShotDataModule("digits", shots=2)
 
 
 def test_images_are_decoded_and_encoded_once_for_many_runs(backbone, data, monkeypatch):
@@ -121,4 +109,90 @@ def test_the_same_after_a_refused_run(backbone, data):
     module = build(backbone, data, adapter=LoRA(rank=1), targets=["image.0.q"])
     fit(module, data, make_trainer(max_epochs=1, limit_val_batches=0))
     assert module.classifier.held is None
+    module.detach()
+
+
+@pytest.mark.parametrize(
+    ("options", "steps", "each"),
+    [
+        ({"max_epochs": 2}, 8, 4),
+        ({"max_epochs": 2, "accumulate_grad_batches": 3}, 4, 2),  # of 3 batches and of the last one
+        ({"max_epochs": -1, "max_steps": 6}, 6, 4),
+    ],
+)
+def test_a_schedule_is_planned_and_stepped_in_optimizer_steps(backbone, data, options, steps, each):
+    told, rates = [], []
+
+    def schedule(optimizer, total_steps, steps_per_epoch):
+        told.append((total_steps, steps_per_epoch))
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+
+    class Rates(Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            rates.append(optimizer.param_groups[0]["lr"])
+
+    data.batch_size = 5
+    sgd = partial(torch.optim.SGD, lr=1.0)
+    module = build(backbone, data, classifier=LinearProbe, optimizer=sgd, schedule=schedule)
+    fit(module, data, make_trainer(limit_val_batches=0, callbacks=[Rates()], **options))
+    assert told[-1] == (steps, each)
+    assert rates == [1 / (1 + step) for step in range(steps)]
+
+
+def test_a_file_says_which_images_it_was_trained_on(backbone, data, tmp_path):
+    keep = ResumeFile(0.0)
+    keep.folder = tmp_path
+    module = build(backbone, data, classifier=LinearProbe)
+    fit(module, data, make_trainer(max_epochs=1, limit_val_batches=0, callbacks=[keep]))
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["kshot"]
+    assert saved["split"] == module.header()["split"] == data.split_info()
+
+
+def test_a_store_tells_images_and_precisions_apart(backbone, monkeypatch):
+    encoded, encode, counts = [], OpenClip.encode_normalised, []
+    monkeypatch.setattr(OpenClip, "encode_normalised", lambda self, x: encoded.append(len(x)) or encode(self, x))
+    store = FeatureStore(backbone)
+    for seed, precision in ((1, "32-true"), (2, "32-true"), (1, "bf16-mixed"), (1, "32-true")):
+        data = FewShotDataModule("digits", shots=2, split_seed=seed)
+        trainer = make_trainer(max_epochs=1, limit_val_batches=0, precision=precision)
+        fit(build(backbone, data, classifier=LinearProbe), data, trainer, store=store)
+        counts.append(sum(encoded))
+        encoded.clear()
+    assert counts == [20 + 2, 20 + 2, 20 + 2, 2]  # and the trial step
+
+
+def test_a_closed_form_sees_every_view_of_the_shots_and_the_validation_shots(backbone, monkeypatch):
+    data = FewShotDataModule("digits", shots=2, augment=CropFlip(flip=0.0), views=3)
+    seen, start = [], NearestClassMean.fit
+    monkeypatch.setattr(NearestClassMean, "fit", lambda self, *shots: seen.extend(shots) or start(self, *shots))
+    fit(build(backbone, data, classifier=NearestClassMean), data, make_trainer(max_epochs=1))
+    assert [tuple(shots.features.shape) for shots in seen] == [(3, 20, 128), (1, 20, 128)]
+    drawn = (data.draw.train, data.draw.val)
+    assert [shots.label.tolist() for shots in seen] == [[row.label for row in rows] for rows in drawn]
+    view = torch.cat([batch.image for batch in data.eval_order_dataloader("train", 2)])
+    with torch.no_grad():
+        torch.testing.assert_close(seen[0].features[2], backbone.encode_image(view))
+
+
+def test_what_is_chosen_after_training_is_chosen_by_what_was_trained(backbone, data, monkeypatch):
+    seen = []
+    monkeypatch.setattr(CLIPAdapter, "select", lambda self, val: seen.append(val))
+    head, sgd = partial(CLIPAdapter, ratio=[0.2, 0.6]), partial(torch.optim.SGD, lr=1.0)
+    module = build(backbone, data, classifier=head, adapter=LoRA(rank=1), targets=["image.5.*"], optimizer=sgd)
+    fit(module, data, make_trainer(max_epochs=3, limit_val_batches=0))
+    (val,) = seen
+    image = torch.cat([batch.image for batch in data.eval_order_dataloader("val")])
+    with torch.no_grad():
+        torch.testing.assert_close(val.features[0], module.eval().encode_image(image), rtol=1e-4, atol=1e-4)
+    assert val.label.tolist() == [row.label for row in data.draw.val]
+    frozen = module.detach().encode_image(image)
+    assert (val.features[0] - frozen).abs().max() > 1e-2
+
+
+def test_the_trial_step_leaves_nothing_behind(backbone, data):
+    module = build(backbone, data, adapter=LoRA(rank=1, dropout=0.5), targets=["image.5.q"])
+    state = torch.get_rng_state()
+    try_step(module, make_trainer(max_epochs=1), 4)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(p.grad is None for p in module.parameters())
     module.detach()

@@ -2,13 +2,13 @@
 
 import os
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import several_devices
 import torch
+from processes import finished
 
 from kshot.adapters import AutoLoRA
 from kshot.backbones import OpenClip
@@ -30,18 +30,11 @@ def torchrun(*command: object) -> list[str]:
     return [*start, *map(str, command)]
 
 
-def ran(command: list[str], **options) -> subprocess.CompletedProcess:
-    env = ALONE | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=240, **options)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done
-
-
 @pytest.fixture(scope="module")
 def both(tmp_path_factory) -> tuple[dict, dict]:
     folder = tmp_path_factory.mktemp("devices")
-    ran([sys.executable, str(SCRIPT), str(folder / "one.pt")])
-    ran(torchrun(SCRIPT, folder / "two.pt"))
+    finished([sys.executable, str(SCRIPT), str(folder / "one.pt")], env=ALONE)
+    finished(torchrun(SCRIPT, folder / "two.pt"), env=ALONE)
     return torch.load(folder / "one.pt"), torch.load(folder / "two.pt")
 
 

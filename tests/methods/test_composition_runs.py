@@ -26,7 +26,6 @@ CASES = {
         f"--config methods/maple.yaml {LORA} --model.targets ['*.q','*.v']",
         {"classifier.context", "classifier.project.0.weight"},
     ),
-    "CoOp + LoRA": (f"--config methods/coop.yaml {LORA} --model.targets ['text.*']", {"classifier.context"}),
     "PromptSRC + AdaLoRA": (
         "--config methods/promptsrc.yaml --model.classifier.average_mean 1 --model.targets ['*.q','*.v'] "
         "--model.adapter AdaLoRA --model.adapter.initial_rank 3 --model.adapter.target_rank 2 "

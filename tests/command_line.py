@@ -1,0 +1,62 @@
+"""Tests go through the command line in their own process: short runs, refusals, images to predict."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from kshot.cli import main
+from kshot.files import packaged_folder
+
+ROOT = Path(__file__).parents[1]
+TINY_VIT = ["--model.backbone", "Timm", "--model.backbone.model", "test_vit", "--model.backbone.weights", "random"]
+FOLDER = packaged_folder("configs")
+CONFIGS = sorted(p.relative_to(FOLDER).as_posix() for p in FOLDER.rglob("*.yaml"))
+METHODS = [name for name in CONFIGS if name.startswith("methods/")]
+EXPERIMENTS = [name for name in CONFIGS if not name.startswith("methods/")]
+QUICK = ["--trainer.max_epochs", "2", "--trainer.enable_progress_bar", "false", "--data.shots", "2"]
+QUICK += ["--data.views", "2"]  # recorded crops of the ten
+QUICK += ["--data.eval_batch_size", "64", "--trainer.limit_test_batches", "1"]  # of the 539 test scans
+WHOLE = ["--trainer.limit_test_batches", "1.0"]
+UNTESTED = ["--run.test", "false"]
+FIT = ["fit", "--config", "clip_16shot.yaml"]
+
+
+def fit(root: Path, *options: str) -> Path:
+    """Runs a short fit of the default config and returns its directory."""
+    before = set(root.glob("*/*"))
+    main(["fit", "--config", "clip_16shot.yaml", *QUICK, "--run.root", str(root), *options])
+    (new,) = set(root.glob("*/*")) - before
+    return new
+
+
+def refused(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
+    """Runs a command line that must fail with exit code 2, and returns its one line."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_code:
+        main(arguments)
+    assert exit_code.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+def photos(folder: Path, count: int = 5) -> Path:
+    generator = torch.Generator().manual_seed(0)
+    for i in range(count):
+        pixels = torch.randint(0, 256, (40 + i, 48, 3), dtype=torch.uint8, generator=generator)
+        path = folder / f"sub{i % 2}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.numpy()).save(path)
+    return folder
+
+
+def run_test(directory: Path, root: Path) -> dict:
+    """Measures a finished run's small file in a run of its own."""
+    config, weights = str(directory / "config.yaml"), str(directory / "tuned.safetensors")
+    main(["test", "--config", config, "--ckpt_path", weights, "--run.root", str(root)])
+    (tested,) = root.glob("*/*")
+    return json.loads((tested / "result.json").read_text())
