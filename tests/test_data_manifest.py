@@ -9,17 +9,23 @@ import pytest
 from data_fixtures import split_of
 
 from kshot.data.catalogue import load_split
-from kshot.data.manifest import first_changed, manifest_bytes, manifest_images, read_manifest, with_images
+from kshot.data.manifest import (
+    first_changed,
+    manifest_bytes,
+    manifest_images,
+    read_manifest,
+    with_images,
+    write_manifest,
+)
 from kshot.data.sampling import SAMPLERS, draw, draw_digest
 from kshot.data.splits import Row
 from kshot.errors import UserError
-from kshot.files import write_atomically
 
 
-def write_manifest(path, split, drawn):
+def write(path, split, drawn):
     """As FewShotDataModule does, whose test is in test_data_datamodule.py."""
     content = manifest_bytes(split, drawn)
-    write_atomically(path, lambda file: file.write_bytes(content))
+    write_atomically(path, lambda file: write_manifest(file, content))
 
 
 @pytest.mark.parametrize(
@@ -49,7 +55,8 @@ def split():
 )
 def test_round_trip(tmp_path, split, shots, sampler):
     drawn = draw(split, shots, 5, sampler)
-    write_manifest(tmp_path / "new" / "m.json", split, drawn)
+    (tmp_path / "new").mkdir()
+    write(tmp_path / "new" / "m.json", split, drawn)
     data = json.loads((tmp_path / "new" / "m.json").read_text())
     assert data["protocol"] == sampler
     assert data["sampler"]["order"] == (["val", "train"] if sampler == "cliplora" else ["train", "val"])
@@ -62,7 +69,7 @@ def test_round_trip(tmp_path, split, shots, sampler):
 def test_array_rows_are_numbers(tmp_path):
     split, _ = load_split("digits")
     drawn = draw(split, 2)
-    write_manifest(tmp_path / "m.json", split, drawn)
+    write(tmp_path / "m.json", split, drawn)
     data = json.loads((tmp_path / "m.json").read_text())
     assert data["item_kind"] == "index"
     assert type(data["train"][0][0]) is int
@@ -82,21 +89,32 @@ class TestImages:
         assert data.pop("images") == self.DIGESTS
         assert data == json.loads(plain)
         assert content.startswith(plain[:-3])
-        (tmp_path / "m.json").write_bytes(content)
+        write_manifest(tmp_path / "m.json", content)
         assert manifest_images(tmp_path / "m.json") == self.DIGESTS
         assert read_manifest(tmp_path / "m.json", split) == drawn
 
     def test_older_ones_have_none(self, tmp_path, split):
-        write_manifest(tmp_path / "m.json", split, draw(split, 2))
+        write(tmp_path / "m.json", split, draw(split, 2))
         assert manifest_images(tmp_path / "m.json") == {}
 
     @pytest.mark.parametrize("images", [[], {"a": 1}, None, "x"])
     def test_others_are_refused(self, tmp_path, split, images):
         data = json.loads(manifest_bytes(split, draw(split, 2))) | {"images": images}
-        (tmp_path / "m.json").write_text(json.dumps(data))
+        write_manifest(tmp_path / "m.json", json.dumps(data, indent=1).encode() + b"\n")
         with pytest.raises(UserError, match="'images' must be digests by path") as error:
             manifest_images(tmp_path / "m.json")
         assert "\n" not in str(error.value)
+
+    def test_a_bit_that_has_changed(self, tmp_path, split):
+        path = tmp_path / "m.json"
+        write_manifest(path, with_images(manifest_bytes(split, draw(split, 2)), self.DIGESTS))
+        whole = path.read_bytes()
+        read_manifest(path, split)
+        for place in range(len(whole)):
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+            with pytest.raises(UserError) as error:
+                read_manifest(path, split)
+            assert "\n" not in str(error.value)
 
     def test_the_first_that_changed(self):
         now = {"a": "1", "b": "2", "c": "3"}
@@ -108,21 +126,22 @@ class TestImages:
 
 def test_no_validation_images(tmp_path):
     split = split_of({0: 3})
-    write_manifest(tmp_path / "m.json", split, draw(split, 1))
-    assert (tmp_path / "m.json").read_text().endswith('\n "val": [\n ]\n}\n')
+    write(tmp_path / "m.json", split, draw(split, 1))
+    assert (tmp_path / "m.json").read_text().count('\n "val": [\n ],\n "seal": ') == 1
     assert read_manifest(tmp_path / "m.json", split).val == ()
 
 
 class TestRefusal:
     @pytest.fixture
     def path(self, tmp_path, split):
-        write_manifest(tmp_path / "m.json", split, draw(split, 2))
+        write(tmp_path / "m.json", split, draw(split, 2))
         return tmp_path / "m.json"
 
     def edit(self, path, change):
         data = json.loads(path.read_text())
         change(data)
-        path.write_text(json.dumps(data))
+        del data["seal"]
+        write_manifest(path, json.dumps(data, indent=1).encode() + b"\n")
 
     def test_rows_out_of_order(self, path, split):
         self.edit(path, lambda data: data["train"].reverse())
@@ -162,6 +181,11 @@ class TestRefusal:
             read_manifest(path, split)
         assert "\n" not in str(error.value)
 
+    def test_an_edit_by_hand(self, path, split):
+        path.write_text(path.read_text().replace("class 0", "class 1"))
+        with pytest.raises(UserError, match="damaged or edited"):
+            read_manifest(path, split)
+
     @pytest.mark.parametrize("content", ["[]", "{}"])
     def test_other_json(self, tmp_path, split, content):
         (tmp_path / "x.json").write_text(content)
@@ -178,7 +202,7 @@ class TestRefusal:
     def test_cannot_write(self, tmp_path, split):
         (tmp_path / "file").write_text("")
         with pytest.raises(UserError, match=r"Could not write .*m\.json") as error:
-            write_manifest(tmp_path / "file" / "m.json", split, draw(split, 1))
+            write(tmp_path / "file" / "m.json", split, draw(split, 1))
         assert "\n" not in str(error.value)
 
 
@@ -188,7 +212,7 @@ class TestRefusal:
 )
 def test_a_broken_write_leaves_the_old_file(tmp_path, split, monkeypatch, error, raised):
     path = tmp_path / "m.json"
-    write_manifest(path, split, draw(split, 1))
+    write(path, split, draw(split, 1))
     before = path.read_bytes()
 
     def stop(file, content):
@@ -198,7 +222,7 @@ def test_a_broken_write_leaves_the_old_file(tmp_path, split, monkeypatch, error,
 
     monkeypatch.setattr(Path, "write_bytes", stop)
     with pytest.raises(raised) as stopped:
-        write_manifest(path, split, draw(split, 2))
+        write(path, split, draw(split, 2))
     assert "\n" not in str(stopped.value)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import QUICK, fit, refused
 from safetensors.torch import load_file
-from test_cli import QUICK, fit, refused
 
 from kshot.cli import FAULT, main
 from kshot.metrics import MetricsFile

@@ -9,7 +9,7 @@ import pytest
 import kshot.files
 from kshot import files as module
 from kshot.errors import UserError
-from kshot.files import cache_folder, packaged_folder, write_atomically
+from kshot.files import cache_folder, make_folder, packaged_folder, write_atomically
 
 
 def files(folder: Path) -> list[str]:
@@ -24,8 +24,13 @@ def one_line(error) -> str:
 
 
 class TestAtomicWrite:
-    def test_writes_and_makes_folders(self, tmp_path):
+    def test_writes_where_there_is_a_folder(self, tmp_path):
         path = tmp_path / "a" / "b" / "last.ckpt"
+        with pytest.raises(UserError, match="Could not write"):
+            write_atomically(path, lambda file: file.write_bytes(b"new"))
+        assert not (tmp_path / "a").exists(), "whoever took it away does not get it back"
+        make_folder(path.parent)
+        make_folder(path.parent)
         write_atomically(path, lambda file: file.write_bytes(b"new"))
         assert path.read_bytes() == b"new"
         write_atomically(path, lambda file: file.write_bytes(b"newer"))

@@ -271,14 +271,27 @@ class TestCache:
         check(svd_of(weight), weight)
 
     def test_a_full_disk(self, cache, monkeypatch):
-        def full(tensors, file):
+        def full(tensors, file, metadata=None):
             Path(file).write_bytes(b"half")
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(module, "save_file", full)
+        monkeypatch.setattr(module, "save_sealed", full)
         weight = torch.randn(BIG)
         check(svd_of(weight), weight)
         assert list(cache.iterdir()) == []
+
+    def test_a_bit_that_has_changed_costs_a_decomposition(self, cache, counted):
+        weight = torch.randn(BIG)
+        first = svd_of(weight)
+        (file,) = cache.iterdir()
+        whole = file.read_bytes()
+        for place in (9, len(whole) // 2, len(whole) - 1):
+            file.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+            forget()
+            again = svd_of(weight)
+            assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+            assert file.read_bytes() == whole, "it is written anew"
+        assert len(counted) == 4
 
     def test_no_home(self, monkeypatch):
         def homeless():

@@ -14,20 +14,18 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Trainer
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kshot.classifiers import Classifier, PromptSRC
 from kshot.errors import UserError, first_line
 from kshot.files import write_atomically
 from kshot.header import FORMAT, check_fits, check_same_run, header_of
-from kshot.sealing import BLANK, add_zip_comment, check_seal, seal
+from kshot.sealing import add_zip_comment, check_seal, save_sealed, seal
 from kshot.slots import AdapterLayer
 
 HEADER = "kshot"  # key of the checkpoint's description, in both kinds of file
 TRAINING = "kshot_training"  # key of what only a resumed run needs
 FIRST_SEALED = 3  # format from which every file carries a digest
-SEAL = "kshot_seal"  # key of the digest in a safetensors file
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
@@ -77,12 +75,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str
     """Writes a safetensors file with its description, and its digest, in the header."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     told = json.dumps({**header, "dtypes": dtypes_of(tensors)})
-
-    def write(file: Path) -> None:
-        save_file(contiguous, file, metadata={HEADER: told, SEAL: BLANK})
-        seal(file)
-
-    write_atomically(path, write)
+    write_atomically(path, lambda file: save_sealed(contiguous, file, {HEADER: told}))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

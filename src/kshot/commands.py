@@ -23,10 +23,11 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from kshot import __version__, record
 from kshot.callbacks import Progress, ResumeFile
-from kshot.checkpoint import HEADER, AtomicCheckpoints, check_resumable, packed, write_tensors
+from kshot.checkpoint import HEADER, AtomicCheckpoints, packed, write_tensors
 from kshot.config import CommandLine, Tree, read_command_line
 from kshot.data.datamodule import FewShotDataModule
 from kshot.errors import UserError, first_line
+from kshot.files import make_folder
 from kshot.foreign import released_tensors
 from kshot.header import header_of
 from kshot.module import FewShotModule
@@ -191,7 +192,7 @@ class FewShotCLI(LightningCLI):
         text = self.parser.dump(self.config, skip_none=False, skip_validation=True)
         record.write_text(self.directory / "config.yaml", text)
         self.resume_file.folder = self.directory / RESUME_FROM[0]
-        self.resume_file.folder.mkdir(exist_ok=True)
+        make_folder(self.resume_file.folder, parents=False)
         self.resume_file.metrics.file = self.directory / "metrics.csv"
         self.trainer.loggers = [*self.trainer.loggers, self.resume_file.metrics, *record.loggers(self.directory)]
         if self.line.command != "predict":
@@ -220,16 +221,16 @@ class FewShotCLI(LightningCLI):
                     "runs/NAME/001/tuned.safetensors, or a method that trains nothing: --config methods/zero_shot.yaml."
                 )
             return None
-        checkpoint = AtomicCheckpoints().load_checkpoint(path)
-        if command == "fit":
-            check_resumable(checkpoint, path, self.model, self.trainer)
-        self.model.on_load_checkpoint(checkpoint)
+        if command != "fit":  # which looks at it itself
+            self.model.on_load_checkpoint(AtomicCheckpoints().load_checkpoint(path))
         return str(path)
 
     # -------------------------------------------------------------------------------------------- the commands
 
     def run_fit(self) -> None:
         """Trains, saves what was learnt, tests it and reports."""
+        if self.options.test:
+            self.datamodule.check_test_files()
         path, clock, run = self.check_checkpoint(), time.time(), (self.model, self.datamodule, self.trainer)
         fit(*run, ckpt_path=path, on_prepared=self.open_directory, finishing=False)
         self.seconds["fit"] = time.time() - clock
@@ -295,6 +296,7 @@ class FewShotCLI(LightningCLI):
         flat: Any = self.trainer.predict(self.model, datamodule=data, ckpt_path=path) or []
         if self.directory is not None:
             file, top_k = Path(out or self.directory / "predictions.csv"), self.config["top_k"]
+            make_folder(file.parent)
             record.write_predictions(file, data.predict_paths, flat, data.class_names, top_k)
             print(f"{len(data.predict_paths)} images labelled: {file}")
 
@@ -309,6 +311,7 @@ class FewShotCLI(LightningCLI):
         if out.exists():
             raise UserError(f"{out} exists already: choose another --out.")
         tensors, origin = released_tensors(Path(file), model)
+        make_folder(out.parent)
         header = header_of(model) | {"imported": origin}  # of which shots, no file says
         model.on_load_checkpoint({"state_dict": dict(tensors), HEADER: header})
         write_tensors(out, tensors, header)

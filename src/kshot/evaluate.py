@@ -93,7 +93,7 @@ class Evaluation(Callback):
         task = pl_module.classifier.task
         self.test_sets = [TestSet("test", *vars(task).values())] if data is None else list(data.test_sets)
         if data is not None:
-            self.sizes, self.left_out = data.test_sizes(), data.skipped
+            self.sizes, self.left_out = data.test_sizes(), data.left_out()
         self.trained_on = task
 
     def on_test_batch_start(

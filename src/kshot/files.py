@@ -17,14 +17,13 @@ MOST_BYTES = 2**26  # of a list of images; that of ImageNet's 1.3 million has as
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes beside a file and renames, so that the file is either the old one or the new one; makes its folders.
+    """Writes beside a file and renames, so that the file is either the old one or the new one.
 
-    ``write`` writes all of it to the path that it is given. Raises UserError when the disk refuses; what was there
-    before is untouched then.
+    ``write`` writes all of it to the path that it is given. Raises UserError when the disk refuses, or the folder is
+    gone; what was there before is untouched then.
     """
     beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         write(beside)
         with beside.open("rb+") as file:
             os.fsync(file.fileno())
@@ -38,6 +37,15 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     finally:
         with suppress(OSError):
             beside.unlink(missing_ok=True)
+
+
+def make_folder(path: Path, parents: bool = True) -> Path:
+    """Makes a folder that may be there already, and those that it lies in; raises UserError where that is refused."""
+    try:
+        path.mkdir(parents=parents, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"The folder {path} cannot be made: {(error.strerror or str(error)).lower()}.") from error
+    return path
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
@@ -54,15 +54,15 @@ def new_directory(root: Path, name: str) -> Path:
     parent = root / name
     try:
         parent.mkdir(parents=True, exist_ok=True)
+        number = max((int(p.name) for p in parent.iterdir() if p.name.isdigit()), default=0)
+        while True:
+            number += 1
+            directory = parent / f"{number:03d}"
+            with suppress(FileExistsError):  # another process took it
+                directory.mkdir()
+                return directory
     except OSError as error:
         raise UserError(f"Runs cannot be kept in {parent} ({error}): choose another --run.root.") from error
-    number = max((int(p.name) for p in parent.iterdir() if p.name.isdigit()), default=0)
-    while True:
-        number += 1
-        directory = parent / f"{number:03d}"
-        with suppress(FileExistsError):  # another process took it
-            directory.mkdir()
-            return directory
 
 
 @contextmanager
@@ -77,11 +77,14 @@ def owned(directory: Path) -> Iterator[None]:
     except ModuleNotFoundError:
         yield
         return
-    with (directory / ".lock").open("a") as lock:
+    with ExitStack() as stack:
         try:
+            lock = stack.enter_context((directory / ".lock").open("a"))
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with the process, however that ends
-        except OSError as error:
+        except BlockingIOError as error:
             raise UserError(f"{directory} is being written by another process: wait, or start a new run.") from error
+        except OSError as error:
+            raise UserError(f"The run directory {directory} cannot be written ({error}).") from error
         yield
 
 
@@ -130,7 +133,8 @@ def peak_memory_bytes() -> int | None:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a file of text as it is, line ends included."""
-    write_atomically(path, lambda file: file.write_text(text, encoding="utf-8", newline=""))
+    content = text.encode("utf-8", "surrogateescape")  # names of files need be no UTF-8
+    write_atomically(path, lambda file: file.write_bytes(content))
 
 
 def write_csv(path: Path, rows: Iterable[Sequence[Any]]) -> None:
@@ -236,8 +240,7 @@ def table_rows(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if count < result["test_images"][name]:
             yield "cut short", f"{count} of {result['test_images'][name]} images of {name} (limit_test_batches)"
     for part, count in result["left_out"].items():
-        if count:
-            yield "left out", f"{count} unreadable images of {part}"
+        yield "left out", f"{count} unreadable images of {part}"
     yield "trainable parameters", f"{result['trainable_parameters']:,} of {result['total_parameters']:,}"
     adapter, ranks = result["adapter"] or {}, list((result["ranks"] or {}).values())
     size = [f"{name} {adapter[name]:.4g}" for name in ("alpha", "scale", "lr") if adapter.get(name) is not None]

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from kshot.backbones import Backbone
 from kshot.checkpoint import AtomicCheckpoints, check_resumable, round_trip
 from kshot.data.datamodule import FewShotDataModule
+from kshot.data.manifest import first_changed, manifest_images
 from kshot.errors import UserError
 from kshot.evaluate import Evaluation
 from kshot.features import FeatureStore
@@ -110,11 +111,27 @@ def fit(
         UserError: what does not fit, before the first step; or a loss that is not finite.
     """
     if ckpt_path is not None:
-        check_resumable(AtomicCheckpoints().load_checkpoint(ckpt_path), ckpt_path, module, trainer)
+        check_resume(Path(ckpt_path), module, data, trainer)
     with attached(trainer, store, None if on_prepared is None else Prepared(on_prepared)):
         trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
     if finishing:
         finish(module)
+
+
+def check_resume(path: Path, module: FewShotModule, data: FewShotDataModule, trainer: Trainer) -> None:
+    """Raises UserError for a file that this run cannot go on from; names the image that has changed since it began."""
+    checkpoint = AtomicCheckpoints().load_checkpoint(path)
+    data.setup("fit")  # digests of images are known once they are read
+    module.meet(data)
+    manifest = path.parent.parent / "split.json"
+    changed = first_changed(manifest_images(manifest), data.image_digests) if manifest.is_file() else None
+    if changed is not None:
+        raise UserError(
+            f"{changed} is another image than the run of {path} was trained on: put the one from before back, or start "
+            "a new run."
+        )
+    check_resumable(checkpoint, path, module, trainer)
+    module.on_load_checkpoint(checkpoint)
 
 
 def finish(module: FewShotModule) -> bool:

@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import mmap
+from collections.abc import Mapping
 from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
 
 from kshot.errors import UserError
 
@@ -33,6 +37,12 @@ def seal(file: Path) -> None:
         content[start : start + 64] = digest_of(content, start).encode()
 
 
+def save_sealed(tensors: dict[str, Tensor], file: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Writes contiguous tensors as safetensors, with their digest in the header."""
+    save_file(tensors, file, metadata={**(metadata or {}), "kshot_seal": BLANK})
+    seal(file)
+
+
 def check_seal(file: Path) -> bool:
     """Whether a file carries a digest.
 
@@ -48,7 +58,7 @@ def check_seal(file: Path) -> bool:
                 return False
             same = content[start : start + 64] == digest_of(content, start).encode()
     if not same:
-        raise UserError(f"{file} is damaged: its content is not that of its own digest. Take another copy of it.")
+        raise UserError(f"{file} is damaged or edited: its content is not that of its own digest. Take another copy.")
     return True
 
 

@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import load, save_file
+from safetensors.torch import load
 from torch import Tensor
 
 from kshot.errors import UserError
-from kshot.files import cache_folder, write_atomically
+from kshot.files import cache_folder, make_folder, write_atomically
+from kshot.sealing import check_seal, save_sealed
 
 MEMORY = 1 << 30  # bytes of decompositions kept in memory: twice what all blocks of a ViT-B take
 ON_DISK = 256 * 256  # elements from which a weight is faster read than decomposed
@@ -85,7 +86,8 @@ def _from_disk(key: str, values: Tensor) -> SVD:
     if svd is None:
         svd = _decompose(values)
         with suppress(UserError):  # a folder that cannot be written costs the next process a second
-            write_atomically(file, partial(save_file, svd._asdict()))
+            make_folder(file.parent)
+            write_atomically(file, partial(save_sealed, svd._asdict()))
     return svd
 
 
@@ -99,6 +101,8 @@ def _file_of(key: str, values: Tensor) -> Path | None:
 
 def _read(file: Path, values: Tensor) -> SVD | None:
     try:
+        if not check_seal(file):
+            return None
         svd = SVD(**load(file.read_bytes()))  # not mapped: the file may be cut while the tensors are in use
     except Exception:  # a broken file may raise anything in a reader
         return None

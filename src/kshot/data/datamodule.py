@@ -15,7 +15,7 @@ from kshot.data import protocols
 from kshot.data.catalogue import load_split
 from kshot.data.images import Augment, FileImages, ImageSource
 from kshot.data.loading import EpochSampler, PartLoader, endless, halves, share
-from kshot.data.manifest import manifest_bytes, read_manifest, with_images
+from kshot.data.manifest import manifest_bytes, read_manifest, with_images, write_manifest
 from kshot.data.parts import Batch, Part
 from kshot.data.readers import image_files
 from kshot.data.sampling import draw
@@ -277,6 +277,10 @@ class FewShotDataModule(LightningDataModule):
         """Gives the number of images that could be read by name of the test set; there after ``setup("test")``."""
         return {each.name: len(self.part(part)) for each, part in zip(self.test_sets, self.test_parts, strict=True)}
 
+    def left_out(self) -> dict[str, int]:
+        """Gives the number of images that ``skip_unreadable`` left out, by name of the open part, where it did."""
+        return {name: part.left_out for name, part in self._parts.items() if part.left_out}
+
     def split_info(self) -> dict[str, Any]:
         """Says in plain data which images the run is about; ``images_sha256`` is None before ``setup("fit")``."""
         digests = [self.image_digests.get(row.path) for row in (*self.draw.train, *self.draw.val)]
@@ -296,7 +300,7 @@ class FewShotDataModule(LightningDataModule):
     def write_manifest(self, path: str | Path) -> None:
         """Writes the manifest of the draw, with the image digests; raises UserError when it cannot be written."""
         content = with_images(self._manifest, self.image_digests)
-        write_atomically(Path(path), lambda file: file.write_bytes(content))
+        write_atomically(Path(path), lambda file: write_manifest(file, content))
 
     def _shots(self, part: str, rows: Sequence[Row], **views: Any) -> Part:
         images = self._source.entry.images(self.root, part, rows, self.download)

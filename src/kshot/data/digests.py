@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kshot.errors import UserError
-from kshot.files import cache_folder, file_content, write_atomically
+from kshot.files import cache_folder, file_content, make_folder, write_atomically
 
 FEW = 500  # files that are digested as quickly as the cache is read
 MOST = 100_000  # entries that are kept, the newest, in about 12 MB
@@ -73,4 +73,5 @@ def _write_cache(kept: dict[str, Any]) -> None:
     content = json.dumps([digest_of(json.dumps(newest).encode()), newest])
     if file := _cache_file():
         with suppress(UserError):
+            make_folder(file.parent)
             write_atomically(file, lambda path: path.write_text(content, encoding="ascii"))

@@ -9,6 +9,7 @@ from kshot.data.readers import list_content, parsed_json
 from kshot.data.sampling import PERCENT, SAMPLERS, FewShotDraw, draw_digest
 from kshot.data.splits import Row, Split, json_rows, shown
 from kshot.errors import UserError
+from kshot.sealing import BLANK, check_seal, seal
 
 SCHEMA = "fewshot-manifest/1"
 _TYPES = {
@@ -56,6 +57,12 @@ def with_images(manifest: bytes, images: Mapping[str, str]) -> bytes:
     return manifest.removesuffix(b"\n}\n") + block.encode("ascii") if images else manifest
 
 
+def write_manifest(path: Path, content: bytes) -> None:
+    """Writes a manifest with a digest of the whole file as its last key."""
+    path.write_bytes(content.removesuffix(b"\n}\n") + f',\n "seal": "{BLANK}"\n}}\n'.encode("ascii"))
+    seal(path)
+
+
 def manifest_images(path: str | Path) -> dict[str, str]:
     """Reads the digests of a manifest, none from an older one; raises UserError when it is no manifest."""
     path = Path(path)
@@ -96,10 +103,13 @@ def read_manifest(path: str | Path, split: Split) -> FewShotDraw:
 
 
 def _parsed(path: Path) -> dict[str, Any]:
+    sealed = path.is_file() and check_seal(path)
     data = parsed_json(list_content(path, ",:[{"), path)
     found = data.get("schema") if isinstance(data, dict) else type(data).__name__
     if found != SCHEMA:
         raise UserError(f"{path}: not a manifest of the schema {SCHEMA!r} but {shown(found)}")
+    if not sealed and ("seal" in data or "images" in data):  # an older one has neither
+        raise UserError(f"{path} is damaged: its digest is gone. Take another copy of it.")
     for key, kind in _TYPES.items():
         if not isinstance(data.get(key), kind):
             raise UserError(f"{path}: {key!r} must be there and be a {kind.__name__}")

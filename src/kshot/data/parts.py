@@ -61,6 +61,7 @@ class Part(Dataset[Batch]):
     Attributes:
         paths: of the images, by position.
         labels: (N,) int64.
+        left_out: number of images that cannot be read.
         features: (V, N, D) for V views, once kept; loaders that exist already hand them out.
         frozen: the same for ``Batch.frozen``.
 
@@ -87,6 +88,7 @@ class Part(Dataset[Batch]):
         kept = rows if self.lazy and not skip_unreadable else self._readable(rows, skip_unreadable)
         if not self.lazy:
             self.source.close()
+        self.left_out = len(rows) - len(kept)
         self.paths = [row.path for row in kept]
         self.labels = torch.tensor([row.label for row in kept], dtype=torch.int64)
 
