@@ -477,13 +477,15 @@ def test_arguments_of_a_class_include_those_it_passes_on():
 
 
 def test_an_annotation_that_is_not_there_takes_no_class():
-    def function(x: "NotThere") -> None: ...  # noqa: F821
+    class Mine:
+        def __init__(self, x: "NotThere") -> None: ...  # noqa: F821
 
-    place = arguments_of(function)[0]["x"]
+    place = arguments_of(Mine)[0]["x"]
     assert not place.bases
     assert lay(place, None, "a word", "x") == "a word"
-    with pytest.raises(UserError, match="only one of kshot's own"):
-        lay(place, None, "os.system", "x")
+    for path in ("os.system", "kshot.files.packaged_folder"):
+        with pytest.raises(UserError, match="x takes a function, which a config cannot give"):
+            lay(place, None, path, "x")
     with pytest.raises(UserError, match="x takes no class"):
         check_plain(Place(), [{"class_path": "a.B"}], "x")
 
@@ -500,21 +502,15 @@ def test_a_plain_record_takes_settings_and_no_file(here):
     for value, expected in {"./c.yaml": "must be a mapping", "many": "must be a mapping", "3.5": "Expected"}.items():
         with pytest.raises(UserError, match=expected):
             lay(place, None, value, "x")
-    with pytest.raises(UserError, match="only one of kshot's own"):  # jsonargparse would read it
+    with pytest.raises(UserError, match="x takes a function, which a config cannot give"):  # jsonargparse would read it
         lay(Place(text=True, calls=True), None, "./c.yaml", "x")
 
 
-def test_a_function_of_kshot_that_builds_the_kind_is_taken(monkeypatch):
-    import kshot.optim
-
-    def warm(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler: ...
-
-    warm.__module__ = "kshot.optim"
-    monkeypatch.setattr(kshot.optim, "warm", warm, raising=False)
-    assert named("kshot.optim.warm", (torch.optim.lr_scheduler.LRScheduler,), "model.schedule") is warm
-    with pytest.raises(UserError, match=r"takes an Optimizer, and kshot\.optim\.warm is none"):
-        named("kshot.optim.warm", (torch.optim.Optimizer,), "model.optimizer")
+def test_a_function_is_no_class_not_even_one_of_kshot():
+    with pytest.raises(UserError, match=r"takes an Optimizer, and kshot\.optim\.make_optimizer is none"):
+        named("kshot.optim.make_optimizer", (torch.optim.Optimizer,), "model.optimizer")
     assert named("CoOp", (Classifier,), "model.classifier") is CoOp
+    assert named("kshot.classifiers.CoOp", (Classifier,), "model.classifier") is CoOp
 
 
 # ---------------------------------------------------------------------------------------------------- schedules

@@ -51,17 +51,16 @@ def read_command_line(words: Sequence[str], commands: Sequence[str]) -> CommandL
     line, rest = CommandLine(words[0]), iter(words[1:])
     for word in rest:
         name, equals, value = word.partition("=")
-        name = SHORT.get(name, name)
-        if not name.startswith("--") or not all(name[2:].split(".")):
+        key = SHORT.get(name, name).removeprefix("--")
+        if key == name or not all(key.split(".")):
             raise UserError(f"{word!r} is no option: options start with --, as in --data.shots 4.")
-        key = name[2:]
         if key in FLAGS and not equals:
             line.flags.add(key)
             continue
         if not equals:
             value = next(rest, "--")
             if value.startswith("--"):
-                raise UserError(f"{name} needs a value after it.")
+                raise UserError(f"--{key} needs a value after it.")
         line.words.append((key, value))
         if key == "config":
             line.layers.append((value, read_config(find_config(value))))
@@ -86,11 +85,7 @@ def find_config(name: str) -> Path:
 
 
 def read_config(file: Path) -> Tree:
-    """The settings in a YAML file.
-
-    Raises:
-        UserError: it cannot be read, is no YAML of plain values, holds nothing, too much, or a key twice.
-    """
+    """The settings in a YAML file; raises UserError if it is none of plain values, or holds nothing or too much."""
     try:
         content = file.read_bytes()
         if len(content) > MOST_BYTES:
@@ -107,11 +102,7 @@ def read_config(file: Path) -> Tree:
 
 
 def load_yaml(text: str) -> Any:
-    """Plain values from YAML.
-
-    Raises:
-        yaml.YAMLError: it is no YAML, or has tags, merge keys, a key twice, or aliases that stand for too much.
-    """
+    """Plain values from YAML; raises YAMLError at tags, merge keys, a key twice, and aliases of too much."""
     try:
         value = yaml.load(text, Loader=Loader)
     except RecursionError as error:
@@ -160,5 +151,4 @@ class Loader(yaml.SafeLoader):  # type: ignore[misc]
                 reason = f"the key {key.value!r} " + ("stands twice" if key.value in seen else "is no word")
                 raise yaml.constructor.ConstructorError(None, None, reason, key.start_mark)
             seen.add(key.value)
-        tree: Tree = super().construct_mapping(node, deep)
-        return tree
+        return dict(super().construct_mapping(node, deep))

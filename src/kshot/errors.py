@@ -27,3 +27,9 @@ def first_line(error: Exception) -> str:
     """The first line of an error's message, shortened, or its type where there is no message."""
     lines = str(error).strip().splitlines()
     return lines[0][:160] if lines else type(error).__name__
+
+
+def require(who: str, name: str, value: object, holds: bool, what: str) -> None:
+    """Refuses a setting; raises UserError unless ``holds``. ``what`` completes "rank is 0, and must ..."."""
+    if not holds:
+        raise UserError(f"{who}: {name} is {value}, and must {what}.")

@@ -19,7 +19,6 @@ from kshot.places import (
     Places,
     alternatives,
     arguments_of,
-    imported,
     is_path,
     named,
     public_path,
@@ -60,34 +59,26 @@ def lay(place: Place, old: Any, new: Any, where: str) -> Any:
     Raises:
         UserError: a class or a value that the place does not take, an option that a class does not have.
     """
-    read = read_word(new)
-    classes = isinstance(read, dict) or (isinstance(read, str) and (is_path(read) or not place.text))
-    several = place.items
+    read, several = read_word(new), place.items
+    nameless = isinstance(read, dict) and "class_path" not in read
+    chooses = isinstance(read, dict) or (isinstance(read, str) and (is_path(read) or not place.text))
     if place.group and isinstance(read, dict):
         before = old if isinstance(old, dict) else {}
-        result: Any = lay_all(arguments_of(place.group)[0], before, read, where, place.group.__name__)
-    elif several and isinstance(read, dict) and isinstance(old, list) and "class_path" not in read:
-        result = [*old[:-1], lay(several, old[-1] if old else None, read, where)]  # of a list, its last
-    elif place.bases and classes:
-        result = lay_class(place, old, read, where)
-    elif several and isinstance(read, list):
-        result = [lay(several, None, each, where) for each in read]
-    elif several and several.bases and classes:
-        result = [lay(several, None, read, where)]
-    elif several and isinstance(read, dict) and "class_path" not in read:
-        result = {key: lay(several, None, each, f"{where}.{key}") for key, each in read.items()}
-    else:
-        check_plain(place, new, where)
-        result = new
-    return result
+        return lay_all(arguments_of(place.group)[0], before, read, where, place.group.__name__)
+    if several and nameless and isinstance(old, list):  # settings of the last in a list
+        return [*old[:-1], lay(several, old[-1] if old else None, read, where)]
+    if place.bases and chooses:
+        return lay_class(place, old, read, where)
+    if several and (isinstance(read, list) or (several.bases and chooses)):
+        return [lay(several, None, each, where) for each in (read if isinstance(read, list) else [read])]
+    if several and nameless:
+        return {key: lay(several, None, each, f"{where}.{key}") for key, each in read.items()}
+    check_plain(place, new, where)
+    return new
 
 
 def check_plain(place: Place, value: Any, where: str) -> None:
-    """Refuses a value that is not of a place's type, and all for which jsonargparse would import or read something.
-
-    Raises:
-        UserError: names the place, the value and what it takes.
-    """
+    """Refuses a value that is not of a place's type, and all for which jsonargparse would import or read something."""
     word = read_word(value)
     for each in walk(word):
         if any(isinstance(part, dict) and "class_path" in part for part in walk(read_word(each))):
@@ -95,9 +86,7 @@ def check_plain(place: Place, value: Any, where: str) -> None:
     if place.group and not place.text and (isinstance(word, str) or place.hint is place.group):  # no name of a file
         raise UserError(f"{where} is {value!r}, and must be a mapping of settings.")
     if place.calls and isinstance(word, str) and (is_path(word) or os.path.isfile(word)):  # noqa: PTH113  of any length
-        own = word.partition(".")[0] == "kshot"
-        if not own or not callable(imported(word, f"{where} takes a function")):
-            raise UserError(f"{where} takes a function, and from a config only one of kshot's own, not {word!r}.")
+        raise UserError(f"{where} takes a function, which a config cannot give: not {word!r}.")
     if place.hint is not Any:
         parser = ArgumentParser(exit_on_error=False)
         with suppress(ValueError):  # a type that jsonargparse has no rule for
@@ -129,28 +118,18 @@ def lay_class(place: Place, old: Any, new: Any, where: str) -> Tree:
             known = list(subclasses(place.bases))
             raise UserError(f"{where} needs a class first, such as --{where} {known[0]}. {nearest_first('', known)}")
     places, more = arguments_of(chosen, place.given)
-    kept: Tree = old["init_args"] if before else {}
+    kept: Tree = {}
     if before is chosen:
-        extra = old.get("dict_kwargs", {}) | extra
-    elif not (isinstance(chosen, type) and issubclass(chosen, Classifier)):
-        kept = what_fits(places, kept, where)
-    elif chosen is place.default:
-        kept = {}
-    else:  # or jsonargparse lays its settings over those of the default class
+        kept, extra = old["init_args"], old.get("dict_kwargs", {}) | extra
+    elif issubclass(chosen, Classifier):  # written out, or jsonargparse keeps the default classifier's
         plain = (float, int, str, type(None))
         kept = {name: each.default for name, each in places.items() if isinstance(each.default, plain)}
+    elif before:
+        for name, value in old["init_args"].items():
+            with suppress(UserError):  # the class has no such name, or does not take the value
+                kept |= lay_all(places, {}, {name: value}, where, chosen.__name__)
     laid = lay_all(places, kept, arguments, where, chosen.__name__, more)
     return {"class_path": public_path(chosen), "init_args": laid} | ({"dict_kwargs": extra} if extra else {})
-
-
-def what_fits(places: Places, arguments: Tree, where: str) -> Tree:
-    """Those settings of another class that a class has a name for and takes."""
-    kept = {}
-    for name, value in arguments.items():
-        if name in places:
-            with suppress(UserError):
-                kept[name] = lay(places[name], None, value, f"{where}.{name}")
-    return kept
 
 
 def check_stored(settings: Tree, kind: type) -> None:
@@ -172,8 +151,7 @@ def options_below(places: Places, tree: Tree, where: str = "") -> Iterator[tuple
     for name, place in places.items():
         inner, value = f"{where}.{name}".lstrip("."), tree.get(name)
         yield inner, place, name not in tree and place.default is REQUIRED
-        if place.group and isinstance(value, dict):
-            yield from options_below(arguments_of(place.group)[0], value, inner)
-        elif place.bases and isinstance(value, dict):
-            chosen = named(value["class_path"], place.bases, inner)
-            yield from options_below(arguments_of(chosen, place.given)[0], value["init_args"], inner)
+        if isinstance(value, dict) and (place.group or place.bases):
+            chosen = place.group or named(value["class_path"], place.bases, inner)
+            own = value if place.group else value["init_args"]
+            yield from options_below(arguments_of(chosen, place.given)[0], own, inner)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
-from kshot.errors import UserError, first_line
+from kshot.errors import UserError, first_line, require
 
 
 class OptimizerFactory(Protocol):
@@ -152,16 +152,6 @@ class DasslCosine(LRScheduler):
         if epoch < 0:
             return [self.warmup_lr for _ in self.base_lrs]
         return [0.5 * eta * (1 + math.cos(math.pi * epoch / self.epochs)) for eta in self.base_lrs]
-
-
-def require(who: str, name: str, value: float, holds: bool, what: str) -> None:
-    """Refuses a setting of a schedule.
-
-    Raises:
-        UserError: ``holds`` is False.
-    """
-    if not holds:
-        raise UserError(f"{who}: {name} is {value}, and must {what}.")
 
 
 def make_optimizer(

@@ -61,7 +61,7 @@ def settings(line: CommandLine) -> tuple[Places, Tree]:
         **{name: place_of(kind) for name, (kind, _, _) in OPTIONS[line.command].items()},
     }
     others = PASSED_OVER.union(*OPTIONS.values()) - set(places)
-    tree: Tree = {"trainer": {}, "run": {}}
+    tree: Tree = {"trainer": {}, "run": {}} | {name: lay(places[name], None, {}, name) for name in ("model", "data")}
     for config, layer in line.layers:
         if config is None:
             option = next(iter(layer)).removesuffix("+")
@@ -74,8 +74,6 @@ def settings(line: CommandLine) -> tuple[Places, Tree]:
             tree = lay_all(places, tree, own, "", line.command)
         except UserError as error:
             raise UserError(f"{config}: {error}") from error
-    for name in ("model", "data"):
-        tree.setdefault(name, lay(places[name], None, {}, name))
     return places, tree
 
 
