@@ -410,7 +410,8 @@ def test_a_saved_config_of_another_command_is_taken(capsys, here):
 
 
 MISTAKES = {
-    "--model.optimizer.lr nan": "model.optimizer.lr: Expected float or Tensor. Got value: nan",
+    "--model.optimizer.lr nan": "model.optimizer.lr is nan, and must be a positive number",
+    "--model.optimizer.lr many": "model.optimizer.lr: Expected float or Tensor. Got value: many",
     "--trainer.max_epoch 3": "Did you mean 'max_epochs'?",
     "--lr 3": "Did you mean --model.optimizer.lr?",
     "--epochs 3": "Did you mean --trainer.max_epochs?",
@@ -431,7 +432,7 @@ MISTAKES = {
     "--model.adapter {class_path: LoRA, rank: 3}": "model.adapter.rank",
     "--model.adapter {class_path: 3}": "model.adapter.class_path is 3",
     "--model.adapter.help LoRAA": "Did you mean 'LoRA'?",
-    "--model.adaptr.help LoRA": "Did you mean --model.adapter?",
+    "--model.adaptr.help LoRA": "Did you mean 'model.adapter'?",
     "--data.shots.help LoRA": "takes no class",
 }
 

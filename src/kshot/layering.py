@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import inspect
+import math
 import os
-from collections.abc import Iterator
+import re
+import typing
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from typing import Any
 
+import torch
 from jsonargparse import ArgumentError, ArgumentParser
 
 from kshot.classifiers import Classifier
 from kshot.config import Tree, read_word, walk
 from kshot.errors import UserError, nearest_first
 from kshot.places import (
-    REQUIRED,
     Place,
     Places,
     alternatives,
@@ -26,7 +29,64 @@ from kshot.places import (
 )
 
 BUILDER = "lightning.pytorch.cli.instantiate_module"  # what LightningCLI writes into checkpoints
+MOST_DEVICES = max(2, os.cpu_count() or 1)  # more processes than cores only wait for each other
+Rules = dict[str, tuple[Callable[[Any], bool], str]]
 SPEC: Tree = {"class_path": str, "init_args": dict | None, "dict_kwargs": dict | None}  # a class and its settings
+INF = math.inf
+NUMBERS: Rules = {  # what a number must be, what holds then, and the full names of the options
+    "be a positive number, such as 1e-3": (lambda x: 0 < x < INF, "model.optimizer.lr model.head_lr"),
+    "be a number from 0 on": (
+        lambda x: 0 <= x < INF,
+        "model.optimizer.weight_decay trainer.gradient_clip_val run.save_every",
+    ),
+    "be 1 or more, or -1 where the other of max_epochs and max_steps ends the run": (
+        lambda x: 1 <= x < INF or x == -1,
+        "trainer.max_epochs trainer.max_steps",
+    ),
+    "be 1 or more": (
+        lambda x: 1 <= x < INF,
+        "trainer.accumulate_grad_batches trainer.min_epochs trainer.min_steps trainer.num_nodes top_k",
+    ),
+    "be 0 or more": (
+        lambda x: 0 <= x < INF,
+        "trainer.check_val_every_n_epoch trainer.log_every_n_steps trainer.fast_dev_run",
+    ),
+    "be 0 or more, or -1 for all": (lambda x: -1 <= x < INF, "trainer.num_sanity_val_steps"),
+    "be a share above 0 and up to 1.0, or a number of batches": (
+        lambda x: 0 < x <= 1 or (x > 1 and x % 1 == 0),
+        "trainer.limit_train_batches trainer.limit_test_batches trainer.limit_predict_batches "
+        "trainer.val_check_interval",
+    ),
+    "be a share from 0 to 1.0, or a number of batches": (
+        lambda x: 0 <= x <= 1 or (x > 1 and x % 1 == 0),
+        "trainer.limit_val_batches trainer.overfit_batches",
+    ),
+    f"be a number of devices from 1 to {MOST_DEVICES}, or auto": (
+        lambda x: 1 <= x <= MOST_DEVICES or (x == -1 and torch.cuda.is_available()),
+        "trainer.devices",
+    ),
+    f"lie in 0 to {2**32 - 1}": (lambda x: 0 <= x < 2**32, "seed_everything"),
+}
+WORDS: Rules = {  # the same of words
+    "be the name of a folder below run.root": (
+        lambda x: all(part.strip(". ") and part.isprintable() and len(part) < 200 for part in re.split(r"[/\\]", x)),
+        "run.name",
+    ),
+    "be the name of a folder": (lambda x: bool(x) and x.isprintable(), "run.root"),
+    "be days, hours, minutes and seconds, such as 00:02:30:00": (
+        lambda x: re.fullmatch(r"\d{1,4}(:\d\d?){3}", x) is not None,
+        "trainer.max_time",
+    ),
+}
+
+
+class UnknownOptionError(UserError):
+    """A class or a command has no option of a name: ``name`` in full, ``known`` are those that it has."""
+
+    def __init__(self, owner: str, name: str, known: Iterable[str]) -> None:
+        last = name.rpartition(".")[2]
+        super().__init__(f"{owner} has no option {last!r}. {nearest_first(last, known)}")
+        self.owner, self.name, self.known = owner, name, list(known)
 
 
 def lay_all(places: Places, old: Tree, new: Tree, where: str, owner: str, more: bool = False) -> Tree:
@@ -40,7 +100,7 @@ def lay_all(places: Places, old: Tree, new: Tree, where: str, owner: str, more: 
         name = key.removesuffix("+")
         inner = f"{where}.{name}".lstrip(".")
         if name not in places and not more:
-            raise UserError(f"{owner} has no option {name!r}. {nearest_first(name, places)}")
+            raise UnknownOptionError(owner, inner, places)
         place, before = places.get(name, Place()), result.get(name)
         if key == name:
             result[name] = lay(place, before, value, inner)
@@ -87,6 +147,7 @@ def check_plain(place: Place, value: Any, where: str) -> None:
         raise UserError(f"{where} is {value!r}, and must be a mapping of settings.")
     if place.calls and isinstance(word, str) and (is_path(word) or os.path.isfile(word)):  # noqa: PTH113  of any length
         raise UserError(f"{where} takes a function, which a config cannot give: not {word!r}.")
+    check_range(where, word)
     if place.hint is not Any:
         parser = ArgumentParser(exit_on_error=False)
         with suppress(ValueError):  # a type that jsonargparse has no rule for
@@ -94,9 +155,29 @@ def check_plain(place: Place, value: Any, where: str) -> None:
                 parser.add_argument("--value", type=place.hint)
                 parser.parse_object({"value": value})
             except (ArgumentError, TypeError) as error:
-                names = [part.__name__ if isinstance(part, type) else str(part) for part in alternatives(place.hint)]
-                wanted = " or ".join(names).replace("NoneType", "null").replace("typing.", "")
-                raise UserError(f"{where}: Expected {wanted}. Got value: {value}") from error
+                names = [name for part in alternatives(place.hint) for name in names_of(part)]
+                raise UserError(f"{where}: Expected {' or '.join(names)}. Got value: {value}") from error
+
+
+def names_of(hint: Any) -> list[str]:
+    """What a type is called in a refusal: ``int``, ``null``, or all words of a choice."""
+    if typing.get_origin(hint) is typing.Literal:
+        return [str(each) for each in typing.get_args(hint)]
+    name = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+    return ["null" if name == "NoneType" else name]
+
+
+def check_range(where: str, value: Any) -> None:
+    """Raises UserError for a number or a word that no rule of its option allows, and for a zero byte in any."""
+    if isinstance(value, str) and "\0" in value:
+        raise UserError(f"{where} is {value!r:.200}, and must hold no zero byte.")
+    number, word = None, repr(value)[:200] if isinstance(value, str) else None
+    with suppress(ValueError, TypeError):  # no number
+        number = None if isinstance(value, bool) else float(value)
+    for rules, given, shown in ((NUMBERS, number, value), (WORDS, word and value, word)):
+        for what, (holds, names) in rules.items():
+            if given is not None and where in names.split() and not holds(given):
+                raise UserError(f"{where} is {shown}, and must {what}.")
 
 
 def lay_class(place: Place, old: Any, new: Any, where: str) -> Tree:
@@ -146,11 +227,11 @@ def check_stored(settings: Tree, kind: type) -> None:
     lay(Place(bases=(kind,)), None, spec, "hyper_parameters")
 
 
-def options_below(places: Places, tree: Tree, where: str = "") -> Iterator[tuple[str, Place, bool]]:
-    """All options that the classes in a tree have: full name, place, and whether it lacks a value that it needs."""
+def options_below(places: Places, tree: Tree, where: str = "") -> Iterator[tuple[str, Place, Any]]:
+    """All options that the classes in a tree have: full name, place, and value, ``REQUIRED`` where it is missing."""
     for name, place in places.items():
-        inner, value = f"{where}.{name}".lstrip("."), tree.get(name)
-        yield inner, place, name not in tree and place.default is REQUIRED
+        inner, value = f"{where}.{name}".lstrip("."), tree.get(name, place.default)
+        yield inner, place, value
         if isinstance(value, dict) and (place.group or place.bases):
             chosen = place.group or named(value["class_path"], place.bases, inner)
             own = value if place.group else value["init_args"]

@@ -15,7 +15,6 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from kshot.errors import UserError, first_line, require
 
-
 WHOLE_RUN = 0  # as T_max of torch's CosineAnnealingLR, which refuses 0: all steps of the run
 
 
@@ -88,7 +87,8 @@ def scheduling(
         schedule = make_schedule(factory, optimizer, total_steps, steps_per_epoch)
         return {"scheduler": schedule, "interval": "step"}
     monitor, mode = ("val/acc", "max") if validates_every else ("train/loss", "min")
-    schedule = make_schedule(partial(factory, mode=mode), optimizer, total_steps, steps_per_epoch)
+    plateau: Any = factory
+    schedule = make_schedule(partial(plateau, mode=mode), optimizer, total_steps, steps_per_epoch)
     when = {"interval": "epoch", "frequency": max(1, validates_every)}
     return {"scheduler": schedule, "reduce_on_plateau": True, "monitor": monitor, **when}
 

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import difflib
+import shlex
 from contextlib import suppress
+from importlib.util import find_spec
 from typing import Any
 
 from jsonargparse import ArgumentParser, set_parsing_settings
+from lightning.pytorch.accelerators import AcceleratorRegistry
+from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.trainer import Trainer
+from torch.optim.lr_scheduler import LRScheduler
 
-import kshot.optim  # noqa: F401  its classes have short names once imported
 from kshot.config import CommandLine, Tree
 from kshot.data.datamodule import FewShotDataModule
-from kshot.errors import UserError
-from kshot.layering import lay, lay_all, options_below
+from kshot.errors import UserError, nearest_first
+from kshot.layering import UnknownOptionError, lay, lay_all, options_below
 from kshot.module import FewShotModule
-from kshot.places import Place, Places, named, place_of
+from kshot.optim import WHOLE_RUN
+from kshot.places import REQUIRED, Place, Places, arguments_of, named, place_of, subclasses
 from kshot.record import RunOptions
 
 LINKED = ("class_names", "templates")  # of the model, which the data set knows
@@ -37,18 +42,81 @@ OPTIONS: dict[str, dict[str, tuple[Any, Any, str]]] = {  # of each command alone
 }
 PASSED_OVER = {"weights_only", "verbose", "return_predictions"}  # in configs saved by earlier versions
 SAFE: Tree = {"import_path_denylist": [], "instantiate_subclass_spec_in_any": False}  # jsonargparse, too, runs no code
+PACKAGES = {  # of which Lightning's loggers need one
+    "WandbLogger": ("wandb",),
+    "MLFlowLogger": ("mlflow", "mlflow_skinny"),
+    "CometLogger": ("comet_ml",),
+    "LitLogger": ("litlogger",),
+    "TensorBoardLogger": ("tensorboard", "tensorboardX"),
+}
 NESTED = """
 The options of a class follow its name: --model.adapter LoRA --model.adapter.rank 4, --model.optimizer.lr 1e-3,
 --model.classifier CoOp --model.classifier.depth 9, --data.augment CropFlip --data.augment.flip 0. They are listed by
 --model.adapter.help LoRA, --model.optimizer.help torch.optim.AdamW and so on."""
 
 
+MEANT = {  # an option, and what else people call it: other libraries' names, and those that papers use
+    "seed_everything": "seed random_seed manual_seed",
+    "config": "method recipe cfg config_file yaml experiment",
+    "ckpt_path": "resume resume_from resume_from_checkpoint ckpt checkpoint load load_from",
+    "model.backbone.model": "backbone arch architecture model_name encoder pretrained_model clip_model",
+    "model.backbone.image_size": "img_size image_size resolution input_size crop_size size",
+    "model.adapter.rank": "r lora_r lora_rank rank",
+    "model.adapter.alpha": "lora_alpha alpha",
+    "model.adapter.dropout": "lora_dropout dropout dropout_rate",
+    "model.adapter": "peft adapter_type lora",
+    "model.targets": "target_modules lora_targets target",
+    "model.classifier": "head trainer_name",
+    "model.classifier.context_length": "n_ctx nctx ctx_len num_tokens",
+    "model.classifier.init_words": "ctx_init init_text",
+    "model.optimizer": "optim opt optimiser",
+    "model.optimizer.lr": "lr learning_rate base_lr init_lr max_lr",
+    "model.optimizer.weight_decay": "weight_decay wd decay l2",
+    "model.optimizer.momentum": "momentum",
+    "model.schedule": "scheduler lr_scheduler sched lr_schedule",
+    "model.schedule.warmup_steps": "warmup warmup_steps num_warmup_steps warmup_iters",
+    "model.schedule.warmup_epochs": "warmup_epochs warmup_epoch",
+    "data.dataset": "data_set dataset_name data_name",
+    "data.root": "data_root data_dir data_path dataset_root datasets root",
+    "data.shots": "shot num_shots n_shots n_shot k_shot k num_shot few_shot images_per_class",
+    "data.batch_size": "batch bs train_batch_size per_device_train_batch_size batchsize",
+    "data.eval_batch_size": "test_batch_size val_batch_size eval_bs",
+    "data.num_workers": "workers n_workers loader_workers jobs",
+    "data.augment": "augmentation aug transform transforms augmentations",
+    "data.template": "templates prompt prompts prompt_template",
+    "data.class_names": "classes classnames labels",
+    "trainer.max_epochs": "epochs epoch num_epochs n_epochs num_train_epochs max_epoch",
+    "trainer.max_steps": "steps iterations iters num_steps max_iters n_iters max_iterations",
+    "trainer.devices or --trainer.accelerator": "device gpus gpu num_gpus n_gpus n_gpu ngpu gpu_id cuda use_cuda cpu",
+    "trainer.precision": "amp fp16 bf16 fp32 half dtype mixed_precision autocast",
+    "trainer.gradient_clip_val": "clip grad_clip clip_grad max_grad_norm clip_grad_norm gradient_clip",
+    "trainer.accumulate_grad_batches": "accumulate accum grad_accum accumulation_steps gradient_accumulation_steps",
+    "trainer.check_val_every_n_epoch": "eval_every val_every eval_interval eval_freq validate_every",
+    "trainer.max_time": "time time_limit timeout",
+    "trainer.logger": "log wandb tensorboard log_to report_to",
+    "trainer.fast_dev_run": "debug dry_run smoke_test",
+    "run.root": "output out_dir output_dir outdir save_dir log_dir logdir results_dir work_dir workdir save_path",
+    "run.name": "exp_name experiment_name exp run_name tag",
+}
+
+
 def settings(line: CommandLine) -> tuple[Places, Tree]:
-    """The places for a command's settings, and the settings of a command line laid over each other.
+    """The places for a command's settings, and the settings of a command line, with which it may be built.
 
     Raises:
-        UserError: an option that does not exist, a class or a value that its place does not take.
+        UserError: an option that does not exist, a class or a value that its place does not take, one that is missing,
+            and what this machine does not have.
     """
+    places, tree = laid(line)
+    missing = needed(places, tree, line)
+    if missing is not None:
+        raise UserError(missing)
+    check_machine(tree["trainer"])
+    return places, tree
+
+
+def laid(line: CommandLine) -> tuple[Places, Tree]:
+    """The places for a command's settings, and the settings of a command line laid over each other."""
     for setting, value in SAFE.items():
         with suppress(TypeError):  # a release without it has kshot.layering alone, which refuses before
             set_parsing_settings(**{setting: value})
@@ -63,37 +131,81 @@ def settings(line: CommandLine) -> tuple[Places, Tree]:
     others = PASSED_OVER.union(*OPTIONS.values()) - set(places)
     tree: Tree = {"trainer": {}, "run": {}} | {name: lay(places[name], None, {}, name) for name in ("model", "data")}
     for config, layer in line.layers:
-        if config is None:
-            option = next(iter(layer)).removesuffix("+")
-            if option not in places:
-                raise no_option(option, places, tree)
-            tree = lay_all(places, tree, layer, "", line.command)
-            continue
+        own = {name: value for name, value in layer.items() if config is None or name not in others}
         try:
-            own = {name: value for name, value in layer.items() if name not in others}
             tree = lay_all(places, tree, own, "", line.command)
         except UserError as error:
-            raise UserError(f"{config}: {error}") from error
+            said = no_option(error, places, tree) if isinstance(error, UnknownOptionError) else str(error)
+            raise UserError(said if config is None else f"{config}: {said}") from error
+    schedule = tree["model"]["init_args"].get("schedule")
+    if schedule and "T_max" in arguments_of(named(schedule["class_path"], (LRScheduler,), "model.schedule"))[0]:
+        schedule["init_args"].setdefault("T_max", WHOLE_RUN)
     return places, tree
 
 
-def no_option(name: str, places: Places, tree: Tree) -> UserError:
-    """What to raise for an option that does not exist, with the one most likely meant."""
-    wanted = name.rpartition(".")[2]
-
-    def distance(option: str) -> tuple[bool, bool, float]:
-        last = option.rpartition(".")[2]
-        return last != wanted, not last.endswith(f"_{wanted}"), -difflib.SequenceMatcher(None, wanted, last).ratio()
-
-    nearest = min((option for option, _, _ in options_below(places, tree)), key=distance)
-    return UserError(f"There is no option '--{name}'. Did you mean --{nearest}?")
+def plain(name: str) -> str:
+    """A name as it is compared with others: ``batch_size`` for ``Batch-Size``."""
+    return name.lower().replace("-", "_").replace("init_args.", "")
 
 
-def needed(places: Places, tree: Tree) -> str | None:
+def no_option(error: UnknownOptionError, places: Places, tree: Tree) -> str:
+    """What to say of an option that does not exist: the one that it is like on its own level, or that is meant."""
+    level, _, last = error.name.rpartition(".")
+    command = next((command for command, own in OPTIONS.items() if error.name in own), None)
+    if command is not None:
+        return f"There is no option '--{error.name}' of {error.owner}: it is one of {command}."
+    refused = f"{error.owner} has no option {last!r}." if level else f"There is no option '--{last}'."
+    word, beside = plain(last), {plain(name): f"{level}.{name}".lstrip(".") for name in error.known}
+    options = {option: place for option, place, _ in options_below(places, tree)}
+    meant = [option for option, words in MEANT.items() if word in words.split()]
+    near = difflib.get_close_matches(word, beside, n=1)
+    likely = [beside[word]] if word in beside else meant or [beside[name] for name in near if level]
+    place = options.get(level, Place())
+    owners = [name for name, kind in subclasses(place.bases).items() if word in arguments_of(kind, place.given)[0]]
+    if owners and not likely:
+        return f"{refused} It is one of {', '.join(owners[:3])}: --{level} {owners[0]}."
+    likely += [option for option in options if option.rpartition(".")[2] == word]
+    likely += difflib.get_close_matches(plain(error.name), [*options, *(beside.values() if level else ())], n=1)
+    if not likely:
+        return f"{refused} {nearest_first(last, error.known)}"
+    if level and likely[0] in beside.values():
+        return f"{refused} Did you mean {likely[0].rpartition('.')[2]!r}? In full: --{likely[0]}."
+    return f"{refused} Did you mean --{likely[0]}?"
+
+
+def needed(places: Places, tree: Tree, line: CommandLine | None = None) -> str | None:
     """What to say of the first option that lacks a value; None where all have what they need."""
-    lacking = (name for name, _, lacks in options_below(places, tree) if lacks)
-    advice = "start from an experiment, such as --config clip_16shot.yaml, and lay a method over it, such as"
-    return next((f"{name} is missing: {advice} --config methods/lora.yaml." for name in lacking), None)
+    lacking = next((name for name, _, value in options_below(places, tree) if value is REQUIRED), None)
+    if lacking in ("model.backbone", "data.dataset"):
+        given = [word for config in (line.configs if line else []) for word in ("--config", config)]
+        whole = shlex.join(["--config", "clip_16shot.yaml", *(given or ["--config", "methods/lora.yaml"])])
+        why = f"{given[-1]} says only part of an experiment" if given else "start from an experiment"
+        return f"{lacking} is missing: {why}, and is to be laid over a whole one, such as {whole}."
+    return lacking and f"{lacking} is missing, and has no default: give --{lacking} a value."
+
+
+def check_machine(trainer: Tree) -> None:
+    """Raises UserError for an accelerator, a strategy or a logger that is not there."""
+    chosen, there = trainer.get("accelerator"), AcceleratorRegistry.available_accelerators()
+    able = [name for name in sorted(there) if AcceleratorRegistry[name]["accelerator"].is_available()]
+    if (
+        isinstance(chosen, str)
+        and chosen not in (*able, "auto")
+        and not (chosen == "gpu" and {"cuda", "mps"} & {*able})
+    ):
+        raise UserError(f"trainer.accelerator is {chosen}, and this machine has: {', '.join(able)}; or say auto.")
+    strategy, known = trainer.get("strategy"), StrategyRegistry.available_strategies()
+    if isinstance(strategy, str) and strategy not in (*known, "auto"):
+        raise UserError(f"trainer.strategy: there is no {strategy!r}. {nearest_first(strategy, [*known, 'auto'])}")
+    loggers = trainer.get("logger")
+    for each in loggers if isinstance(loggers, list) else [loggers]:
+        name = each["class_path"].rpartition(".")[2] if isinstance(each, dict) else ""
+        packages = PACKAGES.get(name, ())
+        if packages and not any(find_spec(package) for package in packages):
+            raise UserError(
+                f"trainer.logger: {name} needs the package {packages[0]}, which is not installed: "
+                f"pip install {packages[0]}, or do without; losses and accuracies are in metrics.csv of every run."
+            )
 
 
 def add_options(parser: ArgumentParser, command: str) -> None:
@@ -107,10 +219,11 @@ def help_text(line: CommandLine) -> str:
     """All options of a command, or of one class with ``--model.adapter.help LoRA``."""
     parser = ArgumentParser(prog=f"python main.py {line.command}", add_help=False)
     if line.help_for is not None:
-        (key, name), (places, tree) = line.help_for, settings(line)
+        (key, name), (places, tree) = line.help_for, laid(line)
         place = next((place for option, place, _ in options_below(places, tree) if option == key), None)
         if place is None:
-            raise no_option(key, places, tree)
+            beside = [option for option, _, _ in options_below(places, tree) if option.count(".") == key.count(".")]
+            raise UserError(f"There is no option --{key}. {nearest_first(key, beside)}")
         if not place.bases:
             raise UserError(f"--{key} takes no class.")
         parser.add_class_arguments(named(name, place.bases, key), key, skip=set(place.given), fail_untyped=False)
