@@ -295,7 +295,8 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
         (BOMB.encode(), "more than 50,000 values"),
         (b"a: " + 3000 * b"[", "too deeply"),
         (b"x" * 1_000_001, "may have 1,000,000"),
-        ("seed_everything: 1\n".encode("utf-16"), "cannot be read as UTF-8"),
+        ("seed_everything: 1\n".encode("utf-16"), "is in UTF-16: save it as UTF-8"),
+        ("seed_everything: 1\n".encode("utf-16-be"), "no valid YAML"),
         ("run: {name: é}\n".encode("latin-1"), "cannot be read as UTF-8"),
         (b"model: [\n", "no valid YAML"),
     ],
@@ -546,6 +547,25 @@ def test_help_names_what_the_readme_promises(capsys):
     out = capsys.readouterr().out
     for option in ("--data.shots", "--model.adapter", "--model.optimizer.lr", "--trainer.max_epochs", "--run.root"):
         assert option in out
+    lines = out.splitlines()
+    assert len(lines) <= 100, "two screens"
+    assert max(map(len, lines)) <= 100
+    assert "--trainer.profiler" not in out
+    groups = [line for line in lines if line.endswith(":") and not line.startswith(" ")]
+    assert groups == ["run:", "data:", "model:", "model.classifier:", "model.adapter:", "model.optimizer:", "trainer:"]
+    assert re.search(r"--data.shots +16 +training images per class", out)
+    with pytest.raises(SystemExit):
+        main(["fit", "--help-all"])
+    whole = capsys.readouterr().out
+    assert "--trainer.profiler" in whole
+    assert "--data.shots" in whole
+    with pytest.raises(SystemExit):
+        main([*FIT, "--data.shots", "3", "--config", "methods/coop.yaml", "--help"])
+    out = capsys.readouterr().out
+    assert re.search(r"--data.shots +3 ", out)
+    assert re.search(r"--model.classifier +CoOp ", out)
+    assert re.search(r"--model.optimizer.momentum +0.9 ", out)
+    assert "\nmodel.adapter:" not in out
     with pytest.raises(SystemExit):
         main([*FIT, "--model.adapter.help", "LoRA"])
     assert "--model.adapter.rank" in capsys.readouterr().out

@@ -28,6 +28,7 @@ from kshot.places import (
     subclasses,
 )
 
+DURATION = ("weeks", "days", "hours", "minutes", "seconds")
 BUILDER = "lightning.pytorch.cli.instantiate_module"  # what LightningCLI writes into checkpoints
 MOST_DEVICES = max(2, os.cpu_count() or 1)  # more processes than cores only wait for each other
 Rules = dict[str, tuple[Callable[[Any], bool], str]]
@@ -51,6 +52,7 @@ NUMBERS: Rules = {  # what a number must be, what holds then, and the full names
         lambda x: 0 <= x < INF,
         "trainer.check_val_every_n_epoch trainer.log_every_n_steps trainer.fast_dev_run",
     ),
+    "be 256 processes at most": (lambda x: x <= 256, "data.num_workers"),
     "be 0 or more, or -1 for all": (lambda x: -1 <= x < INF, "trainer.num_sanity_val_steps"),
     "be a share above 0 and up to 1.0, or a number of batches": (
         lambda x: 0 < x <= 1 or (x > 1 and x % 1 == 0),
@@ -65,14 +67,24 @@ NUMBERS: Rules = {  # what a number must be, what holds then, and the full names
         lambda x: 1 <= x <= MOST_DEVICES or (x == -1 and torch.cuda.is_available()),
         "trainer.devices",
     ),
+    "be a number of steps from 1 on": (lambda x: 1 <= x < INF, "model.schedule.step_size"),
+    "be a number of steps from 1 on, or 0 for all of the run": (lambda x: 0 <= x < INF, "model.schedule.T_max"),
     f"lie in 0 to {2**32 - 1}": (lambda x: 0 <= x < 2**32, "seed_everything"),
+    f"lie in 0 to {2**63 - 1}": (lambda x: 0 <= x < 2**63, "data.split_seed"),
+    "lie in 0 to 10000": (
+        lambda x: 0 <= x <= 10000,
+        " ".join(f"trainer.max_time.{unit}" for unit in DURATION),
+    ),
 }
 WORDS: Rules = {  # the same of words
     "be the name of a folder below run.root": (
         lambda x: all(part.strip(". ") and part.isprintable() and len(part) < 200 for part in re.split(r"[/\\]", x)),
         "run.name",
     ),
-    "be the name of a folder": (lambda x: bool(x) and x.isprintable(), "run.root"),
+    "be the name of a folder": (lambda x: bool(x) and x.isprintable(), "run.root data.root"),
+    "be the name of a file": (lambda x: bool(x.strip()), "ckpt_path file out"),
+    "be a data set, a folder or a file": (lambda x: bool(x.strip()), "data.dataset"),
+    "be a number of devices, or auto": (lambda x: re.fullmatch(r"auto|-?\d[\d, ]*", x) is not None, "trainer.devices"),
     "be days, hours, minutes and seconds, such as 00:02:30:00": (
         lambda x: re.fullmatch(r"\d{1,4}(:\d\d?){3}", x) is not None,
         "trainer.max_time",
@@ -105,9 +117,13 @@ def lay_all(places: Places, old: Tree, new: Tree, where: str, owner: str, more: 
         if key == name:
             result[name] = lay(place, before, value, inner)
         else:
-            both = [before or [], lay(place.items or place, None, value, inner)]
-            result[name] = [each for part in both for each in (part if isinstance(part, list) else [part])]
+            result[name] = [*listed(before), *listed(lay(place.items or place, None, value, inner))]
     return result
+
+
+def listed(value: Any) -> list[Any]:
+    """What an option holds: nothing, one, or several."""
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def lay(place: Place, old: Any, new: Any, where: str) -> Any:
@@ -130,7 +146,7 @@ def lay(place: Place, old: Any, new: Any, where: str) -> Any:
     if place.bases and chooses:
         return lay_class(place, old, read, where)
     if several and (isinstance(read, list) or (several.bases and chooses)):
-        return [lay(several, None, each, where) for each in (read if isinstance(read, list) else [read])]
+        return [lay(several, None, each, f"{where}[{i}]") for i, each in enumerate(listed(read))]
     if several and nameless:
         return {key: lay(several, None, each, f"{where}.{key}") for key, each in read.items()}
     check_plain(place, new, where)
@@ -147,7 +163,7 @@ def check_plain(place: Place, value: Any, where: str) -> None:
         raise UserError(f"{where} is {value!r}, and must be a mapping of settings.")
     if place.calls and isinstance(word, str) and (is_path(word) or os.path.isfile(word)):  # noqa: PTH113  of any length
         raise UserError(f"{where} takes a function, which a config cannot give: not {word!r}.")
-    check_range(where, word)
+    check_range(where, value)
     if place.hint is not Any:
         parser = ArgumentParser(exit_on_error=False)
         with suppress(ValueError):  # a type that jsonargparse has no rule for
@@ -156,7 +172,8 @@ def check_plain(place: Place, value: Any, where: str) -> None:
                 parser.parse_object({"value": value})
             except (ArgumentError, TypeError) as error:
                 names = [name for part in alternatives(place.hint) for name in names_of(part)]
-                raise UserError(f"{where}: Expected {' or '.join(names)}. Got value: {value}") from error
+                wanted = " or ".join(dict.fromkeys(names))
+                raise UserError(f"{where}: Expected {wanted}. Got value: {value}") from error
 
 
 def names_of(hint: Any) -> list[str]:
@@ -171,12 +188,12 @@ def check_range(where: str, value: Any) -> None:
     """Raises UserError for a number or a word that no rule of its option allows, and for a zero byte in any."""
     if isinstance(value, str) and "\0" in value:
         raise UserError(f"{where} is {value!r:.200}, and must hold no zero byte.")
-    number, word = None, repr(value)[:200] if isinstance(value, str) else None
-    with suppress(ValueError, TypeError):  # no number
-        number = None if isinstance(value, bool) else float(value)
-    for rules, given, shown in ((NUMBERS, number, value), (WORDS, word and value, word)):
+    read, number = read_word(value), None
+    with suppress(ValueError, TypeError):  # no number, or one that YAML does not know as such: 1e-3 and nan
+        number = None if isinstance(read, bool) else float(read if isinstance(read, (int, float)) else value)
+    for rules, given, shown in ((NUMBERS, number, f"{value}"), (WORDS, value, f"{value!r:.200}")):
         for what, (holds, names) in rules.items():
-            if given is not None and where in names.split() and not holds(given):
+            if where in names.split() and isinstance(given, (float, str)) and not holds(given):
                 raise UserError(f"{where} is {shown}, and must {what}.")
 
 

@@ -119,14 +119,14 @@ def named(name: str, bases: tuple[type, ...], where: str) -> type:
     """
     kinds = " or ".join(base.__name__ for base in bases)
     takes = f"{where} takes {'an' if kinds[0] in 'AEIOU' else 'a'} {kinds}"
-    if "." in name:
+    if is_path(name):
         found = imported(name, takes)
         if isinstance(found, type) and issubclass(found, bases) and not inspect.isabstract(found):
             return found
         raise UserError(f"{takes}, and {name} is none.")
     known = subclasses(bases)
     if name not in known:
-        raise UserError(f"{where}: there is no {kinds} {name!r}. {nearest_first(name, known)}")
+        raise UserError(f"{where}: there is no {kinds} {name!r:.200}. {nearest_first(name, known)}")
     return known[name]
 
 

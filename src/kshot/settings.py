@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import inspect
+import json
+import re
 import shlex
+import textwrap
+from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -17,7 +23,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from kshot.config import CommandLine, Tree
 from kshot.data.datamodule import FewShotDataModule
 from kshot.errors import UserError, nearest_first
-from kshot.layering import UnknownOptionError, lay, lay_all, options_below
+from kshot.layering import DURATION, UnknownOptionError, lay, lay_all, listed, options_below
 from kshot.module import FewShotModule
 from kshot.optim import WHOLE_RUN
 from kshot.places import REQUIRED, Place, Places, arguments_of, named, place_of, subclasses
@@ -46,15 +52,23 @@ PACKAGES = {  # of which Lightning's loggers need one
     "WandbLogger": ("wandb",),
     "MLFlowLogger": ("mlflow", "mlflow_skinny"),
     "CometLogger": ("comet_ml",),
-    "LitLogger": ("litlogger",),
     "TensorBoardLogger": ("tensorboard", "tensorboardX"),
 }
+SHOWN = {  # of other libraries' classes, what the short help lists
+    "trainer": ("max_epochs", "accelerator", "devices", "precision", "max_time"),
+    "model.optimizer": ("lr", "weight_decay", "momentum"),
+}
+GENERAL = {
+    "config": "a YAML file, or one in configs/; later ones are laid over earlier ones",
+    "print_config": "print all settings, and run nothing",
+    "help-all": "list all options, Lightning's among them",
+    "seed_everything": "seed of everything but the data",
+}
+INDENT = " " * 8
 NESTED = """
-The options of a class follow its name: --model.adapter LoRA --model.adapter.rank 4, --model.optimizer.lr 1e-3,
---model.classifier CoOp --model.classifier.depth 9, --data.augment CropFlip --data.augment.flip 0. They are listed by
---model.adapter.help LoRA, --model.optimizer.help torch.optim.AdamW and so on."""
-
-
+The options of a class follow its name: --model.adapter LoRA --model.adapter.rank 4,
+--model.classifier CoOp --model.classifier.depth 9, --data.augment CropFlip --data.augment.flip 0.
+--model.adapter.help LoRA, --model.optimizer.help torch.optim.AdamW and so on list them."""
 MEANT = {  # an option, and what else people call it: other libraries' names, and those that papers use
     "seed_everything": "seed random_seed manual_seed",
     "config": "method recipe cfg config_file yaml experiment",
@@ -95,7 +109,7 @@ MEANT = {  # an option, and what else people call it: other libraries' names, an
     "trainer.max_time": "time time_limit timeout",
     "trainer.logger": "log wandb tensorboard log_to report_to",
     "trainer.fast_dev_run": "debug dry_run smoke_test",
-    "run.root": "output out_dir output_dir outdir save_dir log_dir logdir results_dir work_dir workdir save_path",
+    "run.root": "output dir out_dir output_dir outdir save_dir log_dir logdir results_dir work_dir workdir save_path",
     "run.name": "exp_name experiment_name exp run_name tag",
 }
 
@@ -111,7 +125,7 @@ def settings(line: CommandLine) -> tuple[Places, Tree]:
     missing = needed(places, tree, line)
     if missing is not None:
         raise UserError(missing)
-    check_machine(tree["trainer"])
+    check(tree["model"]["init_args"], tree["trainer"])
     return places, tree
 
 
@@ -121,7 +135,7 @@ def laid(line: CommandLine) -> tuple[Places, Tree]:
         with suppress(TypeError):  # a release without it has kshot.layering alone, which refuses before
             set_parsing_settings(**{setting: value})
     places = {
-        "seed_everything": place_of(bool | int),
+        "seed_everything": place_of(bool | int, 1),
         "model": Place(FewShotModule, bases=(FewShotModule,), given=frozenset(LINKED)),
         "data": Place(FewShotDataModule, bases=(FewShotDataModule,)),
         "trainer": Place(Trainer, group=Trainer),
@@ -130,17 +144,34 @@ def laid(line: CommandLine) -> tuple[Places, Tree]:
     }
     others = PASSED_OVER.union(*OPTIONS.values()) - set(places)
     tree: Tree = {"trainer": {}, "run": {}} | {name: lay(places[name], None, {}, name) for name in ("model", "data")}
+    rates = ""  # the config whose optimizer it is, where that was chosen for a method without an adapter
     for config, layer in line.layers:
         own = {name: value for name, value in layer.items() if config is None or name not in others}
+        before = tree["model"]["init_args"].get("optimizer")
         try:
             tree = lay_all(places, tree, own, "", line.command)
         except UserError as error:
             said = no_option(error, places, tree) if isinstance(error, UnknownOptionError) else str(error)
             raise UserError(said if config is None else f"{config}: {said}") from error
-    schedule = tree["model"]["init_args"].get("schedule")
+        model = tree["model"]["init_args"]
+        if model.get("optimizer") != before:
+            rates = config if config and not model.get("adapter") else ""
+    model = tree["model"]["init_args"]
+    if rates and model.get("adapter"):
+        optimizer = model["optimizer"]
+        line.notes.append(
+            f"{class_name(model['adapter'])} trains with the optimizer of {rates}, which has no adapter: "
+            f"{class_name(optimizer)}, lr {optimizer['init_args'].get('lr')}. Another: --model.optimizer.lr."
+        )
+    schedule = model.get("schedule")
     if schedule and "T_max" in arguments_of(named(schedule["class_path"], (LRScheduler,), "model.schedule"))[0]:
         schedule["init_args"].setdefault("T_max", WHOLE_RUN)
     return places, tree
+
+
+def class_name(value: Tree) -> str:
+    """The last part of a class_path."""
+    return str(value["class_path"].rpartition(".")[2])
 
 
 def plain(name: str) -> str:
@@ -155,22 +186,22 @@ def no_option(error: UnknownOptionError, places: Places, tree: Tree) -> str:
     if command is not None:
         return f"There is no option '--{error.name}' of {error.owner}: it is one of {command}."
     refused = f"{error.owner} has no option {last!r}." if level else f"There is no option '--{last}'."
-    word, beside = plain(last), {plain(name): f"{level}.{name}".lstrip(".") for name in error.known}
     options = {option: place for option, place, _ in options_below(places, tree)}
-    meant = [option for option, words in MEANT.items() if word in words.split()]
-    near = difflib.get_close_matches(word, beside, n=1)
-    likely = [beside[word]] if word in beside else meant or [beside[name] for name in near if level]
-    place = options.get(level, Place())
-    owners = [name for name, kind in subclasses(place.bases).items() if word in arguments_of(kind, place.given)[0]]
+    place, same = options.get(level, Place()), last.replace("-", "_")
+    owners = [name for name, kind in subclasses(place.bases).items() if same in arguments_of(kind, place.given)[0]]
+    beside = {plain(name): f"{level}.{name}".lstrip(".") for name in error.known}
+    called = {option.rpartition(".")[2]: option for option in reversed(options)}
+    called |= {word: option for option, words in MEANT.items() for word in words.split()}
+    word, like = plain(last), beside if level else called | beside
+    near = difflib.get_close_matches(word, like, n=1)
+    likely = beside.get(word) or (None if owners else called.get(word) or (like[near[0]] if near else None))
     if owners and not likely:
-        return f"{refused} It is one of {', '.join(owners[:3])}: --{level} {owners[0]}."
-    likely += [option for option in options if option.rpartition(".")[2] == word]
-    likely += difflib.get_close_matches(plain(error.name), [*options, *(beside.values() if level else ())], n=1)
+        return f"{refused} It is one of {', '.join(owners[:4])}: choose by --{level}."
     if not likely:
         return f"{refused} {nearest_first(last, error.known)}"
-    if level and likely[0] in beside.values():
-        return f"{refused} Did you mean {likely[0].rpartition('.')[2]!r}? In full: --{likely[0]}."
-    return f"{refused} Did you mean --{likely[0]}?"
+    if level and likely in beside.values():
+        return f"{refused} Did you mean {likely.rpartition('.')[2]!r}? In full: --{likely}."
+    return f"{refused} Did you mean --{likely}?"
 
 
 def needed(places: Places, tree: Tree, line: CommandLine | None = None) -> str | None:
@@ -184,28 +215,44 @@ def needed(places: Places, tree: Tree, line: CommandLine | None = None) -> str |
     return lacking and f"{lacking} is missing, and has no default: give --{lacking} a value."
 
 
-def check_machine(trainer: Tree) -> None:
-    """Raises UserError for an accelerator, a strategy or a logger that is not there."""
-    chosen, there = trainer.get("accelerator"), AcceleratorRegistry.available_accelerators()
-    able = [name for name in sorted(there) if AcceleratorRegistry[name]["accelerator"].is_available()]
-    if (
-        isinstance(chosen, str)
-        and chosen not in (*able, "auto")
-        and not (chosen == "gpu" and {"cuda", "mps"} & {*able})
-    ):
-        raise UserError(f"trainer.accelerator is {chosen}, and this machine has: {', '.join(able)}; or say auto.")
-    strategy, known = trainer.get("strategy"), StrategyRegistry.available_strategies()
-    if isinstance(strategy, str) and strategy not in (*known, "auto"):
-        raise UserError(f"trainer.strategy: there is no {strategy!r}. {nearest_first(strategy, [*known, 'auto'])}")
-    loggers = trainer.get("logger")
-    for each in loggers if isinstance(loggers, list) else [loggers]:
-        name = each["class_path"].rpartition(".")[2] if isinstance(each, dict) else ""
-        packages = PACKAGES.get(name, ())
-        if packages and not any(find_spec(package) for package in packages):
-            raise UserError(
-                f"trainer.logger: {name} needs the package {packages[0]}, which is not installed: "
-                f"pip install {packages[0]}, or do without; losses and accuracies are in metrics.csv of every run."
-            )
+def check(model: Tree, trainer: Tree) -> None:
+    """Raises UserError for an accelerator, a strategy, a logger or a measurement that is not there, and no targets."""
+    registered = AcceleratorRegistry.available_accelerators()
+    able = ["auto", *(name for name in sorted(registered) if AcceleratorRegistry[name]["accelerator"].is_available())]
+    able += ["gpu"] if {"cuda", "mps"} & set(able) else []
+    chosen, strategy = trainer.get("accelerator", "auto"), trainer.get("strategy", "auto")
+    if isinstance(chosen, str) and chosen not in able:
+        raise UserError(f"trainer.accelerator is {chosen}, and on this machine it may be {' or '.join(able)}.")
+    known = ["auto", *StrategyRegistry.available_strategies()]
+    if isinstance(strategy, str) and strategy not in known:
+        raise UserError(f"trainer.strategy: there is no {strategy!r}. {nearest_first(strategy, known)}")
+    if isinstance(trainer.get("devices"), list) and "gpu" not in able:
+        raise UserError(f"trainer.devices is {trainer['devices']}, and only GPUs are numbered: give how many, or auto.")
+    if isinstance(trainer.get("max_time"), dict) and not set(trainer["max_time"]) <= set(DURATION):
+        raise UserError(f"trainer.max_time takes {', '.join(DURATION)}, and is given {', '.join(trainer['max_time'])}.")
+    if model.get("adapter") and model.get("targets", True) == []:
+        raise UserError(f"model.targets is empty, and {class_name(model['adapter'])} would change nothing: *.[qkv]?")
+    for each in [*listed(trainer.get("callbacks")), *listed(trainer.get("logger"))]:
+        if isinstance(each, dict):
+            name, monitor = class_name(each), each["init_args"].get("monitor") or "val/acc"
+            if monitor != "val/acc" and not monitor.startswith("train/"):
+                raise UserError(f"trainer.callbacks: {name} watches {monitor!r}; a run logs val/acc and train/loss.")
+            if name in PACKAGES and not any(find_spec(package) for package in PACKAGES[name]):
+                package = PACKAGES[name][0]
+                raise UserError(
+                    f"trainer.logger: {name} needs {package}, which is not installed: pip install {package}."
+                )
+
+
+def refusal(error: BaseException) -> str | None:
+    """What Lightning or torch says of a setting, where an error comes from there while a part is built; else None."""
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__ or error
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    source = "" if frame is None else str(frame.tb_frame.f_globals.get("__name__", ""))
+    return f"trainer: {' '.join(str(error).split())[:300]}" if source.startswith(("lightning.", "torch.")) else None
 
 
 def add_options(parser: ArgumentParser, command: str) -> None:
@@ -216,7 +263,7 @@ def add_options(parser: ArgumentParser, command: str) -> None:
 
 
 def help_text(line: CommandLine) -> str:
-    """All options of a command, or of one class with ``--model.adapter.help LoRA``."""
+    """Kshot's own options on two screens, all with ``--help-all``, or a class's with ``--model.adapter.help LoRA``."""
     parser = ArgumentParser(prog=f"python main.py {line.command}", add_help=False)
     if line.help_for is not None:
         (key, name), (places, tree) = line.help_for, laid(line)
@@ -228,11 +275,59 @@ def help_text(line: CommandLine) -> str:
             raise UserError(f"--{key} takes no class.")
         parser.add_class_arguments(named(name, place.bases, key), key, skip=set(place.given), fail_untyped=False)
         return str(parser.format_help())
-    parser.add_argument("--config", "-c", help="A YAML file, or the name of one in configs/; may be repeated.")
-    parser.add_argument("--print_config", action="store_true", help="Print all settings, and run nothing.")
-    parser.add_argument("--seed_everything", type=bool | int, default=1, help="Seed of everything but the data.")
+    if "help-all" not in line.flags:
+        return "\n".join(own_options(line))
+    parser.add_argument("--config", "-c", help=GENERAL["config"])
+    parser.add_argument("--print_config", action="store_true", help=GENERAL["print_config"])
+    parser.add_argument("--seed_everything", type=bool | int, default=1, help=GENERAL["seed_everything"])
     add_options(parser, line.command)
     parser.add_class_arguments(FewShotModule, "model", skip=set(LINKED), sub_configs=True)
     parser.add_class_arguments(FewShotDataModule, "data")
     parser.add_class_arguments(Trainer, "trainer", fail_untyped=False)
     return f"{parser.format_help()}\n{NESTED}"
+
+
+def own_options(line: CommandLine) -> Iterator[str]:
+    """The options of kshot and the most used of other libraries, by class, with the values that they have so far."""
+    start: Tree = {"model": {"classifier": {}, "adapter": "LoRA", "optimizer": {}}}
+    places, tree = laid(replace(line, layers=[(None, start), *line.layers]))
+    texts = {name: text for name, (_, _, text) in OPTIONS[line.command].items()} | GENERAL
+    groups: dict[str, list[str]] = {
+        "": [row(name, "", GENERAL[name]) for name in ("config", "print_config", "help-all")],
+        **{name: [] for name in ("run", "data", "model")},
+    }
+    for name, place, value in options_below(places, tree):
+        level, _, last = name.rpartition(".")
+        kind = named(value["class_path"], place.bases, name) if place.bases and isinstance(value, dict) else place.group
+        texts |= {f"{name}.{each}": text for each, text in described(kind).items()}
+        if last in SHOWN.get(level, [last]) and name not in ("model", "data", "trainer", "run"):
+            default = kind.__name__ if kind else "needed" if value is REQUIRED else in_yaml(value)
+            groups.setdefault(level, []).append(row(name, default, texts.get(name, "")))
+            kinds = sorted(n for n, each in subclasses(place.bases).items() if each.__module__.startswith("kshot."))
+            groups[level] += textwrap.wrap(", ".join(kinds), 92, initial_indent=INDENT, subsequent_indent=INDENT)
+    yield f"usage: python main.py {line.command} --config NAME [--config METHOD ...] [options]"
+    for level, rows in groups.items():
+        yield from ["", *([f"{level}:"] if level else []), *rows]
+    yield NESTED
+
+
+def row(name: str, default: str, text: str) -> str:
+    """A line of help, at most 100 columns wide."""
+    start = f"  --{name:<29} {default:<12} "
+    return (start + textwrap.shorten(re.sub(r":\w+:|`", "", text), 100 - len(start), placeholder=" ...")).rstrip()
+
+
+def described(kind: type | None) -> dict[str, str]:
+    """What a class says of its arguments, from the docstrings in Google's style of the class and its __init__."""
+    texts = [inspect.getdoc(each) or "" for each in (kind, getattr(kind, "__init__", None)) if kind and each]
+    arguments = "\n".join(text.partition("\nAttributes:")[0] for text in texts)
+    found = re.findall(r"^ {4}(\w+)(?: ?\([^)\n]*\))?: *(\S.*(?:\n {5,}.*)*)", arguments, re.MULTILINE)
+    return dict(found)
+
+
+def in_yaml(value: Any) -> str:
+    """A default as a config says it."""
+    if isinstance(value, type):
+        return value.__name__
+    text: str = json.dumps(value, default=str)
+    return text.strip('"')
