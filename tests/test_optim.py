@@ -6,13 +6,14 @@ from functools import partial
 import lightning.pytorch as pl
 import pytest
 import torch
+from torch.optim import lr_scheduler
 
 from kshot.adapters import DoRA, HydraLoRA, LoRA, PiSSA
 from kshot.backbones import OpenClip
 from kshot.classifiers import CoOp, LinearProbe, NearestClassMean, TextPrompt
 from kshot.errors import UserError
 from kshot.module import FewShotModule
-from kshot.optim import DasslCosine, WarmupCosine
+from kshot.optim import WHOLE_RUN, DasslCosine, WarmupCosine, make_optimizer, scheduling, watches
 from kshot.prepare import planned_steps, try_step
 from kshot.run import make_trainer
 
@@ -266,3 +267,64 @@ def test_planned_steps_are_the_steps_that_are_run(options, batches):
     loader = torch.utils.data.DataLoader(torch.zeros(batches, 1))
     trainer.fit(module := Counts(), loader)
     assert trainer.global_step == module.planned
+
+
+def scheduled(factory, epochs: int = 6, validates_every: int = 0, lr: float = 1.0) -> list[float]:
+    """The rate after each epoch of two steps of a run whose loss and accuracy never get better."""
+
+    class Stuck(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.rates = torch.nn.Parameter(torch.ones(1)), []
+
+        def training_step(self, batch, batch_idx):
+            self.log("train/loss", torch.ones(()), on_step=False, on_epoch=True)
+            return 0 * self.weight.sum()
+
+        def validation_step(self, batch, batch_idx):
+            self.log("val/acc", 0.5)
+
+        def configure_optimizers(self):
+            optimizer = make_optimizer(partial(torch.optim.SGD, lr=lr), [{"params": [self.weight]}])
+            steps = planned_steps(self.trainer)
+            found = scheduling(factory, optimizer, steps, 2, validates_every)
+            return {"optimizer": optimizer, "lr_scheduler": found}
+
+        def on_train_epoch_start(self):
+            self.rates.append(self.optimizers().param_groups[0]["lr"])
+
+    trainer = make_trainer(max_epochs=epochs, check_val_every_n_epoch=max(1, validates_every))
+    loader = torch.utils.data.DataLoader(torch.zeros(2, 1))
+    trainer.fit(module := Stuck(), loader, loader if validates_every else None)
+    return module.rates
+
+
+def test_torchs_own_schedules_run():
+    cosine = scheduled(partial(lr_scheduler.CosineAnnealingLR, T_max=12))
+    assert cosine == pytest.approx([(1 + math.cos(math.pi * e / 6)) / 2 for e in range(6)])
+    assert scheduled(partial(lr_scheduler.CosineAnnealingLR, T_max=WHOLE_RUN)) == cosine
+    assert scheduled(partial(lr_scheduler.StepLR, step_size=4)) == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
+    linear = scheduled(partial(lr_scheduler.LinearLR, start_factor=0.2, total_iters=4))
+    assert linear == pytest.approx([0.2, 0.6, 1, 1, 1, 1])
+    cycle = scheduled(partial(lr_scheduler.OneCycleLR, max_lr=2.0))
+    assert max(cycle) <= 2
+    assert cycle[0] == pytest.approx(2 / 25)
+    assert cycle[-1] < 0.5
+
+
+@pytest.mark.parametrize(("every", "expected"), [(0, [1, 1, 1, 0.1, 0.1, 0.01]), (1, [1, 1, 1, 0.1, 0.1, 0.01])])
+def test_a_plateau_is_that_of_accuracy_or_else_of_the_loss(every, expected):
+    plateau = partial(lr_scheduler.ReduceLROnPlateau, mode="min", patience=1)
+    assert scheduled(plateau, 6, every) == pytest.approx(expected)
+    assert scheduled(plateau, 8, 2 * every)[:6] == pytest.approx([1] * 6 if every else expected)
+    optimizer = sgd(1.0)
+    found = scheduling(plateau, optimizer, 10, 2, every)
+    assert (found["monitor"], found["scheduler"].mode) == (("val/acc", "max") if every else ("train/loss", "min"))
+    assert watches(plateau)
+    assert not watches(WarmupCosine)
+    assert not watches(None)
+
+
+def test_an_optimizer_that_refuses_its_settings_gets_one_line():
+    with pytest.raises(UserError, match=r"model\.optimizer: SGD refuses its settings: Invalid momentum value: -1"):
+        make_optimizer(partial(torch.optim.SGD, momentum=-1), [{"params": [torch.nn.Parameter(torch.ones(1))]}])

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -294,7 +295,8 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
         (BOMB.encode(), "more than 50,000 values"),
         (b"a: " + 3000 * b"[", "too deeply"),
         (b"x" * 1_000_001, "may have 1,000,000"),
-        ("seed_everything: 1\n".encode("utf-16"), "cannot be read as UTF-8"),
+        ("seed_everything: 1\n".encode("utf-16"), "is in UTF-16: save it as UTF-8"),
+        ("seed_everything: 1\n".encode("utf-16-be"), "no valid YAML"),
         ("run: {name: é}\n".encode("latin-1"), "cannot be read as UTF-8"),
         (b"model: [\n", "no valid YAML"),
     ],
@@ -409,7 +411,8 @@ def test_a_saved_config_of_another_command_is_taken(capsys, here):
 
 
 MISTAKES = {
-    "--model.optimizer.lr nan": "model.optimizer.lr: Expected float or Tensor. Got value: nan",
+    "--model.optimizer.lr nan": "model.optimizer.lr is nan, and must be a positive number",
+    "--model.optimizer.lr many": "model.optimizer.lr: Expected float or Tensor. Got value: many",
     "--trainer.max_epoch 3": "Did you mean 'max_epochs'?",
     "--lr 3": "Did you mean --model.optimizer.lr?",
     "--epochs 3": "Did you mean --trainer.max_epochs?",
@@ -430,7 +433,7 @@ MISTAKES = {
     "--model.adapter {class_path: LoRA, rank: 3}": "model.adapter.rank",
     "--model.adapter {class_path: 3}": "model.adapter.class_path is 3",
     "--model.adapter.help LoRAA": "Did you mean 'LoRA'?",
-    "--model.adaptr.help LoRA": "Did you mean --model.adapter?",
+    "--model.adaptr.help LoRA": "Did you mean 'model.adapter'?",
     "--data.shots.help LoRA": "takes no class",
 }
 
@@ -477,13 +480,15 @@ def test_arguments_of_a_class_include_those_it_passes_on():
 
 
 def test_an_annotation_that_is_not_there_takes_no_class():
-    def function(x: "NotThere") -> None: ...  # noqa: F821
+    class Mine:
+        def __init__(self, x: "NotThere") -> None: ...  # noqa: F821
 
-    place = arguments_of(function)[0]["x"]
+    place = arguments_of(Mine)[0]["x"]
     assert not place.bases
     assert lay(place, None, "a word", "x") == "a word"
-    with pytest.raises(UserError, match="only one of kshot's own"):
-        lay(place, None, "os.system", "x")
+    for path in ("os.system", "kshot.files.packaged_folder"):
+        with pytest.raises(UserError, match="x takes a function, which a config cannot give"):
+            lay(place, None, path, "x")
     with pytest.raises(UserError, match="x takes no class"):
         check_plain(Place(), [{"class_path": "a.B"}], "x")
 
@@ -500,21 +505,15 @@ def test_a_plain_record_takes_settings_and_no_file(here):
     for value, expected in {"./c.yaml": "must be a mapping", "many": "must be a mapping", "3.5": "Expected"}.items():
         with pytest.raises(UserError, match=expected):
             lay(place, None, value, "x")
-    with pytest.raises(UserError, match="only one of kshot's own"):  # jsonargparse would read it
+    with pytest.raises(UserError, match="x takes a function, which a config cannot give"):  # jsonargparse would read it
         lay(Place(text=True, calls=True), None, "./c.yaml", "x")
 
 
-def test_a_function_of_kshot_that_builds_the_kind_is_taken(monkeypatch):
-    import kshot.optim
-
-    def warm(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler: ...
-
-    warm.__module__ = "kshot.optim"
-    monkeypatch.setattr(kshot.optim, "warm", warm, raising=False)
-    assert named("kshot.optim.warm", (torch.optim.lr_scheduler.LRScheduler,), "model.schedule") is warm
-    with pytest.raises(UserError, match=r"takes an Optimizer, and kshot\.optim\.warm is none"):
-        named("kshot.optim.warm", (torch.optim.Optimizer,), "model.optimizer")
+def test_a_function_is_no_class_not_even_one_of_kshot():
+    with pytest.raises(UserError, match=r"takes an Optimizer, and kshot\.optim\.make_optimizer is none"):
+        named("kshot.optim.make_optimizer", (torch.optim.Optimizer,), "model.optimizer")
     assert named("CoOp", (Classifier,), "model.classifier") is CoOp
+    assert named("kshot.classifiers.CoOp", (Classifier,), "model.classifier") is CoOp
 
 
 # ---------------------------------------------------------------------------------------------------- schedules
@@ -526,8 +525,6 @@ def optimizer():
 
 
 def test_a_schedule_gets_what_its_class_takes(optimizer):
-    from functools import partial
-
     assert isinstance(make_schedule(partial(CosineAnnealingLR, T_max=10), optimizer, 10, 5), CosineAnnealingLR)
     assert make_schedule(partial(OneCycleLR, max_lr=1.0), optimizer, 10, 5).total_steps == 10
     assert make_schedule(partial(DasslCosine, warmup_epochs=0), optimizer, 10, 5).epochs == 2
@@ -536,7 +533,7 @@ def test_a_schedule_gets_what_its_class_takes(optimizer):
 
 @pytest.mark.parametrize(
     ("factory", "expected"),
-    [(ReduceLROnPlateau, "waits for a measurement"), (CosineAnnealingLR, "T_max")],
+    [(partial(ReduceLROnPlateau, factor=2.0), "Factor should be < 1"), (CosineAnnealingLR, "T_max")],
 )
 def test_a_schedule_that_cannot_be_built_gets_one_line(factory, expected, optimizer):
     with pytest.raises(UserError, match=expected):
@@ -550,6 +547,25 @@ def test_help_names_what_the_readme_promises(capsys):
     out = capsys.readouterr().out
     for option in ("--data.shots", "--model.adapter", "--model.optimizer.lr", "--trainer.max_epochs", "--run.root"):
         assert option in out
+    lines = out.splitlines()
+    assert len(lines) <= 100, "two screens"
+    assert max(map(len, lines)) <= 100
+    assert "--trainer.profiler" not in out
+    groups = [line for line in lines if line.endswith(":") and not line.startswith(" ")]
+    assert groups == ["run:", "data:", "model:", "model.classifier:", "model.adapter:", "model.optimizer:", "trainer:"]
+    assert re.search(r"--data.shots +16 +training images per class", out)
+    with pytest.raises(SystemExit):
+        main(["fit", "--help-all"])
+    whole = capsys.readouterr().out
+    assert "--trainer.profiler" in whole
+    assert "--data.shots" in whole
+    with pytest.raises(SystemExit):
+        main([*FIT, "--data.shots", "3", "--config", "methods/coop.yaml", "--help"])
+    out = capsys.readouterr().out
+    assert re.search(r"--data.shots +3 ", out)
+    assert re.search(r"--model.classifier +CoOp ", out)
+    assert re.search(r"--model.optimizer.momentum +0.9 ", out)
+    assert "\nmodel.adapter:" not in out
     with pytest.raises(SystemExit):
         main([*FIT, "--model.adapter.help", "LoRA"])
     assert "--model.adapter.rank" in capsys.readouterr().out

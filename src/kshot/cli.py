@@ -12,12 +12,14 @@ from contextlib import contextmanager
 STARTED = time.time()
 USAGE = """\
 usage: python main.py {fit,validate,test,predict,import} --config NAME [--config METHOD ...] [options]
+       python main.py doctor [--json]
 
   fit       adapt a backbone from a few images a class, then test it
   validate  accuracy on the few validation images
   test      accuracy on the test split, of a checkpoint with --ckpt_path
   predict   label any images: --images FOLDER_OR_FILES, writes a CSV
   import    turn a file that CoOp or CLIP-LoRA released into a checkpoint: --file FILE
+  doctor    say what is installed, what this machine has and whether a small run works
 
 examples:
   python main.py fit --config clip_16shot.yaml
@@ -27,7 +29,8 @@ examples:
   python main.py predict --config clip_16shot.yaml --ckpt_path ... --images photos/
   python main.py import --config recipes/clip_lora.yaml --file lora_weights.pt
 
-'python main.py fit --help' lists all options; a name given to --config is a path, or a file in configs/."""
+'python main.py fit --help' lists the options of kshot, and 'fit --help-all' all of them. A name given to --config is a
+path, or a file in configs/."""
 
 FAULT = "This is a fault of kshot, not of yours: please report it with all of these lines, as README.md says."
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from kshot.files import packaged_folder
 
 MOST_BYTES = 1_000_000  # of a config file
 MOST_VALUES = 50_000  # of a config once its aliases are written out
-FLAGS = ("help", "print_config")  # options without a value
+FLAGS = ("help", "help-all", "print_config")  # options without a value
 SHORT = {"-c": "--config", "-h": "--help"}
 Tree = dict[str, Any]
 
@@ -28,6 +29,7 @@ class CommandLine:
     words: list[tuple[str, str]] = field(default_factory=list)  # options and their values as given
     flags: set[str] = field(default_factory=set)
     help_for: tuple[str, str] | None = None  # of --model.adapter.help LoRA
+    notes: list[str] = field(default_factory=list)  # what may not be meant; settings finds it, the command prints it
 
     @property
     def configs(self) -> list[str]:
@@ -47,21 +49,20 @@ def read_command_line(words: Sequence[str], commands: Sequence[str]) -> CommandL
     """
     if not words or words[0] not in commands:
         given = words[0] if words else ""
-        raise UserError(f"There is no command {given!r}. {nearest_first(given, commands)}")
+        raise UserError(f"There is no command {given!r}. {nearest_first(given, [*commands, 'doctor'])}")
     line, rest = CommandLine(words[0]), iter(words[1:])
     for word in rest:
         name, equals, value = word.partition("=")
-        name = SHORT.get(name, name)
-        if not name.startswith("--") or not all(name[2:].split(".")):
+        key = SHORT.get(name, name).removeprefix("--")
+        if key == name or not all(key.split(".")):
             raise UserError(f"{word!r} is no option: options start with --, as in --data.shots 4.")
-        key = name[2:]
         if key in FLAGS and not equals:
-            line.flags.add(key)
+            line.flags |= {key, "help"} if key == "help-all" else {key}
             continue
         if not equals:
             value = next(rest, "--")
             if value.startswith("--"):
-                raise UserError(f"{name} needs a value after it.")
+                raise UserError(f"--{key} needs a value after it.")
         line.words.append((key, value))
         if key == "config":
             line.layers.append((value, read_config(find_config(value))))
@@ -79,25 +80,24 @@ def find_config(name: str) -> Path:
     """A config by its path, or else ``configs/NAME`` or ``configs/NAME.yaml``; raises UserError if there is none."""
     folder = packaged_folder("configs")
     for candidate in (Path(name), folder / name, folder / f"{name}.yaml"):
-        if candidate.is_file():
+        if os.path.isfile(candidate):  # noqa: PTH113  of any length
             return candidate
     known = [p.relative_to(folder).as_posix() for p in folder.rglob("*.yaml")]
-    raise UserError(f"There is no config {name!r}, neither here nor in configs/. {nearest_first(name, known)}")
+    raise UserError(f"There is no config {name!r:.200}, neither here nor in configs/. {nearest_first(name, known)}")
 
 
 def read_config(file: Path) -> Tree:
-    """The settings in a YAML file.
-
-    Raises:
-        UserError: it cannot be read, is no YAML of plain values, holds nothing, too much, or a key twice.
-    """
+    """The settings in a YAML file; raises UserError if it is none of plain values, or holds nothing or too much."""
     try:
         content = file.read_bytes()
         if len(content) > MOST_BYTES:
             raise UserError(f"The config {file} has {len(content):,} bytes, and may have {MOST_BYTES:,}.")
         tree = load_yaml(content.decode("utf-8-sig"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"The config {file} cannot be read as UTF-8: {first_line(error)}.") from error
+    except UnicodeDecodeError as error:
+        found = "is in UTF-16" if b"\0" in content[:4] else f"cannot be read as UTF-8 ({first_line(error)})"
+        raise UserError(f"The config {file} {found}: save it as UTF-8.") from error
+    except OSError as error:
+        raise UserError(f"The config {file} cannot be read: {first_line(error)}.") from error
     except yaml.YAMLError as error:
         raise UserError(f"The config {file} is no valid YAML: {' '.join(str(error).split())[:300]}.") from error
     if not isinstance(tree, dict):
@@ -107,11 +107,7 @@ def read_config(file: Path) -> Tree:
 
 
 def load_yaml(text: str) -> Any:
-    """Plain values from YAML.
-
-    Raises:
-        yaml.YAMLError: it is no YAML, or has tags, merge keys, a key twice, or aliases that stand for too much.
-    """
+    """Plain values from YAML; raises YAMLError at tags, merge keys, a key twice, and aliases of too much."""
     try:
         value = yaml.load(text, Loader=Loader)
     except RecursionError as error:
@@ -160,5 +156,4 @@ class Loader(yaml.SafeLoader):  # type: ignore[misc]
                 reason = f"the key {key.value!r} " + ("stands twice" if key.value in seen else "is no word")
                 raise yaml.constructor.ConstructorError(None, None, reason, key.start_mark)
             seen.add(key.value)
-        tree: Tree = super().construct_mapping(node, deep)
-        return tree
+        return dict(super().construct_mapping(node, deep))

@@ -3,31 +3,102 @@
 from __future__ import annotations
 
 import inspect
+import math
 import os
-from collections.abc import Iterator
+import re
+import typing
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from typing import Any
 
+import torch
 from jsonargparse import ArgumentError, ArgumentParser
 
 from kshot.classifiers import Classifier
 from kshot.config import Tree, read_word, walk
 from kshot.errors import UserError, nearest_first
 from kshot.places import (
-    REQUIRED,
     Place,
     Places,
     alternatives,
     arguments_of,
-    imported,
     is_path,
     named,
     public_path,
     subclasses,
 )
 
+DURATION = ("weeks", "days", "hours", "minutes", "seconds")
 BUILDER = "lightning.pytorch.cli.instantiate_module"  # what LightningCLI writes into checkpoints
+MOST_DEVICES = max(2, os.cpu_count() or 1)  # more processes than cores only wait for each other
+Rules = dict[str, tuple[Callable[[Any], bool], str]]
 SPEC: Tree = {"class_path": str, "init_args": dict | None, "dict_kwargs": dict | None}  # a class and its settings
+INF = math.inf
+NUMBERS: Rules = {  # what a number must be, what holds then, and the full names of the options
+    "be a positive number, such as 1e-3": (lambda x: 0 < x < INF, "model.optimizer.lr model.head_lr"),
+    "be a number from 0 on": (
+        lambda x: 0 <= x < INF,
+        "model.optimizer.weight_decay trainer.gradient_clip_val run.save_every",
+    ),
+    "be 1 or more, or -1 where the other of max_epochs and max_steps ends the run": (
+        lambda x: 1 <= x < INF or x == -1,
+        "trainer.max_epochs trainer.max_steps",
+    ),
+    "be 1 or more": (
+        lambda x: 1 <= x < INF,
+        "trainer.accumulate_grad_batches trainer.min_epochs trainer.min_steps trainer.num_nodes top_k",
+    ),
+    "be 0 or more": (
+        lambda x: 0 <= x < INF,
+        "trainer.check_val_every_n_epoch trainer.log_every_n_steps trainer.fast_dev_run",
+    ),
+    "be 256 processes at most": (lambda x: x <= 256, "data.num_workers"),
+    "be 0 or more, or -1 for all": (lambda x: -1 <= x < INF, "trainer.num_sanity_val_steps"),
+    "be a share above 0 and up to 1.0, or a number of batches": (
+        lambda x: 0 < x <= 1 or (x > 1 and x % 1 == 0),
+        "trainer.limit_train_batches trainer.limit_test_batches trainer.limit_predict_batches "
+        "trainer.val_check_interval",
+    ),
+    "be a share from 0 to 1.0, or a number of batches": (
+        lambda x: 0 <= x <= 1 or (x > 1 and x % 1 == 0),
+        "trainer.limit_val_batches trainer.overfit_batches",
+    ),
+    f"be a number of devices from 1 to {MOST_DEVICES}, or auto": (
+        lambda x: 1 <= x <= MOST_DEVICES or (x == -1 and torch.cuda.is_available()),
+        "trainer.devices",
+    ),
+    "be a number of steps from 1 on": (lambda x: 1 <= x < INF, "model.schedule.step_size"),
+    "be a number of steps from 1 on, or 0 for all of the run": (lambda x: 0 <= x < INF, "model.schedule.T_max"),
+    f"lie in 0 to {2**32 - 1}": (lambda x: 0 <= x < 2**32, "seed_everything"),
+    f"lie in 0 to {2**63 - 1}": (lambda x: 0 <= x < 2**63, "data.split_seed"),
+    "lie in 0 to 10000": (
+        lambda x: 0 <= x <= 10000,
+        " ".join(f"trainer.max_time.{unit}" for unit in DURATION),
+    ),
+}
+WORDS: Rules = {  # the same of words
+    "be the name of a folder below run.root": (
+        lambda x: all(part.strip(". ") and part.isprintable() and len(part) < 200 for part in re.split(r"[/\\]", x)),
+        "run.name",
+    ),
+    "be the name of a folder": (lambda x: bool(x) and x.isprintable(), "run.root data.root"),
+    "be the name of a file": (lambda x: bool(x.strip()), "ckpt_path file out"),
+    "be a data set, a folder or a file": (lambda x: bool(x.strip()), "data.dataset"),
+    "be a number of devices, or auto": (lambda x: re.fullmatch(r"auto|-?\d[\d, ]*", x) is not None, "trainer.devices"),
+    "be days, hours, minutes and seconds, such as 00:02:30:00": (
+        lambda x: re.fullmatch(r"\d{1,4}(:\d\d?){3}", x) is not None,
+        "trainer.max_time",
+    ),
+}
+
+
+class UnknownOptionError(UserError):
+    """A class or a command has no option of a name: ``name`` in full, ``known`` are those that it has."""
+
+    def __init__(self, owner: str, name: str, known: Iterable[str]) -> None:
+        last = name.rpartition(".")[2]
+        super().__init__(f"{owner} has no option {last!r}. {nearest_first(last, known)}")
+        self.owner, self.name, self.known = owner, name, list(known)
 
 
 def lay_all(places: Places, old: Tree, new: Tree, where: str, owner: str, more: bool = False) -> Tree:
@@ -41,14 +112,18 @@ def lay_all(places: Places, old: Tree, new: Tree, where: str, owner: str, more: 
         name = key.removesuffix("+")
         inner = f"{where}.{name}".lstrip(".")
         if name not in places and not more:
-            raise UserError(f"{owner} has no option {name!r}. {nearest_first(name, places)}")
+            raise UnknownOptionError(owner, inner, places)
         place, before = places.get(name, Place()), result.get(name)
         if key == name:
             result[name] = lay(place, before, value, inner)
         else:
-            both = [before or [], lay(place.items or place, None, value, inner)]
-            result[name] = [each for part in both for each in (part if isinstance(part, list) else [part])]
+            result[name] = [*listed(before), *listed(lay(place.items or place, None, value, inner))]
     return result
+
+
+def listed(value: Any) -> list[Any]:
+    """What an option holds: nothing, one, or several."""
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def lay(place: Place, old: Any, new: Any, where: str) -> Any:
@@ -60,34 +135,26 @@ def lay(place: Place, old: Any, new: Any, where: str) -> Any:
     Raises:
         UserError: a class or a value that the place does not take, an option that a class does not have.
     """
-    read = read_word(new)
-    classes = isinstance(read, dict) or (isinstance(read, str) and (is_path(read) or not place.text))
-    several = place.items
+    read, several = read_word(new), place.items
+    nameless = isinstance(read, dict) and "class_path" not in read
+    chooses = isinstance(read, dict) or (isinstance(read, str) and (is_path(read) or not place.text))
     if place.group and isinstance(read, dict):
         before = old if isinstance(old, dict) else {}
-        result: Any = lay_all(arguments_of(place.group)[0], before, read, where, place.group.__name__)
-    elif several and isinstance(read, dict) and isinstance(old, list) and "class_path" not in read:
-        result = [*old[:-1], lay(several, old[-1] if old else None, read, where)]  # of a list, its last
-    elif place.bases and classes:
-        result = lay_class(place, old, read, where)
-    elif several and isinstance(read, list):
-        result = [lay(several, None, each, where) for each in read]
-    elif several and several.bases and classes:
-        result = [lay(several, None, read, where)]
-    elif several and isinstance(read, dict) and "class_path" not in read:
-        result = {key: lay(several, None, each, f"{where}.{key}") for key, each in read.items()}
-    else:
-        check_plain(place, new, where)
-        result = new
-    return result
+        return lay_all(arguments_of(place.group)[0], before, read, where, place.group.__name__)
+    if several and nameless and isinstance(old, list):  # settings of the last in a list
+        return [*old[:-1], lay(several, old[-1] if old else None, read, where)]
+    if place.bases and chooses:
+        return lay_class(place, old, read, where)
+    if several and (isinstance(read, list) or (several.bases and chooses)):
+        return [lay(several, None, each, f"{where}[{i}]") for i, each in enumerate(listed(read))]
+    if several and nameless:
+        return {key: lay(several, None, each, f"{where}.{key}") for key, each in read.items()}
+    check_plain(place, new, where)
+    return new
 
 
 def check_plain(place: Place, value: Any, where: str) -> None:
-    """Refuses a value that is not of a place's type, and all for which jsonargparse would import or read something.
-
-    Raises:
-        UserError: names the place, the value and what it takes.
-    """
+    """Refuses a value that is not of a place's type, and all for which jsonargparse would import or read something."""
     word = read_word(value)
     for each in walk(word):
         if any(isinstance(part, dict) and "class_path" in part for part in walk(read_word(each))):
@@ -95,9 +162,8 @@ def check_plain(place: Place, value: Any, where: str) -> None:
     if place.group and not place.text and (isinstance(word, str) or place.hint is place.group):  # no name of a file
         raise UserError(f"{where} is {value!r}, and must be a mapping of settings.")
     if place.calls and isinstance(word, str) and (is_path(word) or os.path.isfile(word)):  # noqa: PTH113  of any length
-        own = word.partition(".")[0] == "kshot"
-        if not own or not callable(imported(word, f"{where} takes a function")):
-            raise UserError(f"{where} takes a function, and from a config only one of kshot's own, not {word!r}.")
+        raise UserError(f"{where} takes a function, which a config cannot give: not {word!r}.")
+    check_range(where, value)
     if place.hint is not Any:
         parser = ArgumentParser(exit_on_error=False)
         with suppress(ValueError):  # a type that jsonargparse has no rule for
@@ -105,9 +171,30 @@ def check_plain(place: Place, value: Any, where: str) -> None:
                 parser.add_argument("--value", type=place.hint)
                 parser.parse_object({"value": value})
             except (ArgumentError, TypeError) as error:
-                names = [part.__name__ if isinstance(part, type) else str(part) for part in alternatives(place.hint)]
-                wanted = " or ".join(names).replace("NoneType", "null").replace("typing.", "")
+                names = [name for part in alternatives(place.hint) for name in names_of(part)]
+                wanted = " or ".join(dict.fromkeys(names))
                 raise UserError(f"{where}: Expected {wanted}. Got value: {value}") from error
+
+
+def names_of(hint: Any) -> list[str]:
+    """What a type is called in a refusal: ``int``, ``null``, or all words of a choice."""
+    if typing.get_origin(hint) is typing.Literal:
+        return [str(each) for each in typing.get_args(hint)]
+    name = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+    return ["null" if name == "NoneType" else name]
+
+
+def check_range(where: str, value: Any) -> None:
+    """Raises UserError for a number or a word that no rule of its option allows, and for a zero byte in any."""
+    if isinstance(value, str) and "\0" in value:
+        raise UserError(f"{where} is {value!r:.200}, and must hold no zero byte.")
+    read, number = read_word(value), None
+    with suppress(ValueError, TypeError):  # no number, or one that YAML does not know as such: 1e-3 and nan
+        number = None if isinstance(read, bool) else float(read if isinstance(read, (int, float)) else value)
+    for rules, given, shown in ((NUMBERS, number, f"{value}"), (WORDS, value, f"{value!r:.200}")):
+        for what, (holds, names) in rules.items():
+            if where in names.split() and isinstance(given, (float, str)) and not holds(given):
+                raise UserError(f"{where} is {shown}, and must {what}.")
 
 
 def lay_class(place: Place, old: Any, new: Any, where: str) -> Tree:
@@ -129,28 +216,18 @@ def lay_class(place: Place, old: Any, new: Any, where: str) -> Tree:
             known = list(subclasses(place.bases))
             raise UserError(f"{where} needs a class first, such as --{where} {known[0]}. {nearest_first('', known)}")
     places, more = arguments_of(chosen, place.given)
-    kept: Tree = old["init_args"] if before else {}
+    kept: Tree = {}
     if before is chosen:
-        extra = old.get("dict_kwargs", {}) | extra
-    elif not (isinstance(chosen, type) and issubclass(chosen, Classifier)):
-        kept = what_fits(places, kept, where)
-    elif chosen is place.default:
-        kept = {}
-    else:  # or jsonargparse lays its settings over those of the default class
+        kept, extra = old["init_args"], old.get("dict_kwargs", {}) | extra
+    elif issubclass(chosen, Classifier):  # written out, or jsonargparse keeps the default classifier's
         plain = (float, int, str, type(None))
         kept = {name: each.default for name, each in places.items() if isinstance(each.default, plain)}
+    elif before:
+        for name, value in old["init_args"].items():
+            with suppress(UserError):  # the class has no such name, or does not take the value
+                kept |= lay_all(places, {}, {name: value}, where, chosen.__name__)
     laid = lay_all(places, kept, arguments, where, chosen.__name__, more)
     return {"class_path": public_path(chosen), "init_args": laid} | ({"dict_kwargs": extra} if extra else {})
-
-
-def what_fits(places: Places, arguments: Tree, where: str) -> Tree:
-    """Those settings of another class that a class has a name for and takes."""
-    kept = {}
-    for name, value in arguments.items():
-        if name in places:
-            with suppress(UserError):
-                kept[name] = lay(places[name], None, value, f"{where}.{name}")
-    return kept
 
 
 def check_stored(settings: Tree, kind: type) -> None:
@@ -167,13 +244,12 @@ def check_stored(settings: Tree, kind: type) -> None:
     lay(Place(bases=(kind,)), None, spec, "hyper_parameters")
 
 
-def options_below(places: Places, tree: Tree, where: str = "") -> Iterator[tuple[str, Place, bool]]:
-    """All options that the classes in a tree have: full name, place, and whether it lacks a value that it needs."""
+def options_below(places: Places, tree: Tree, where: str = "") -> Iterator[tuple[str, Place, Any]]:
+    """All options that the classes in a tree have: full name, place, and value, ``REQUIRED`` where it is missing."""
     for name, place in places.items():
-        inner, value = f"{where}.{name}".lstrip("."), tree.get(name)
-        yield inner, place, name not in tree and place.default is REQUIRED
-        if place.group and isinstance(value, dict):
-            yield from options_below(arguments_of(place.group)[0], value, inner)
-        elif place.bases and isinstance(value, dict):
-            chosen = named(value["class_path"], place.bases, inner)
-            yield from options_below(arguments_of(chosen, place.given)[0], value["init_args"], inner)
+        inner, value = f"{where}.{name}".lstrip("."), tree.get(name, place.default)
+        yield inner, place, value
+        if isinstance(value, dict) and (place.group or place.bases):
+            chosen = place.group or named(value["class_path"], place.bases, inner)
+            own = value if place.group else value["init_args"]
+            yield from options_below(arguments_of(chosen, place.given)[0], own, inner)

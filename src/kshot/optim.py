@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
-from kshot.errors import UserError, first_line
+from kshot.errors import UserError, first_line, require
+
+WHOLE_RUN = 0  # as T_max of torch's CosineAnnealingLR, which refuses 0: all steps of the run
 
 
 class OptimizerFactory(Protocol):
@@ -47,23 +49,54 @@ def make_schedule(
         steps_per_epoch: optimizer steps in an epoch.
 
     Raises:
-        UserError: the class refuses its settings, or waits for a measurement as ReduceLROnPlateau does.
+        UserError: the class refuses its settings.
     """
     target = built_by(factory)
-    name = getattr(target, "__name__", str(target))
-    if isinstance(target, type) and issubclass(target, ReduceLROnPlateau):
-        raise UserError(
-            f"model.schedule: {name} waits for a measurement, and a schedule is stepped with the optimizer: "
-            "use WarmupCosine, or torch's CosineAnnealingLR, whose T_max counts steps."
-        )
     known = {"total_steps": total_steps, "steps_per_epoch": steps_per_epoch}
     named = inspect.signature(target).parameters
     if not any(p.kind is p.VAR_KEYWORD for p in named.values()):
         known = {name: value for name, value in known.items() if name in named}
+    if getattr(factory, "keywords", {}).get("T_max") == WHOLE_RUN:
+        known["T_max"] = total_steps
     try:
         return factory(optimizer=optimizer, **known)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        name = getattr(target, "__name__", str(target))
         raise UserError(f"model.schedule: {name} refuses its settings: {first_line(error)}.") from error
+
+
+def scheduling(
+    factory: ScheduleFactory, optimizer: Optimizer, total_steps: int, steps_per_epoch: int, validates_every: int = 0
+) -> dict[str, Any]:
+    """What Lightning is told of a schedule: it is stepped with the optimizer, or by what an epoch measured.
+
+    ReduceLROnPlateau watches ``val/acc``, which is to rise, or ``train/loss`` in a run that does not validate; its
+    ``mode`` follows from that, and its ``patience`` counts these measurements.
+
+    Args:
+        factory: of :func:`make_schedule`, as the next three.
+        optimizer: whose rates it sets.
+        total_steps: optimizer steps in the run.
+        steps_per_epoch: optimizer steps in an epoch.
+        validates_every: epochs from one validation to the next; 0 for a run without.
+
+    Raises:
+        UserError: the class refuses its settings.
+    """
+    if not watches(factory):
+        schedule = make_schedule(factory, optimizer, total_steps, steps_per_epoch)
+        return {"scheduler": schedule, "interval": "step"}
+    monitor, mode = ("val/acc", "max") if validates_every else ("train/loss", "min")
+    plateau: Any = factory
+    schedule = make_schedule(partial(plateau, mode=mode), optimizer, total_steps, steps_per_epoch)
+    when = {"interval": "epoch", "frequency": max(1, validates_every)}
+    return {"scheduler": schedule, "reduce_on_plateau": True, "monitor": monitor, **when}
+
+
+def watches(factory: Callable[..., Any] | None) -> bool:
+    """Whether a schedule waits for measurements, as ReduceLROnPlateau does; a run with one should validate."""
+    target = None if factory is None else built_by(factory)
+    return isinstance(target, type) and issubclass(target, ReduceLROnPlateau)
 
 
 def built_by(factory: Callable[..., Any]) -> Callable[..., Any]:
@@ -154,16 +187,6 @@ class DasslCosine(LRScheduler):
         return [0.5 * eta * (1 + math.cos(math.pi * epoch / self.epochs)) for eta in self.base_lrs]
 
 
-def require(who: str, name: str, value: float, holds: bool, what: str) -> None:
-    """Refuses a setting of a schedule.
-
-    Raises:
-        UserError: ``holds`` is False.
-    """
-    if not holds:
-        raise UserError(f"{who}: {name} is {value}, and must {what}.")
-
-
 def make_optimizer(
     factory: OptimizerFactory,
     groups: Sequence[Mapping[str, Any]],
@@ -180,6 +203,9 @@ def make_optimizer(
         head_lr: None for the optimizer's.
         only: leave out all other parameters.
         fused: False where the fused form cannot be used.
+
+    Raises:
+        UserError: the optimizer refuses its settings.
     """
     wanted = None if only is None else {id(p) for p in only}
     chosen = []
@@ -189,7 +215,11 @@ def make_optimizer(
         own |= {"lr": head_lr} if group.get("head") and head_lr is not None else {}
         chosen += [{"params": params} | own] if params else []
     build: Callable[..., Optimizer] = factory
-    optimizer = build(params=[dict(group) for group in chosen])
+    try:
+        optimizer = build(params=[dict(group) for group in chosen])
+    except (TypeError, ValueError) as error:
+        name = getattr(built_by(build), "__name__", "it")
+        raise UserError(f"model.optimizer: {name} refuses its settings: {first_line(error)}.") from error
     options = optimizer.defaults
     if fused and "fused" in options and not any(options.get(name) for name in ("fused", "foreach", "differentiable")):
         with suppress(RuntimeError, TypeError):  # a device or a dtype without a fused form

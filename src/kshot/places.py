@@ -12,8 +12,8 @@ import inspect
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, is_dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, is_dataclass
 from enum import Enum
 from functools import cache
 from pathlib import Path
@@ -25,10 +25,9 @@ from kshot.errors import UserError, first_line, nearest_first
 
 REQUIRED: Any = object()  # the default of an argument without one
 SEQUENCES = (list, tuple, set, collections.abc.Iterable, collections.abc.Sequence)
-Named = type | types.FunctionType  # what a class_path stands for: a class, or a function of kshot that builds one
 
 
-@dataclass(frozen=True)
+@dataclass
 class Place:
     """What may stand in one place of a config."""
 
@@ -45,38 +44,34 @@ class Place:
 Places = Mapping[str, Place]
 
 
-def place_of(hint: Any) -> Place:
+def place_of(hint: Any, default: Any = None) -> Place:
     """What a type annotation takes."""
-    place = Place(hint)
+    place = Place(hint, default)
     for part in alternatives(hint):
         kind, inside = typing.get_origin(part) or part, [a for a in typing.get_args(part) if a is not ...]
         if kind is str or kind is typing.Literal:
-            place = replace(place, text=True)
+            place.text = True
         elif kind in SEQUENCES and inside:
-            place = replace(place, items=place_of(typing.Union[tuple(inside)]))  # noqa: UP007  of a list of types
+            place.items = place_of(typing.Union[tuple(inside)])  # noqa: UP007  of a list of types
         elif kind in (dict, collections.abc.Mapping) and inside:
-            place = replace(place, items=place_of(inside[1]))
+            place.items = place_of(inside[1])
         elif typing.Protocol in getattr(kind, "__bases__", ()):  # a factory: the run gives what its call takes
             hints = typing.get_type_hints(kind.__call__)
-            place = replace(place, bases=(*place.bases, hints.pop("return")), given=frozenset(hints))
+            place.bases, place.given = (*place.bases, hints.pop("return")), frozenset(hints)
         elif kind is collections.abc.Callable and inside and is_kind(inside[-1]):
-            place = replace(place, bases=(*place.bases, inside[-1]))
+            place.bases = (*place.bases, inside[-1])
         elif kind in (type, collections.abc.Callable, types.ModuleType):
-            place = replace(place, calls=True)
+            place.calls = True
         elif isinstance(kind, type) and is_dataclass(kind):
-            place = replace(place, group=kind)
+            place.group = kind
         elif is_kind(kind):
-            place = replace(place, bases=(*place.bases, kind))
+            place.bases = (*place.bases, kind)
     return place
 
 
-def alternatives(hint: Any) -> Iterator[Any]:
-    """The members of a union, and of unions in it."""
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        for part in typing.get_args(hint):
-            yield from alternatives(part)
-    else:
-        yield typing.get_args(hint)[0] if typing.get_origin(hint) is typing.Annotated else hint
+def alternatives(hint: Any) -> tuple[Any, ...]:
+    """The members of a union, which Python flattens; or a type alone."""
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
 
 def is_kind(hint: Any) -> bool:
@@ -87,16 +82,13 @@ def is_kind(hint: Any) -> bool:
 
 
 @cache
-def arguments_of(target: Named, given: frozenset[str] = frozenset()) -> tuple[Places, bool]:
-    """The arguments of a class or function but for those given, and whether it takes others that are not named."""
+def arguments_of(target: type, given: frozenset[str] = frozenset()) -> tuple[Places, bool]:
+    """The arguments of a class but for those given, and whether it takes others that are not named."""
     found: dict[str, Place] = {}
-    functions = [target] if isinstance(target, types.FunctionType) else [
-        vars(c)["__init__"] for c in target.__mro__ if "__init__" in vars(c) and c is not object
-    ]  # fmt: skip
     more = False
-    for function in functions:
-        parameters = list(inspect.signature(function).parameters.values())
-        for p in parameters[isinstance(target, type) :]:
+    for function in (vars(c)["__init__"] for c in target.__mro__ if "__init__" in vars(c) and c is not object):
+        _, *parameters = inspect.signature(function).parameters.values()
+        for p in parameters:
             if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.name not in given:
                 found.setdefault(p.name, place_of_argument(function, p))
         more = any(p.kind is p.VAR_KEYWORD for p in parameters)
@@ -111,35 +103,31 @@ def place_of_argument(function: Callable[..., Any], parameter: inspect.Parameter
     if parameter.annotation is parameter.empty:
         return Place(default=default)
     holder = types.SimpleNamespace(__annotations__={"it": parameter.annotation})
-    checked = vars(typing) | vars(collections.abc)  # often imported for type checkers alone
+    names = vars(typing) | vars(collections.abc) | vars(sys.modules[function.__module__])  # some are seldom imported
     try:
-        hint = typing.get_type_hints(holder, checked | vars(sys.modules[function.__module__]))["it"]
-        return replace(place_of(typing.Optional[hint] if default is None else hint), default=default)  # noqa: UP045
+        hint = typing.get_type_hints(holder, names)["it"]
+        return place_of(typing.Optional[hint] if default is None else hint, default)  # noqa: UP045
     except (NameError, AttributeError, TypeError):
         return Place(default=default, text=True, calls=True)
 
 
-def named(name: str, bases: tuple[type, ...], where: str) -> Named:
-    """What a full path, or the name alone of a class that is loaded, stands for at a place in a config.
+def named(name: str, bases: tuple[type, ...], where: str) -> type:
+    """The class that a full path, or the name alone of one that is loaded, stands for at a place in a config.
 
     Raises:
-        UserError: it is neither a subclass of one of the bases nor a function of kshot that builds one.
+        UserError: it is no subclass of one of the bases.
     """
     kinds = " or ".join(base.__name__ for base in bases)
     takes = f"{where} takes {'an' if kinds[0] in 'AEIOU' else 'a'} {kinds}"
-    if "." not in name:
-        known = subclasses(bases)
-        if name not in known:
-            raise UserError(f"{where}: there is no {kinds} {name!r}. {nearest_first(name, known)}")
-        return known[name]
-    found = imported(name, takes)
-    if isinstance(found, type) and issubclass(found, bases) and not inspect.isabstract(found):
-        return found
-    if isinstance(found, types.FunctionType) and found.__module__.partition(".")[0] == "kshot":
-        built = typing.get_type_hints(found).get("return")
-        if isinstance(built, type) and issubclass(built, bases):
+    if is_path(name):
+        found = imported(name, takes)
+        if isinstance(found, type) and issubclass(found, bases) and not inspect.isabstract(found):
             return found
-    raise UserError(f"{takes}, and {name} is none.")
+        raise UserError(f"{takes}, and {name} is none.")
+    known = subclasses(bases)
+    if name not in known:
+        raise UserError(f"{where}: there is no {kinds} {name!r:.200}. {nearest_first(name, known)}")
+    return known[name]
 
 
 def subclasses(bases: Sequence[type]) -> dict[str, type]:
@@ -156,7 +144,7 @@ def subclasses(bases: Sequence[type]) -> dict[str, type]:
     return found
 
 
-def public_path(target: Named) -> str:
+def public_path(target: type) -> str:
     """The shortest path that gives a class: ``torch.optim.AdamW``."""
     parts = target.__module__.split(".")
     paths = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
@@ -174,10 +162,7 @@ def imported(path: str, takes: str) -> Any:
     """What a dotted path names, importing its module; the standard library's holds no class for a config.
 
     The working directory is looked into last, and only for a name that no installed package has.
-    ``takes`` is the first half of a refusal: the place and what it takes.
-
-    Raises:
-        UserError: there is nothing of that name, or its module does not load.
+    ``takes`` begins the UserError for what is not there or does not load: the place and what it takes.
     """
     parts = path.split(".")
     if not is_path(path) or "__main__" in parts[1:]:
@@ -191,19 +176,19 @@ def imported(path: str, takes: str) -> Any:
     for end in range(len(parts) - 1, 0, -1):
         name = ".".join(parts[:end])
         try:
-            module = sys.modules.get(name) or importlib.import_module(name)
+            module = importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if f"{name}.".startswith(f"{error.name}."):
+                continue  # perhaps a class inside a module
+            raise UserError(f"{takes}, and {name} needs {error.name}, which is not installed.") from error
         except Exception as error:  # a module may raise anything
-            why = f"does not load ({type(error).__name__}: {first_line(error)})"
-            if isinstance(error, ModuleNotFoundError):
-                if f"{name}.".startswith(f"{error.name}."):
-                    continue  # no such module: perhaps a class inside one
-                why = f"needs {error.name}, which is not installed"
-            raise UserError(f"{takes}, and {name} {why}.") from error
+            why = f"{type(error).__name__}: {first_line(error)}"
+            raise UserError(f"{takes}, and {name} does not load ({why}).") from error
         found: Any = module
         for part in parts[end:]:  # a class in a class, but nothing of a module that this one imports
             found = getattr(found, part, None) if found is module or isinstance(found, type) else None
-        if found is not None:
-            return found
-        near = [key for key, value in vars(module).items() if isinstance(value, type)]
-        raise UserError(f"{takes}, and {name} has no {'.'.join(parts[end:])!r}. {nearest_first(parts[-1], near)}")
+        if found is None:
+            near = nearest_first(parts[-1], [key for key, value in vars(module).items() if isinstance(value, type)])
+            raise UserError(f"{takes}, and {name} has no {'.'.join(parts[end:])!r}. {near}")
+        return found
     raise UserError(f"{takes}, and there is no module {parts[0]!r}.")
