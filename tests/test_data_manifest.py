@@ -20,6 +20,7 @@ from kshot.data.manifest import (
 from kshot.data.sampling import SAMPLERS, draw, draw_digest
 from kshot.data.splits import Row
 from kshot.errors import UserError
+from kshot.files import write_atomically
 
 
 def write(path, split, drawn):
