@@ -14,7 +14,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
 from jsonargparse import ArgumentError
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -33,7 +32,7 @@ from kshot.header import header_of
 from kshot.module import FewShotModule
 from kshot.prepare import check_classes
 from kshot.record import RunOptions
-from kshot.run import DEFAULTS, Tested, evaluate, finish, fit
+from kshot.run import DEFAULTS, evaluate, finish, fit
 from kshot.settings import LINKED, OPTIONS, add_options, help_text, needed, settings
 
 RESUME_FROM = ("checkpoints", "last.ckpt")  # in a run directory
@@ -265,7 +264,8 @@ class FewShotCLI(LightningCLI):
         self.seconds["test"] = time.time() - clock
         if self.directory is None:
             return
-        result = self.result(tested, unrounded)
+        result = record.result(self.model, self.datamodule, self.trainer, tested, self.directory)
+        result |= {"acc_unrounded": unrounded, "seconds": {name: round(s, 3) for name, s in self.seconds.items()}}
         record.write_text(self.directory / "result.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")
         names = {each.name: each.class_names for each in self.datamodule.test_sets}
         record.write_per_class(self.directory / "per_class.csv", names, tested.per_class)
@@ -318,44 +318,3 @@ class FewShotCLI(LightningCLI):
         parameters = sum(tensor.numel() for tensor in tensors.values())
         print(f"{model.method} from {file} (tensors {len(tensors)}, parameters {parameters:,}): {out}")
         print(shlex.join(["python", "main.py", "test", *self.line.without("file", "out"), "--ckpt_path", str(out)]))
-
-    def result(self, tested: Tested, unrounded: float | None) -> Tree:
-        """The record of a run: one row of every table."""
-        model, data, directory = self.model, self.datamodule, self.directory
-        assert directory is not None
-        first = next(iter(tested.sets.values()))  # the classes trained on
-        tuned = directory / "tuned.safetensors"
-        rates = [group.get("initial_lr", group["lr"]) for o in self.trainer.optimizers for group in o.param_groups]
-        adapter = None if model.adapter is None else model.adapter.settings()
-        return {
-            "method": model.method,
-            "adapter": adapter and adapter | {"lr": next(iter(rates), None)},  # a head's rate comes later
-            "ranks": {n: rank for shared in model.shared for n, rank in shared.ranks(model.layers).items()} or None,
-            "backbone": model.backbone.name,
-            "backbone_sha256": model.backbone.weight_sha256,
-            "dataset": data.dataset_name,
-            "split": data.split_info(),
-            "seed": self.config["seed_everything"],
-            "protocol": data.protocol,
-            **{name: first[name] for name in ("acc", "acc_class_mean", "f1_macro", "ece")},
-            "acc_unrounded": unrounded,
-            "zero_shot_acc": first.get("zero_shot_acc"),
-            "test_sets": tested.sets,
-            "tested": tested.counts,
-            "test_images": tested.sizes,
-            "left_out": tested.left_out,
-            "summary": record.summary(data.protocol, tested.sets),
-            "zero_shot_summary": record.summary(data.protocol, tested.sets, "zero_shot_acc"),
-            "per_class": "per_class.csv",
-            "selection": record.selection(data.draw) if "val" in model.classifier.needs else "none",
-            "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-            "total_parameters": sum(p.numel() for p in model.parameters()),
-            "checkpoint_bytes": tuned.stat().st_size if tuned.is_file() else None,
-            "peak_memory_bytes": record.peak_memory_bytes(),
-            "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
-            "text_parts": getattr(model.backbone, "chunks", None),
-            "precision": str(self.trainer.precision),
-            "device": str(torch.cuda.get_device_name() if model.device.type == "cuda" else model.device.type),
-            "versions": record.versions(),
-            "git_commit": record.git_commit(),
-        }

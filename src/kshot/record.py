@@ -160,6 +160,45 @@ def selection(draw: FewShotDraw) -> str:
     return "percent-val" if draw.sampler.startswith("percent") else "full-val"
 
 
+def result(module: Any, data: Any, trainer: Any, tested: Any, directory: Path) -> dict[str, Any]:
+    """What result.json tells of a FewShotModule that was tested on a FewShotDataModule: one row of every table."""
+    first = next(iter(tested.sets.values()))  # the classes trained on
+    tuned = directory / "tuned.safetensors"
+    rates = [group.get("initial_lr", group["lr"]) for o in trainer.optimizers for group in o.param_groups]
+    adapter = None if module.adapter is None else module.adapter.settings()
+    ranks = {name: rank for shared in module.shared for name, rank in shared.ranks(module.layers).items()}
+    return {
+        "method": module.method,
+        "adapter": adapter and adapter | {"lr": next(iter(rates), None)},  # a head's rate comes later
+        "ranks": ranks or None,
+        "backbone": module.backbone.name,
+        "backbone_sha256": module.backbone.weight_sha256,
+        "dataset": data.dataset_name,
+        "split": data.split_info(),
+        "seed": module.run_seed,
+        "protocol": data.protocol,
+        **{name: first[name] for name in ("acc", "acc_class_mean", "f1_macro", "ece")},
+        "zero_shot_acc": first.get("zero_shot_acc"),
+        "test_sets": tested.sets,
+        "tested": tested.counts,
+        "test_images": tested.sizes,
+        "left_out": tested.left_out,
+        "summary": summary(data.protocol, tested.sets),
+        "zero_shot_summary": summary(data.protocol, tested.sets, "zero_shot_acc"),
+        "per_class": "per_class.csv",
+        "selection": selection(data.draw) if "val" in module.classifier.needs else "none",
+        "trainable_parameters": sum(p.numel() for p in module.parameters() if p.requires_grad),
+        "total_parameters": sum(p.numel() for p in module.parameters()),
+        "checkpoint_bytes": tuned.stat().st_size if tuned.is_file() else None,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "text_parts": getattr(module.backbone, "chunks", None),
+        "precision": str(trainer.precision),
+        "device": str(torch.cuda.get_device_name() if module.device.type == "cuda" else module.device.type),
+        "versions": versions(),
+        "git_commit": git_commit(),
+    }
+
+
 def harmonic_mean(base: float, new: float) -> float:
     """H = 2 b n / (b + n) of the accuracies on base and new classes (Xian et al. 2017; Zhou et al. 2022)."""
     return 2 * base * new / (base + new) if base + new else 0.0
