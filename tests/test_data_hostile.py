@@ -189,7 +189,7 @@ class TestLists:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
 
         monkeypatch.setattr(Path, "open", denied)
-        assert refused(load_split, str(tmp_path / name)).endswith(f"{name}: permission denied")
+        assert refused(load_split, str(tmp_path / name)).endswith(f"{name}: may not be read (permission denied)")
 
 
 LARGE = {

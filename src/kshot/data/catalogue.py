@@ -106,15 +106,12 @@ class DatasetEntry:
 
     def open_array(self, root: str | Path, array: str, download: bool) -> Any:
         """Opens the training or the test array as a sequence of (PIL image, label)."""
-        return self._torchvision(Path(root, self.folder), download, **self.array_arguments(array))
+        chosen = {"split": array} if self.by_split else {"train": array == "train"}
+        return self._torchvision(Path(root, self.folder), download, **chosen)
 
     def _pictures(self, root: str | Path, array: str, download: bool) -> Any:
         dataset = self.open_array(root, array, download)
         return dataset._samples if self.labels == "_samples" else dataset
-
-    def array_arguments(self, array: str) -> dict[str, Any]:
-        """Gives the arguments that choose the training or the test array."""
-        return {"split": array} if self.by_split else {"train": array == "train"}
 
     def _torchvision(self, root: str | Path, download: bool, **arguments: Any) -> Any:
         from torchvision import datasets

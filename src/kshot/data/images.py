@@ -84,10 +84,6 @@ class FileImages:
         """Gives the image of a row by ``read_image``."""
         return read_image(self.folder / path, draft)
 
-    def fault(self, path: str) -> str:
-        """Says what keeps the image of a row from being read, as far as its folder tells; empty for nothing."""
-        return fault(self.folder / path)
-
     def digests(self, paths: Sequence[str]) -> list[str]:
         """Digests the files of rows by ``file_digests``."""
         return file_digests([self.folder / path for path in paths])
@@ -107,15 +103,9 @@ class ArrayImages:
         """Gives an image as 8-bit RGB; raises UnreadableImageError for an index that there is not."""
         if self.items is None:
             self.items = self.load()
-        if wrong := self.fault(path):
-            raise UnreadableImageError(wrong)
+        if int(path) >= len(self.items):
+            raise UnreadableImageError(f"there is no image {path}: the data set has {len(self.items)}")
         return to_rgb(self.convert(self.items[int(path)]))
-
-    def fault(self, path: str) -> str:
-        """Says what keeps an image from being given; empty for nothing."""
-        if self.items is None or int(path) < len(self.items):
-            return ""
-        return f"there is no image {path}: the data set has {len(self.items)}"
 
     def digests(self, paths: Sequence[str]) -> list[str]:
         """Digests the 8-bit RGB pixels of images; an empty text for one that cannot be read."""
