@@ -160,8 +160,7 @@ class FewShotDataModule(LightningDataModule):
     def setup(self, stage: str) -> None:
         """Opens what a stage needs; a part that is open stays as it is. Training and validation images are decoded.
 
-        Raises:
-            UserError: ``image_size`` is not set, or images are missing or unreadable.
+        Raises UserError when ``image_size`` is not set, or images are missing or unreadable.
         """
         if stage == "fit" and "train" not in self._parts:
             views = {"augment": self.augment, "views": self.train_views(), "seed": self.split_seed}
@@ -185,9 +184,8 @@ class FewShotDataModule(LightningDataModule):
     def check_test_files(self) -> None:
         """Looks, before a run that ends with a test, whether all test images are files that may be read; decodes none.
 
-        Raises:
-            UserError: images are missing, empty, no files or without permission, with their number and the first; with
-                ``skip_unreadable`` only when all are; or there are no test images, or a source has changed.
+        Raises UserError with the number and the first of those that are not, with ``skip_unreadable`` only when none
+        is; and when there are no test images, or a source has changed.
         """
         for held, images, rows in protocols.reopened(self._held_out):
             files = [images.folder / row.path for row in rows] if isinstance(images, FileImages) else []

@@ -35,18 +35,20 @@ class UnreadableImageError(UserError):
 
 def fault(file: Path) -> str:
     """Says in one line what keeps an image file from being read, as far as its folder tells; empty for nothing."""
+    reason = ""
     try:
         entry = file.stat()
+        if not stat.S_ISREG(entry.st_mode):  # a pipe would be waited for
+            reason = "not a file"
+        elif not entry.st_size:
+            reason = "it is empty"
+        elif not os.access(file, os.R_OK):
+            reason = "permission denied"
     except FileNotFoundError:
         return f"no such image: {str(file)!r}"
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        reason = getattr(error, "strerror", None) or str(error)
-    else:
-        regular = stat.S_ISREG(entry.st_mode)  # a pipe would be waited for
-        reason = "not a file" if not regular else "it is empty" if not entry.st_size else ""
-        if not reason and not os.access(file, os.R_OK):
-            reason = "permission denied"
-    return f"cannot read the image {str(file)!r}: {reason.lower()}" if reason else ""
+        reason = (getattr(error, "strerror", None) or str(error)).lower()
+    return f"cannot read the image {str(file)!r}: {reason}" if reason else ""
 
 
 def read_image(file: Path, draft: bool = False) -> Image.Image:
@@ -93,7 +95,7 @@ class FileImages:
 
 
 class ArrayImages:
-    """Images that a sequence holds by index: ``load`` opens it, and ``convert`` makes an image of an item."""
+    """Images of a sequence that ``load`` opens, by index; ``convert`` makes an image of an item."""
 
     def __init__(self, load: Callable[[], Sequence[Any]], convert: Callable[[Any], Image.Image]) -> None:
         self.load, self.convert = load, convert
