@@ -60,13 +60,14 @@ def test_shipped_split(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ARRAYS)
-def test_torchvision_arguments(name):
+def test_torchvision_arguments(name, monkeypatch, tmp_path):
     source = CATALOGUE[name]
     check_distinct(source.class_names, name)
-    cls = getattr(torchvision.datasets, source.torchvision)
-    for array in ("train", "test"):
-        inspect.signature(cls).bind("root", download=False, **source.array_arguments(array))
-    assert source.array_arguments("train") != source.array_arguments("test")
+    signature = inspect.signature(getattr(torchvision.datasets, source.torchvision))
+    monkeypatch.setattr(torchvision.datasets, source.torchvision, signature.bind)
+    train, test = (source.open_array(tmp_path, array, False) for array in ("train", "test"))
+    assert train.arguments != test.arguments
+    assert train.arguments["download"] is False
     assert source.url.startswith("http")
 
 

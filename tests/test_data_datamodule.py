@@ -75,7 +75,7 @@ class TestInit:
             ({"template": ["a {}", "{} {}"]}, "'{} {}' must have {} once"),
             ({"class_names": ["a"]}, "1 class_names for the 10 of digits"),
             ({"class_names": list("abcdefghiA")}, "'a' and 'A' read the same"),
-            ({"manifest": "none.json"}, "none.json: no such file"),
+            ({"manifest": "none.json"}, r"none.json: may not be read \(no such file"),
             ({"batch_size": 0}, "batch_size must be at least 1"),
             ({"eval_batch_size": 0}, "eval_batch_size must be at least 1"),
             ({"num_workers": -1}, "num_workers must be at least 0"),

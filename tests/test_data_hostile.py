@@ -189,7 +189,7 @@ class TestLists:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
 
         monkeypatch.setattr(Path, "open", denied)
-        assert refused(load_split, str(tmp_path / name)).endswith(f"{name}: permission denied")
+        assert refused(load_split, str(tmp_path / name)).endswith(f"{name}: may not be read (permission denied)")
 
 
 LARGE = {
@@ -261,6 +261,13 @@ class TestFolders:
         (root / "cat" / os.fsdecode(b"\xff.png")).unlink()
         (root / "dog").rename(root / os.fsdecode(b"\xfe"))
         assert "must be a relative path" in refused(load_split, str(root))
+
+    @pytest.mark.parametrize("name", [b"\xff", b"a\nb"])
+    def test_names_of_data_sets(self, root, name):
+        folder = root.rename(root.parent / os.fsdecode(name))
+        assert "the name of a data set must have no control characters" in refused(load_split, str(folder))
+        (folder / "s.csv").write_text("path,label\n" + "".join(f"cat/0{i}.png,cat\n" for i in range(3)))
+        assert "the name of a data set must have no control characters" in refused(load_split, str(folder / "s.csv"))
 
     def test_depth(self, tmp_path, monkeypatch):
         folder = tmp_path / "a" / "x"

@@ -197,7 +197,7 @@ class TestRefusal:
         (tmp_path / "x.json").write_text("{")
         with pytest.raises(UserError, match="not JSON"):
             read_manifest(tmp_path / "x.json", split)
-        with pytest.raises(UserError, match=r"none.json: no such file"):
+        with pytest.raises(UserError, match=r"none.json: may not be read \(no such file"):
             read_manifest(tmp_path / "none.json", split)
 
     def test_cannot_write(self, tmp_path, split):

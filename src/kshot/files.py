@@ -58,20 +58,16 @@ def may_be_read() -> Iterator[None]:
         raise UserError(f"{error.filename or 'a file'}: may not be read ({reason})") from None
 
 
+@may_be_read()
 def file_content(path: Path) -> bytes:
-    """Reads a file, and unpacks it where its name ends in ``.gz``.
-
-    Raises UserError when that cannot be done, or there are more than ``MOST_BYTES``.
-    """
+    """Reads a file, unpacked where its name ends in ``.gz``; raises UserError for more than ``MOST_BYTES``, or none."""
+    if path.exists() and not path.is_file():  # a pipe would be waited for, and a device has no end
+        raise UserError(f"{path}: not a file")
     try:
-        if path.exists() and not path.is_file():  # a pipe would be waited for, and a device has no end
-            raise UserError(f"{path}: not a file")
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             content = file.read(MOST_BYTES + 1)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{path}: not a gzip file ({error})") from None
-    except OSError as error:
-        raise UserError(f"{path}: {(error.strerror or str(error)).lower()}") from None
     if len(content) > MOST_BYTES:
         raise UserError(f"{path}: more than {amount(MOST_BYTES)}, which no list of images has")
     return content

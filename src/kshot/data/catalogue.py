@@ -106,15 +106,12 @@ class DatasetEntry:
 
     def open_array(self, root: str | Path, array: str, download: bool) -> Any:
         """Opens the training or the test array as a sequence of (PIL image, label)."""
-        return self._torchvision(Path(root, self.folder), download, **self.array_arguments(array))
+        chosen = {"split": array} if self.by_split else {"train": array == "train"}
+        return self._torchvision(Path(root, self.folder), download, **chosen)
 
     def _pictures(self, root: str | Path, array: str, download: bool) -> Any:
         dataset = self.open_array(root, array, download)
         return dataset._samples if self.labels == "_samples" else dataset
-
-    def array_arguments(self, array: str) -> dict[str, Any]:
-        """Gives the arguments that choose the training or the test array."""
-        return {"split": array} if self.by_split else {"train": array == "train"}
 
     def _torchvision(self, root: str | Path, download: bool, **arguments: Any) -> Any:
         from torchvision import datasets
@@ -157,17 +154,14 @@ def load_split(
     """Finds out what a data set consists of. Image files stay untouched.
 
     A catalogue name wins over a folder of the same name; ``./name`` means the folder. Folders and files are looked for
-    from the working directory and below the data root.
+    from the working directory and below the data root. Raises UserError when there is no such data set, it breaks a
+    rule of its reader, or names are not as many as the classes or read the same.
 
     Args:
         dataset: catalogue name, folder, CSV file or split file.
         root: the data root.
         class_names: names in label order instead of the source's, which may read the same then.
         download: fetch array data sets that are missing; their labels are in the same files as the images.
-
-    Raises:
-        UserError: there is no such data set, it breaks a rule of its reader, or names are not as many as the classes or
-            read the same.
     """
     if dataset in CATALOGUE:
         entry = CATALOGUE[dataset]

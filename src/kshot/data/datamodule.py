@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from kshot.data import protocols
 from kshot.data.catalogue import load_split
-from kshot.data.images import Augment, FileImages, ImageSource
+from kshot.data.images import Augment, FileImages, ImageSource, fault
 from kshot.data.loading import EpochSampler, PartLoader, endless, halves, share
 from kshot.data.manifest import manifest_bytes, read_manifest, with_images, write_manifest
 from kshot.data.parts import Batch, Part
@@ -98,17 +98,6 @@ class FewShotDataModule(LightningDataModule):
         download: bool = False,
     ) -> None:
         super().__init__()
-        positive = {
-            "batch_size": batch_size,
-            "eval_batch_size": eval_batch_size,
-            "image_size": image_size,
-            "views": views,
-        }
-        for name, value in positive.items():
-            if value is not None and value < 1:
-                raise UserError(f"{name} must be at least 1, not {value}")
-        if num_workers < 0:
-            raise UserError(f"num_workers must be at least 0, not {num_workers}")
         protocols.check_protocol(protocol, targets)
         self.protocol = protocol
         self.root = root
@@ -121,6 +110,10 @@ class FewShotDataModule(LightningDataModule):
         self.views = views
         self.skip_unreadable = skip_unreadable
         self.download = download
+        for name in ("batch_size", "eval_batch_size", "image_size", "views", "num_workers"):
+            value, least = getattr(self, name), 0 if name == "num_workers" else 1
+            if value is not None and value < least:
+                raise UserError(f"{name} must be at least {least}, not {value}")
 
         where: dict[str, Any] = {"root": root, "download": download}
         arguments = {"dataset": dataset, "class_names": class_names, **where}
@@ -167,8 +160,7 @@ class FewShotDataModule(LightningDataModule):
     def setup(self, stage: str) -> None:
         """Opens what a stage needs; a part that is open stays as it is. Training and validation images are decoded.
 
-        Raises:
-            UserError: ``image_size`` is not set, or images are missing or unreadable.
+        Raises UserError when ``image_size`` is not set, or images are missing or unreadable.
         """
         if stage == "fit" and "train" not in self._parts:
             views = {"augment": self.augment, "views": self.train_views(), "seed": self.split_seed}
@@ -192,12 +184,12 @@ class FewShotDataModule(LightningDataModule):
     def check_test_files(self) -> None:
         """Looks, before a run that ends with a test, whether all test images are files that may be read; decodes none.
 
-        Raises:
-            UserError: images are missing, empty, no files or without permission, with their number and the first; with
-                ``skip_unreadable`` only when all are; or there are no test images, or a source has changed.
+        Raises UserError with the number and the first of those that are not, with ``skip_unreadable`` only when none
+        is; and when there are no test images, or a source has changed.
         """
         for held, images, rows in protocols.reopened(self._held_out):
-            faults = [wrong for row in rows if (wrong := images.fault(row.path))]
+            files = [images.folder / row.path for row in rows] if isinstance(images, FileImages) else []
+            faults = [wrong for file in files if (wrong := fault(file))]
             if faults and not (self.skip_unreadable and len(faults) < len(rows)):
                 of = f"{len(faults)} of {len(rows)} test images of {held.source.name} cannot be read"
                 raise UserError(f"{of}, the first: {faults[0]}")

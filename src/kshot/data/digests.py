@@ -16,6 +16,7 @@ from typing import Any
 from kshot.errors import UserError
 from kshot.files import cache_folder, file_content, make_folder, write_atomically
 
+NAME = "image_digests.json"
 FEW = 500  # files that are digested as quickly as the cache is read
 MOST = 100_000  # entries that are kept, the newest, in about 12 MB
 
@@ -27,7 +28,7 @@ def digest_of(content: bytes) -> str:
 
 def file_digests(files: Sequence[Path]) -> list[str]:
     """Gives the ``digest_of`` each file, and an empty text where it cannot be read."""
-    if len(files) <= FEW:
+    if len(files) <= FEW or os.environ.get("KSHOT_CACHE") == "":
         return [_digest(file, {}) for file in files]
     kept = _read_cache()
     before = len(kept)
@@ -51,27 +52,17 @@ def _digest(file: Path, kept: dict[str, Any]) -> str:
         return ""
 
 
-def _cache_file() -> Path | None:
-    if os.environ.get("KSHOT_CACHE") == "":
-        return None
-    with suppress(RuntimeError):  # no home folder
-        return cache_folder() / "image_digests.json"
-    return None
-
-
 def _read_cache() -> dict[str, Any]:
-    file = _cache_file()
     try:
-        checksum, kept = json.loads(file_content(file)) if file else ("", {})
+        checksum, kept = json.loads(file_content(cache_folder() / NAME))
         return dict(kept) if checksum == digest_of(json.dumps(kept).encode()) else {}
-    except (UserError, ValueError, TypeError, RecursionError):
+    except (UserError, ValueError, TypeError, RuntimeError):  # RuntimeError: no home folder, or nested too deeply
         return {}
 
 
 def _write_cache(kept: dict[str, Any]) -> None:
     newest = dict(list(kept.items())[-MOST:])
     content = json.dumps([digest_of(json.dumps(newest).encode()), newest])
-    if file := _cache_file():
-        with suppress(UserError):
-            make_folder(file.parent)
-            write_atomically(file, lambda path: path.write_text(content, encoding="ascii"))
+    with suppress(UserError, RuntimeError):
+        folder = make_folder(cache_folder())
+        write_atomically(folder / NAME, lambda path: path.write_text(content, encoding="ascii"))

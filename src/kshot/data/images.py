@@ -35,18 +35,20 @@ class UnreadableImageError(UserError):
 
 def fault(file: Path) -> str:
     """Says in one line what keeps an image file from being read, as far as its folder tells; empty for nothing."""
+    reason = ""
     try:
         entry = file.stat()
+        if not stat.S_ISREG(entry.st_mode):  # a pipe would be waited for
+            reason = "not a file"
+        elif not entry.st_size:
+            reason = "it is empty"
+        elif not os.access(file, os.R_OK):
+            reason = "permission denied"
     except FileNotFoundError:
         return f"no such image: {str(file)!r}"
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        reason = getattr(error, "strerror", None) or str(error)
-    else:
-        regular = stat.S_ISREG(entry.st_mode)  # a pipe would be waited for
-        reason = "not a file" if not regular else "it is empty" if not entry.st_size else ""
-        if not reason and not os.access(file, os.R_OK):
-            reason = "permission denied"
-    return f"cannot read the image {str(file)!r}: {reason.lower()}" if reason else ""
+        reason = (getattr(error, "strerror", None) or str(error)).lower()
+    return f"cannot read the image {str(file)!r}: {reason}" if reason else ""
 
 
 def read_image(file: Path, draft: bool = False) -> Image.Image:
@@ -84,10 +86,6 @@ class FileImages:
         """Gives the image of a row by ``read_image``."""
         return read_image(self.folder / path, draft)
 
-    def fault(self, path: str) -> str:
-        """Says what keeps the image of a row from being read, as far as its folder tells; empty for nothing."""
-        return fault(self.folder / path)
-
     def digests(self, paths: Sequence[str]) -> list[str]:
         """Digests the files of rows by ``file_digests``."""
         return file_digests([self.folder / path for path in paths])
@@ -97,7 +95,7 @@ class FileImages:
 
 
 class ArrayImages:
-    """Images that a sequence holds by index: ``load`` opens it, and ``convert`` makes an image of an item."""
+    """Images of a sequence that ``load`` opens, by index; ``convert`` makes an image of an item."""
 
     def __init__(self, load: Callable[[], Sequence[Any]], convert: Callable[[Any], Image.Image]) -> None:
         self.load, self.convert = load, convert
@@ -107,15 +105,9 @@ class ArrayImages:
         """Gives an image as 8-bit RGB; raises UnreadableImageError for an index that there is not."""
         if self.items is None:
             self.items = self.load()
-        if wrong := self.fault(path):
-            raise UnreadableImageError(wrong)
+        if int(path) >= len(self.items):
+            raise UnreadableImageError(f"there is no image {path}: the data set has {len(self.items)}")
         return to_rgb(self.convert(self.items[int(path)]))
-
-    def fault(self, path: str) -> str:
-        """Says what keeps an image from being given; empty for nothing."""
-        if self.items is None or int(path) < len(self.items):
-            return ""
-        return f"there is no image {path}: the data set has {len(self.items)}"
 
     def digests(self, paths: Sequence[str]) -> list[str]:
         """Digests the 8-bit RGB pixels of images; an empty text for one that cannot be read."""

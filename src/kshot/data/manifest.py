@@ -80,11 +80,8 @@ def first_changed(before: Mapping[str, str], now: Mapping[str, str]) -> str | No
 def read_manifest(path: str | Path, split: Split) -> FewShotDraw:
     """Reads a manifest and checks it against the split that it was drawn from.
 
-    The rows in the file count, not the sampler: Python promises the same ``random.sample`` for no two versions.
-
-    Raises:
-        UserError: no such file, not a manifest, made from another source, edited since it was written, or with rows
-            that are not training and validation rows of the split.
+    The rows in the file count, not the sampler: Python promises the same ``random.sample`` for no two versions. Raises
+    UserError for no manifest, one of another source, one edited since it was written, or rows of another part.
     """
     path = Path(path)
     data = _parsed(path)

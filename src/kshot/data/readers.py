@@ -41,13 +41,13 @@ def parsed_json(content: bytes, path: Path) -> Any:
 def read_split_zhou(path: str | Path, name: str | None = None, image_root: str = ".") -> Split:
     """Reads a split in CoOp's format: ``{"train": [[path, label, class name], ...], "val": ..., "test": ...}``.
 
+    Rows of an array data set have an integer instead of the path. Raises UserError when there is no such file, or its
+    content breaks a rule of ``make_split``.
+
     Args:
-        path: ``.json`` or ``.json.gz``; rows of an array data set have an integer instead of the path.
+        path: ``.json`` or ``.json.gz``.
         name: id of the data set; default: the file's name without suffixes.
         image_root: folder below the data set's folder to which the paths refer.
-
-    Raises:
-        UserError: the file does not exist or is no such file, or its content breaks a rule of ``make_split``.
     """
     path = Path(path)
     content = list_content(path, ",:[{")
@@ -84,16 +84,12 @@ def _row(values: Any, where: str) -> Row:
 def split_from_csv(path: str | Path, classes: Sequence[str] | None = None) -> Split:
     """Reads a CSV file with the columns ``path``, ``label`` and, optionally, ``split`` and ``class_name``.
 
-    Labels are integers 0 to C-1, or class names, which are then numbered in sorted order. Without a ``split`` column
-    (``train``, ``val`` or ``test``) the images are divided 50/20/30 by ``stratify``.
+    Paths are relative to the file's folder or to the data root. Labels are integers 0 to C-1, or class names, which are
+    then numbered in sorted order. ``classes`` are other names in label order. Without a ``split`` column (``train``,
+    ``val`` or ``test``) the images are divided 50/20/30 by ``stratify``.
 
-    Args:
-        path: the file; its paths are relative to its folder or to the data root.
-        classes: names in label order; default: the ``class_name`` column, or the labels themselves.
-
-    Raises:
-        UserError: no such file, a column is missing, a value is wrong (with its line number), there are fewer
-            ``classes`` than labels, or a rule of ``make_split`` is broken.
+    Raises UserError for no such file, a column that is missing, a value that is wrong (with its line number), fewer
+    ``classes`` than labels, or a rule of ``make_split`` that is broken.
     """
     path = Path(path)
     content = list_content(path, ",\n\r")
@@ -142,9 +138,8 @@ def split_from_folder(root: str | Path) -> Split:
     ``val`` folder there are no validation images. Labels follow the sorted folder names. The digest is that of the
     folder's ``split_bytes``.
 
-    Raises:
-        UserError: no such folder, no class folder, a class folder without images, no test part, a test or validation
-            class that training lacks, or a rule of ``make_split`` is broken.
+    Raises UserError for no such folder, no class folder, a class folder without images, no test part, a class that
+    training lacks, or a rule of ``make_split`` that is broken.
     """
     root = Path(root)
     if not root.is_dir():
@@ -203,11 +198,7 @@ def images_below(folder: Path) -> list[str]:
 
 @may_be_read()
 def image_files(paths: Sequence[str]) -> list[Path]:
-    """Lists files, and the image files below folders, in the order given.
-
-    Raises:
-        UserError: one of them does not exist, or there is no image.
-    """
+    """Lists files, and the image files below folders, in the order given; raises UserError when one is missing."""
     if not paths:
         raise UserError("no images to predict: give files or folders")
     files: list[Path] = []

@@ -105,11 +105,8 @@ def draw(
     """Draws the training and validation images of a run.
 
     Without ``shots`` these are all images of both parts, or P % of the images of every class, rounded, at least one, by
-    the sampler percent:P. With ``allow_fewer`` a class that has fewer than ``shots`` gives all that it has.
-
-    Raises:
-        UserError: ``shots`` is below 1 or given with a percentage, the sampler is unknown, or a class has fewer images
-            than ``shots``.
+    the sampler percent:P. With ``allow_fewer`` a class that has fewer than ``shots`` gives all that it has. Raises
+    UserError when ``shots`` is below 1, too many, or given with a percentage, or the sampler is unknown.
     """
     asked: Asked | None = shots
     if sampler.startswith("percent"):

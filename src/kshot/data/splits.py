@@ -108,11 +108,9 @@ def make_split(
     image_root: Mapping[str, str] | None = None,
     item_kind: ItemKind = "path",
 ) -> Split:
-    """Puts rows together to a split and checks what every split must keep.
-
-    Raises:
-        UserError: labels are not 0 to C-1, a label has two names, or an image is in two parts.
-    """
+    """Makes a split; raises UserError when labels are not 0 to C-1, a label has two names, or an image two parts."""
+    if re.search(_UNWRITABLE, f"{name}{file}"):
+        raise UserError(f"{shown(name)}: the name of a data set must have no control characters, and be in UTF-8")
     roots = dict(image_root or dict.fromkeys(PARTS, "."))
     names: dict[int, str] = {}
     place: dict[tuple[str, str], str] = {}
@@ -158,10 +156,7 @@ def stratify(rows: Sequence[Row], percents: tuple[int, int]) -> dict[str, list[R
 
     Each class is shuffled by its own stream, so that its parts do not depend on which other classes there are. Sizes:
     the percentage rounded down for validation; rounded, but at least 1 unless it is 0, for test; the rest for training.
-    The rows keep their order within a part.
-
-    Raises:
-        UserError: a class has too few images to have one for training and one for testing.
+    The rows keep their order within a part. Raises UserError for a class with too few images to train and to test.
     """
     val_percent, test_percent = percents
     part_of: dict[int, str] = {}
