@@ -53,9 +53,16 @@ def _seeded():
 
 
 @pytest.fixture(scope="module")
-def backbone() -> OpenClip:
-    """The small CLIP that comes with kshot; a test that attaches something detaches it."""
+def glyph_clip() -> OpenClip:
+    """The small CLIP that comes with kshot."""
     return OpenClip("kshot:glyph_clip")
+
+
+@pytest.fixture
+def backbone(glyph_clip):
+    """The same, with nothing attached when the test begins, nor when the next one does."""
+    yield glyph_clip
+    glyph_clip.detach()
 
 
 @pytest.fixture

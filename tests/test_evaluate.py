@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from data_fixtures import parted_folder
 from sklearn.metrics import balanced_accuracy_score, f1_score
 from torchmetrics.functional.classification import multiclass_calibration_error
 
@@ -49,10 +50,10 @@ class TestMeter:
 
 
 @pytest.fixture(scope="module")
-def frozen(backbone) -> dict[str, float]:
+def frozen(glyph_clip) -> dict[str, float]:
     """Figures of the untouched backbone on 128 test scans."""
     data = FewShotDataModule("digits", shots=2)
-    return evaluate(build(backbone, data), data, make_trainer(limit_test_batches=1)).sets["test"]
+    return evaluate(build(glyph_clip, data), data, make_trainer(limit_test_batches=1)).sets["test"]
 
 
 def disturbed(module, amount: float = 0.5):
@@ -130,6 +131,17 @@ def test_several_test_sets_are_served_in_turn_and_the_first_again_at_the_end(bac
     assert sum(tested.counts.values()) == 539
     assert [len(accuracies) for accuracies in tested.per_class.values()] == [5, 5]
     assert module.classifier.task.class_names == ("zero", "one", "two", "three", "four")
+
+
+def test_the_zero_shot_row_of_a_target_has_its_own_sentences(backbone, frozen, tmp_path):
+    parted_folder(tmp_path / "pets", {"cat": 1, "dog": 1})
+    settings = {"protocol": "cross-dataset", "targets": ["digits"], "template": "a bad drawing of the {}."}
+    data = FewShotDataModule("pets", str(tmp_path), shots=1, **settings)
+    module = disturbed(build(backbone, data, adapter=LoRA(rank=2), targets=["*"]))
+    tested = evaluate(module, data, make_trainer(limit_test_batches=1))
+    assert tested.sets["digits"]["zero_shot_acc"] == frozen["zero_shot_acc"]
+    assert tested.counts == {"pets": 2, "digits": 128}
+    module.detach()
 
 
 @pytest.mark.parametrize(
