@@ -84,6 +84,10 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         with ending_on_signals():
             load_lightning()
+            if given[0] == "doctor":
+                from kshot.doctor import run_doctor
+
+                raise SystemExit(run_doctor(given[1:]))
             from kshot.commands import run
 
             run(given, STARTED)

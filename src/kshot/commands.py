@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import shlex
+import sys
 import time
 import warnings
 from collections.abc import Sequence
@@ -25,11 +26,13 @@ from kshot.callbacks import Progress, ResumeFile
 from kshot.checkpoint import HEADER, AtomicCheckpoints, packed, write_tensors
 from kshot.config import CommandLine, Tree, read_command_line
 from kshot.data.datamodule import FewShotDataModule
+from kshot.data.loading import lost_worker
 from kshot.errors import UserError, first_line
 from kshot.files import make_folder
 from kshot.foreign import released_tensors
 from kshot.header import header_of
 from kshot.module import FewShotModule
+from kshot.optim import watches
 from kshot.prepare import check_classes
 from kshot.record import RunOptions
 from kshot.run import DEFAULTS, evaluate, finish, fit
@@ -57,15 +60,18 @@ def run(arguments: Sequence[str], started: float | None = None) -> FewShotCLI:
         print(help_text(line))
         raise SystemExit(0)
     places, tree = settings(line)
+    for note in line.notes:
+        print(note, file=sys.stderr)
     try:
         cli = FewShotCLI(line, tree, started)
     except ArgumentError as error:
-        raise UserError(needed(places, tree) or " ".join(str(error).split())[:600]) from error
+        raise UserError(needed(places, tree, line) or " ".join(str(error).split())[:600]) from error
     try:
         getattr(cli, f"run_{line.command}")()
-    except BaseException as error:
-        cli.tell_how_to_resume(error)
-        raise
+    except BaseException as error:  # torch tells of a lost loader process by a signal, at any moment
+        ended = (isinstance(error, RuntimeError) and lost_worker(error)) or error
+        cli.tell_how_to_resume(ended)
+        raise ended from None if ended is not error else error.__cause__
     finally:
         cli.lock.close()
     return cli
@@ -171,6 +177,7 @@ class FewShotCLI(LightningCLI):
         if given["check_val_every_n_epoch"] == 0:
             kwargs["check_val_every_n_epoch"] = 1
             decided = given["val_check_interval"] is not None or any(getattr(c, "monitor", None) for c in callbacks)
+            decided = decided or watches(self.model.schedule_factory)
             if self.line.command == "fit" and not decided:
                 kwargs["limit_val_batches"] = 0
         plugins = [*listed(given["plugins"]), AtomicCheckpoints()]
@@ -265,7 +272,11 @@ class FewShotCLI(LightningCLI):
         if self.directory is None:
             return
         result = record.result(self.model, self.datamodule, self.trainer, tested, self.directory)
-        result |= {"acc_unrounded": unrounded, "seconds": {name: round(s, 3) for name, s in self.seconds.items()}}
+        result |= {
+            "notes": self.line.notes,
+            "acc_unrounded": unrounded,
+            "seconds": {name: round(s, 3) for name, s in self.seconds.items()},
+        }
         record.write_text(self.directory / "result.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")
         names = {each.name: each.class_names for each in self.datamodule.test_sets}
         record.write_per_class(self.directory / "per_class.csv", names, tested.per_class)

@@ -26,7 +26,7 @@ from kshot.errors import UserError
 from kshot.evaluate import Evaluation
 from kshot.header import data_settings, header_of
 from kshot.layering import check_stored
-from kshot.optim import OptimizerFactory, ScheduleFactory, make_optimizer, make_schedule
+from kshot.optim import OptimizerFactory, ScheduleFactory, make_optimizer, scheduling
 from kshot.templates import DEFAULT_TEMPLATE
 
 
@@ -215,8 +215,10 @@ class FewShotModule(pl.LightningModule):
         self.trainer.fit_loop.setup_data()  # or a run counted in steps knows nothing of its epochs yet
         steps = int(self.trainer.estimated_stepping_batches)
         each = max(1, math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches))
-        schedule = make_schedule(self.schedule_factory, optimizer, steps, each)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        judged = self.trainer.limit_val_batches and self.split is not None and self.split["counts"]["val"]
+        every = (self.trainer.check_val_every_n_epoch or 1) if judged else 0
+        schedule: Any = scheduling(self.schedule_factory, optimizer, steps, each, every)
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """One step, and what the method does after it."""

@@ -155,16 +155,19 @@ def laid(line: CommandLine) -> tuple[Places, Tree]:
             raise UserError(said if config is None else f"{config}: {said}") from error
         model = tree["model"]["init_args"]
         if model.get("optimizer") != before:
-            rates = config if config and not model.get("adapter") else ""
+            rates = config if config and not isinstance(model.get("adapter"), dict) else ""
     model = tree["model"]["init_args"]
-    if rates and model.get("adapter"):
+    if rates and isinstance(model.get("adapter"), dict):
         optimizer = model["optimizer"]
         line.notes.append(
             f"{class_name(model['adapter'])} trains with the optimizer of {rates}, which has no adapter: "
             f"{class_name(optimizer)}, lr {optimizer['init_args'].get('lr')}. Another: --model.optimizer.lr."
         )
     schedule = model.get("schedule")
-    if schedule and "T_max" in arguments_of(named(schedule["class_path"], (LRScheduler,), "model.schedule"))[0]:
+    if (
+        isinstance(schedule, dict)
+        and "T_max" in arguments_of(named(schedule["class_path"], (LRScheduler,), "model.schedule"))[0]
+    ):
         schedule["init_args"].setdefault("T_max", WHOLE_RUN)
     return places, tree
 
