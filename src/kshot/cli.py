@@ -25,6 +25,7 @@ examples:
   python main.py fit --config clip_16shot.yaml
   python main.py fit --config clip_16shot.yaml --data.shots 4 --model.adapter.rank 4
   python main.py fit --config clip_16shot.yaml --config methods/coop.yaml
+  python main.py fit --resume runs/clip_16shot/001
   python main.py test --config clip_16shot.yaml --ckpt_path runs/clip_16shot/001/tuned.safetensors
   python main.py predict --config clip_16shot.yaml --ckpt_path ... --images photos/
   python main.py import --config recipes/clip_lora.yaml --file lora_weights.pt
