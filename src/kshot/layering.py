@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from typing import Any
 
-import torch
 from jsonargparse import ArgumentError, ArgumentParser
+from torch import cuda
 
 from kshot.classifiers import Classifier
 from kshot.config import Tree, read_word, walk
@@ -30,64 +30,62 @@ from kshot.places import (
 
 DURATION = ("weeks", "days", "hours", "minutes", "seconds")
 BUILDER = "lightning.pytorch.cli.instantiate_module"  # what LightningCLI writes into checkpoints
-MOST_DEVICES = max(2, os.cpu_count() or 1)  # more processes than cores only wait for each other
-Rules = dict[str, tuple[Callable[[Any], bool], str]]
+Rule = tuple[Callable[[Any], Any], str]  # what holds of a value, and what completes "is 0, and must ..."
 SPEC: Tree = {"class_path": str, "init_args": dict | None, "dict_kwargs": dict | None}  # a class and its settings
 INF = math.inf
-NUMBERS: Rules = {  # what a number must be, what holds then, and the full names of the options
-    "be a positive number, such as 1e-3": (lambda x: 0 < x < INF, "model.optimizer.lr model.head_lr"),
-    "be a number from 0 on": (
-        lambda x: 0 <= x < INF,
-        "model.optimizer.weight_decay trainer.gradient_clip_val run.save_every",
+POSITIVE: Rule = (lambda x: 0 < x < INF, "be a positive number, such as 1e-3")
+FROM_0: Rule = (lambda x: 0 <= x < INF, "be finite, and 0 or more")
+FROM_1: Rule = (lambda x: 1 <= x < INF, "be 1 or more")
+ENDS: Rule = (lambda x: 1 <= x < INF or x == -1, "be 1 or more, or -1 where max_epochs or max_steps ends the run")
+SHARE: Rule = (lambda x: 0 <= x <= 1 or (x > 1 and x % 1 == 0), "be a share from 0 to 1.0, or a number of batches")
+SOME: Rule = (lambda x: x != 0 and SHARE[0](x), "be a share above 0 and up to 1.0, or a number of batches")
+NUMBERS = {  # what numbers must be, by the full names of their options
+    "data.num_workers": (lambda x: x <= 256, "be at most 256 processes"),
+    "data.split_seed": (lambda x: 0 <= x < 2**63, f"lie in 0 to {2**63 - 1}"),
+    "model.head_lr": POSITIVE,
+    "model.optimizer.lr": POSITIVE,
+    "model.optimizer.weight_decay": FROM_0,
+    "model.schedule.T_max": (lambda x: 0 <= x < INF, "be a number of steps from 1 on, or 0 for all of the run"),
+    "model.schedule.step_size": FROM_1,
+    "run.save_every": FROM_0,
+    "seed_everything": (lambda x: 0 <= x < 2**32, f"lie in 0 to {2**32 - 1}"),
+    "top_k": FROM_1,
+    "trainer.accumulate_grad_batches": FROM_1,
+    "trainer.check_val_every_n_epoch": FROM_0,
+    "trainer.devices": (
+        lambda x: 1 <= x <= max(2, os.cpu_count() or 1, cuda.device_count()) or (x == -1 and cuda.is_available()),
+        "be a number of devices that this machine has, or auto",
     ),
-    "be 1 or more, or -1 where the other of max_epochs and max_steps ends the run": (
-        lambda x: 1 <= x < INF or x == -1,
-        "trainer.max_epochs trainer.max_steps",
-    ),
-    "be 1 or more": (
-        lambda x: 1 <= x < INF,
-        "trainer.accumulate_grad_batches trainer.min_epochs trainer.min_steps trainer.num_nodes top_k",
-    ),
-    "be 0 or more": (
-        lambda x: 0 <= x < INF,
-        "trainer.check_val_every_n_epoch trainer.log_every_n_steps trainer.fast_dev_run",
-    ),
-    "be 256 processes at most": (lambda x: x <= 256, "data.num_workers"),
-    "be 0 or more, or -1 for all": (lambda x: -1 <= x < INF, "trainer.num_sanity_val_steps"),
-    "be a share above 0 and up to 1.0, or a number of batches": (
-        lambda x: 0 < x <= 1 or (x > 1 and x % 1 == 0),
-        "trainer.limit_train_batches trainer.limit_test_batches trainer.limit_predict_batches "
-        "trainer.val_check_interval",
-    ),
-    "be a share from 0 to 1.0, or a number of batches": (
-        lambda x: 0 <= x <= 1 or (x > 1 and x % 1 == 0),
-        "trainer.limit_val_batches trainer.overfit_batches",
-    ),
-    f"be a number of devices from 1 to {MOST_DEVICES}, or auto": (
-        lambda x: 1 <= x <= MOST_DEVICES or (x == -1 and torch.cuda.is_available()),
-        "trainer.devices",
-    ),
-    "be a number of steps from 1 on": (lambda x: 1 <= x < INF, "model.schedule.step_size"),
-    "be a number of steps from 1 on, or 0 for all of the run": (lambda x: 0 <= x < INF, "model.schedule.T_max"),
-    f"lie in 0 to {2**32 - 1}": (lambda x: 0 <= x < 2**32, "seed_everything"),
-    f"lie in 0 to {2**63 - 1}": (lambda x: 0 <= x < 2**63, "data.split_seed"),
-    "lie in 0 to 10000": (
-        lambda x: 0 <= x <= 10000,
-        " ".join(f"trainer.max_time.{unit}" for unit in DURATION),
-    ),
+    "trainer.fast_dev_run": FROM_0,
+    "trainer.gradient_clip_val": FROM_0,
+    "trainer.limit_predict_batches": SOME,
+    "trainer.limit_test_batches": SOME,
+    "trainer.limit_train_batches": SOME,
+    "trainer.limit_val_batches": SHARE,
+    "trainer.log_every_n_steps": FROM_0,
+    "trainer.max_epochs": ENDS,
+    "trainer.max_steps": ENDS,
+    "trainer.min_epochs": FROM_1,
+    "trainer.num_nodes": FROM_1,
+    "trainer.num_sanity_val_steps": (lambda x: -1 <= x < INF, "be 0 or more, or -1 for all"),
+    "trainer.overfit_batches": SHARE,
+    "trainer.val_check_interval": SOME,
+    **{f"trainer.max_time.{unit}": (lambda x: 0 <= x <= 10000, "lie in 0 to 10000") for unit in DURATION},
 }
-WORDS: Rules = {  # the same of words
-    "be the name of a folder below run.root": (
+WORDS: dict[str, Rule] = {  # and words
+    "ckpt_path": (str.strip, "be the name of a file"),
+    "data.dataset": (str.strip, "be a data set, a folder or a file"),
+    "data.root": (str.strip, "be the name of a folder"),
+    "file": (str.strip, "be the name of a file"),
+    "run.name": (
         lambda x: all(part.strip(". ") and part.isprintable() and len(part) < 200 for part in re.split(r"[/\\]", x)),
-        "run.name",
+        "be the name of a folder below run.root",
     ),
-    "be the name of a folder": (lambda x: bool(x) and x.isprintable(), "run.root data.root"),
-    "be the name of a file": (lambda x: bool(x.strip()), "ckpt_path file out"),
-    "be a data set, a folder or a file": (lambda x: bool(x.strip()), "data.dataset"),
-    "be a number of devices, or auto": (lambda x: re.fullmatch(r"auto|-?\d[\d, ]*", x) is not None, "trainer.devices"),
-    "be days, hours, minutes and seconds, such as 00:02:30:00": (
-        lambda x: re.fullmatch(r"\d{1,4}(:\d\d?){3}", x) is not None,
-        "trainer.max_time",
+    "run.root": (lambda x: x.strip() and x.isprintable(), "be the name of a folder"),
+    "trainer.devices": (re.compile(r"auto|-?\d[\d, ]*").fullmatch, "be a number of devices, or auto"),
+    "trainer.max_time": (
+        re.compile(r"\d{1,4}(:\d\d?){3}").fullmatch,
+        "be days, hours, minutes and seconds, such as 00:02:30:00",
     ),
 }
 
@@ -192,9 +190,9 @@ def check_range(where: str, value: Any) -> None:
     with suppress(ValueError, TypeError):  # no number, or one that YAML does not know as such: 1e-3 and nan
         number = None if isinstance(read, bool) else float(read if isinstance(read, (int, float)) else value)
     for rules, given, shown in ((NUMBERS, number, f"{value}"), (WORDS, value, f"{value!r:.200}")):
-        for what, (holds, names) in rules.items():
-            if where in names.split() and isinstance(given, (float, str)) and not holds(given):
-                raise UserError(f"{where} is {shown}, and must {what}.")
+        holds, what = rules.get(where, (bool, ""))
+        if what and isinstance(given, (float, str)) and not holds(given):
+            raise UserError(f"{where} is {shown}, and must {what}.")
 
 
 def lay_class(place: Place, old: Any, new: Any, where: str) -> Tree:

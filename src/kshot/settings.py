@@ -304,7 +304,7 @@ def own_options(line: CommandLine) -> Iterator[str]:
         kind = named(value["class_path"], place.bases, name) if place.bases and isinstance(value, dict) else place.group
         texts |= {f"{name}.{each}": text for each, text in described(kind).items()}
         if last in SHOWN.get(level, [last]) and name not in ("model", "data", "trainer", "run"):
-            default = kind.__name__ if kind else "needed" if value is REQUIRED else in_yaml(value)
+            default = json.dumps(kind or value, default=lambda each: getattr(each, "__name__", "needed")).strip('"')
             groups.setdefault(level, []).append(row(name, default, texts.get(name, "")))
             kinds = sorted(n for n, each in subclasses(place.bases).items() if each.__module__.startswith("kshot."))
             groups[level] += textwrap.wrap(", ".join(kinds), 92, initial_indent=INDENT, subsequent_indent=INDENT)
@@ -326,11 +326,3 @@ def described(kind: type | None) -> dict[str, str]:
     arguments = "\n".join(text.partition("\nAttributes:")[0] for text in texts)
     found = re.findall(r"^ {4}(\w+)(?: ?\([^)\n]*\))?: *(\S.*(?:\n {5,}.*)*)", arguments, re.MULTILINE)
     return dict(found)
-
-
-def in_yaml(value: Any) -> str:
-    """A default as a config says it."""
-    if isinstance(value, type):
-        return value.__name__
-    text: str = json.dumps(value, default=str)
-    return text.strip('"')
