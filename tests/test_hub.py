@@ -5,10 +5,14 @@ import socket
 import time
 
 import pytest
+import timm
+from command_line import QUICK, fit, photos
 from huggingface_hub import constants
+from safetensors.torch import save_file
 
 from kshot.backbones import OpenClip, Timm
-from kshot.backbones.hub import quiet_loading
+from kshot.backbones.hub import answers, quiet_loading
+from kshot.cli import main
 from kshot.errors import UserError
 
 
@@ -80,3 +84,34 @@ def test_local_weights_need_no_hub(no_network, tmp_path):
     save_file(vit.state_dict(), tmp_path / "vit.safetensors")
     backbone = Timm("test_vit", weights=str(tmp_path / "vit.safetensors"))
     assert torch.equal(backbone.vit.cls_token, vit.cls_token)
+
+
+def test_a_run_on_local_weights_opens_no_connection_and_asks_no_name(tmp_path, monkeypatch):
+    """As for a user without the variable HF_HUB_OFFLINE: not even a name is looked up."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    asked = []
+
+    def forbidden(*given, **_):
+        asked.append(given)
+        raise AssertionError(f"the network was asked: {given}")
+
+    for name in ("getaddrinfo", "gethostbyname", "create_connection"):
+        monkeypatch.setattr(socket, name, forbidden)
+    monkeypatch.setattr(socket.socket, "connect", forbidden)
+    weights = tmp_path / "vit.safetensors"
+    save_file(timm.create_model("test_vit", num_classes=0).state_dict(), weights)
+    vit = ["--model.backbone", "Timm", "--model.backbone.model", "test_vit", "--model.backbone.weights", str(weights)]
+    directory = fit(tmp_path / "clip")
+    fit(tmp_path / "vit", "--config", "methods/linear_probe.yaml", *vit)
+    common = ["--config", "clip_16shot.yaml", "--ckpt_path", str(directory / "tuned.safetensors")]
+    common += ["--run.root", str(tmp_path / "more")]
+    main(["test", *common, *QUICK])
+    main(["predict", *common, "--images", str(photos(tmp_path / "photos", 2))])
+    assert asked == []
+
+
+def test_a_name_that_nobody_answers_for_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(30))
+    start = time.perf_counter()
+    assert not answers("https://huggingface.co", timeout=0.2)
+    assert time.perf_counter() - start < 5

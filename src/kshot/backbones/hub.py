@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from urllib.parse import urlsplit
 
 from kshot.errors import first_line
@@ -36,12 +37,17 @@ def quiet_loading(hub: bool) -> Iterator[None]:
 
 def answers(endpoint: str, timeout: float = 3.0) -> bool:
     """Whether a connection to a hub's address can be opened, within seconds."""
-    address = urlsplit(endpoint)
-    try:
-        socket.create_connection((address.hostname or "", address.port or 443), timeout=timeout).close()
-    except OSError:
-        return False
-    return True
+    address, opened = urlsplit(endpoint), threading.Event()
+
+    def connect() -> None:
+        with suppress(OSError):
+            socket.create_connection((address.hostname or "", address.port or 443), timeout=timeout).close()
+            opened.set()
+
+    asking = threading.Thread(target=connect, daemon=True)  # looking up a name knows no timeout
+    asking.start()
+    asking.join(timeout)
+    return opened.is_set()
 
 
 def out_of_reach(what: str, setting: str, error: Exception) -> str:
