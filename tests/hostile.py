@@ -110,12 +110,11 @@ def fifo(path: Path) -> Path:
 
 
 def png_bomb(root: Path) -> None:
-    """A small file that says it has 60,000 x 60,000 pixels."""
-    content = bytearray(image(root / "x.png").read_bytes())
-    content[16:24] = struct.pack(">II", 60_000, 60_000)
-    for part in ("train", "test"):
-        (root / part / "cat" / "bomb.png").write_bytes(content)
-    (root / "x.png").unlink()
+    """Small files that say they have 60,000 x 60,000 pixels."""
+    for path in root.glob("*/cat/*.png"):
+        content = bytearray(path.read_bytes())
+        content[16:24] = struct.pack(">II", 60_000, 60_000)
+        path.write_bytes(content)
 
 
 def loop(root: Path) -> None:

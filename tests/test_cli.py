@@ -117,7 +117,7 @@ def test_the_command_line_wins_over_the_checkpoint(fitted, capsys, tmp_path):
         *["test", "--config", "clip_16shot.yaml", "--model.adapter.rank", "3", "--run.root", str(tmp_path)],
         *["--ckpt_path", str(fitted / "checkpoints" / "last.ckpt")],
     ])  # fmt: skip
-    assert "adapter has rank 8, and the config's has 3" in line
+    assert "model.adapter.rank 8, and the config 3" in line
     assert list(tmp_path.iterdir()) == []
 
 
@@ -166,15 +166,15 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path, monkeypatch):
     monkeypatch.undo()
     (cut,) = (tmp_path / "cut").glob("*/*")
     assert not (cut / "tuned.safetensors").exists()
-    resumed = fit(tmp_path / "resumed", *options, "--ckpt_path", str(cut / "checkpoints" / "last.ckpt"))
-    a, b = (load_file(d / "tuned.safetensors") for d in (whole, resumed))
+    main([*FIT, *QUICK, *options, "--ckpt_path", str(cut / "checkpoints" / "last.ckpt")])
+    a, b = (load_file(d / "tuned.safetensors") for d in (whole, cut))
     assert a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) for name in a)
     losses = [
         [row["train/loss"] for row in csv.DictReader((d / "metrics.csv").open()) if row["train/loss"]]
-        for d in (whole, resumed)
+        for d in (whole, cut)
     ]
-    assert losses[0][2:] == losses[1]
+    assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize(("method", "cut_at"), [("adalora", 1), ("adalora", 5), ("autolora", 2)])
@@ -197,11 +197,11 @@ def test_methods_with_phases_resume_to_the_same_bits(method, cut_at, tmp_path, m
     (cut,) = (tmp_path / "cut").glob("*/*")
     if method == "autolora":
         monkeypatch.setattr("kshot.adapters.autolora.hypergradient", lambda *_: pytest.fail("searched again"))
-    resumed = fit(tmp_path / "resumed", *options, "--ckpt_path", str(cut / "checkpoints" / "last.ckpt"))
-    a, b = (load_file(d / "tuned.safetensors") for d in (whole, resumed))
+    main([*FIT, *QUICK, *options, "--ckpt_path", str(cut / "checkpoints" / "last.ckpt")])
+    a, b = (load_file(d / "tuned.safetensors") for d in (whole, cut))
     assert a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) for name in a)
-    results = [json.loads((d / "result.json").read_text()) for d in (whole, resumed)]
+    results = [json.loads((d / "result.json").read_text()) for d in (whole, cut)]
     assert results[0]["ranks"] == results[1]["ranks"]
     ranks = results[0]["ranks"].values()
     assert len(ranks) == 30
@@ -232,7 +232,7 @@ def test_coefficients_of_another_basis_are_refused(method, tmp_path, capsys):
         *["test", "--config", str(directory / "config.yaml"), "--run.root", str(tmp_path / "none")],
         *["--ckpt_path", str(directory / "tuned.safetensors"), "--model.adapter.seed", "2"],
     ])  # fmt: skip
-    assert "seed 1, and the config's has 2" in line
+    assert "model.adapter.seed 1, and the config 2" in line
     assert not (tmp_path / "none").exists()
 
 
@@ -264,8 +264,12 @@ def test_a_full_disk_costs_neither_the_previous_checkpoint_nor_a_traceback(tmp_p
 
 
 def test_a_disk_too_full_for_the_split_gets_one_line(tmp_path, monkeypatch, capsys):
-    def full(*_):
-        raise OSError(28, "No space left on device")
+    write = Path.write_bytes
+
+    def full(self, content):
+        if "split.json" in self.name:
+            raise OSError(28, "No space left on device")
+        write(self, content)
 
     monkeypatch.setattr(Path, "write_bytes", full)
     line = refused(capsys, ["fit", "--config", "clip_16shot.yaml", *QUICK, "--run.root", str(tmp_path)])
@@ -306,18 +310,6 @@ def test_the_words_of_the_process_are_left_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(FewShotModule, "on_train_epoch_start", lambda self: seen.append(list(sys.argv)))
     fit(tmp_path, *UNTESTED)
     assert seen == 2 * [words]
-
-
-def test_an_interrupted_run_ends_with_130(tmp_path, monkeypatch, capsys):
-    def interrupt(self):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(FewShotModule, "on_train_epoch_start", interrupt)
-    monkeypatch.setattr("signal.signal", lambda *_: None)  # Lightning ignores further ones
-    with pytest.raises(SystemExit) as end:
-        fit(tmp_path)
-    assert end.value.code == 130
-    assert capsys.readouterr().err.splitlines()[-1] == "interrupted"
 
 
 def test_recorded_views_are_encoded_once_each(tmp_path, monkeypatch):

@@ -68,7 +68,7 @@ REFUSALS = {
     "--config methods/dept.yaml --model.classifier.balance 2": "balance is 2.0, and must lie in [0, 1]",
     "--config methods/vpt.yaml --model.classifier.head NearestClassMean": "has a closed form: use LinearProbe",
     "--config methods/zero_shot.yaml --model.classifier.templates imagenet8": "Did you mean 'imagenet80'?",
-    "--model.backbone.text_memory_gb 0": "must be positive",
+    "--model.backbone.text_memory_gb 0": "not a positive number",
     "--model.schedule.floor 2": "floor",
     "--model.classifier NearestClassMean": "NearestClassMean + LoRA would leave LoRA untrained",
     " ".join(TINY_VIT): "TextPrompt needs a text tower",
@@ -150,7 +150,8 @@ def test_a_place_that_cannot_be_written_gets_one_line(fitted, capsys, tmp_path):
     common = ["--config", "clip_16shot.yaml", "--ckpt_path", str(fitted / "tuned.safetensors")]
     images = ["--images", str(photos(tmp_path / "photos", 1)), "--out", str(tmp_path / "file" / "out.csv")]
     line = refused(capsys, ["predict", *common, *images, "--run.root", str(tmp_path / "runs")])
-    assert "Could not write" in line
+    assert f"{tmp_path / 'file'} cannot be made" in line
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_pickle_is_not_executed(capsys, tmp_path):

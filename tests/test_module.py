@@ -16,6 +16,7 @@ from kshot.checkpoint import packed, round_trip, unpacked
 from kshot.classifiers import VPT, CoOp, DePT, KgCoOp, LinearProbe, NearestClassMean, PromptSRC, TextPrompt
 from kshot.data import Batch
 from kshot.errors import UserError
+from kshot.header import header_of
 from kshot.module import FewShotModule
 from kshot.optim import make_optimizer
 
@@ -261,10 +262,15 @@ class TestStates:
         assert round_trip(module) is False
 
     def test_a_header_describes_the_module(self):
-        header = module_of(adapter=LoRA(rank=2), targets=["*.q"]).header()
-        assert (header["format"], header["method"], header["split"]) == (2, "TextPrompt + LoRA", None)
-        assert header["adapter"]["rank"] == 2
+        module = module_of(adapter=LoRA(rank=2), targets=["*.q"], optimizer=partial(torch.optim.SGD, lr=0.5))
+        header = header_of(module)
+        assert (header["format"], header["method"], header["split"]) == (3, "TextPrompt + LoRA", None)
         assert header["class_names"] == list(NAMES)
+        model, training = header["model"], header["training"]
+        assert (model["adapter"]["rank"], model["targets"], model["classifier"]["class"]) == (2, ["*.q"], "TextPrompt")
+        assert (training["model"]["optimizer"]["lr"], training["model"]["schedule"]) == (0.5, None)
+        assert training["seed_everything"] == module.run_seed
+        assert header_of(module_of())["model"]["targets"] is None, "without an adapter they mean nothing"
 
 
 def test_a_stored_module_runs_no_code(tmp_path):

@@ -7,7 +7,6 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import lightning.pytorch as pl
 import open_clip
 import pytest
 import timm
@@ -30,7 +29,6 @@ PRIVATE = {  # names with an underscore in src
 }
 UNDOCUMENTED = {  # names without one
     "jsonargparse: a factory is partial(builder, class, **settings)": "kshot.optim.built_by finds the class in it",
-    "Lightning: an interrupted fit ends in SystemExit, raised while KeyboardInterrupt is handled": "kshot.cli: 130",
     "importlib.metadata: what the first finder raises ends a search": "kshot.lean: a start in half the time",
     "open_clip: visual.ln_pre, _pool, proj; text.attn_mask": "kshot.backbones.open_clip",
     "timm: norm_pre, patch_drop, q_bias": "kshot.backbones.timm and unfuse",
@@ -94,23 +92,6 @@ def test_the_class_lies_in_the_factory_of_a_config(monkeypatch):
     assert isinstance(factory, partial)
     assert built_by(factory) is CosineAnnealingLR
     assert built_by(partial(partial(CosineAnnealingLR, T_max=1), eta_min=0.1)) is CosineAnnealingLR
-
-
-def test_an_interrupted_fit_exits_while_it_handles_the_interrupt(monkeypatch):
-    class Interrupted(pl.LightningModule):
-        def configure_optimizers(self):
-            raise KeyboardInterrupt
-
-        def training_step(self, batch, batch_idx): ...
-
-        def train_dataloader(self):
-            return [torch.zeros(1)]
-
-    monkeypatch.setattr("signal.signal", lambda *_: None)  # Lightning ignores further ones
-    trainer = pl.Trainer(logger=False, enable_checkpointing=False, enable_progress_bar=False, max_epochs=1)
-    with pytest.raises((SystemExit, KeyboardInterrupt)) as end:
-        trainer.fit(Interrupted())
-    assert isinstance(end.value, KeyboardInterrupt) or isinstance(end.value.__context__, KeyboardInterrupt)
 
 
 def test_lightning_loads_without_what_it_would_load_in_vain():

@@ -60,8 +60,6 @@ def run(arguments: Sequence[str], started: float | None = None) -> FewShotCLI:
         print(help_text(line))
         raise SystemExit(0)
     places, tree = settings(line)
-    for note in line.notes:
-        print(note, file=sys.stderr)
     try:
         cli = FewShotCLI(line, tree, started)
     except ArgumentError as error:
@@ -188,7 +186,11 @@ class FewShotCLI(LightningCLI):
 
     def open_directory(self) -> None:
         """Makes the run directory, which of several processes the first alone has, and starts logging there."""
-        if getattr(self.trainer, "fast_dev_run", False) or not self.trainer.is_global_zero:
+        if not self.trainer.is_global_zero:
+            return
+        for note in self.line.notes:
+            print(note, file=sys.stderr)
+        if getattr(self.trainer, "fast_dev_run", False):
             return
         name = self.options.name or "+".join(Path(c).stem for c in self.line.configs) or self.line.command
         begun = self.unfinished_run()
@@ -303,11 +305,12 @@ class FewShotCLI(LightningCLI):
         data.setup("predict")
         if out and Path(out).exists():
             raise UserError(f"{out} exists already: choose another --out.")
+        if out:
+            make_folder(Path(out).parent)
         self.open_directory()
         flat: Any = self.trainer.predict(self.model, datamodule=data, ckpt_path=path) or []
         if self.directory is not None:
             file, top_k = Path(out or self.directory / "predictions.csv"), self.config["top_k"]
-            make_folder(file.parent)
             record.write_predictions(file, data.predict_paths, flat, data.class_names, top_k)
             print(f"{len(data.predict_paths)} images labelled: {file}")
 

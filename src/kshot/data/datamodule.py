@@ -171,8 +171,12 @@ class FewShotDataModule(LightningDataModule):
             tests = list(protocols.reopened(self._held_out))
             self._parts |= {held.part: self._open(images, rows, held.part, lazy=True) for held, images, rows in tests}
         if stage == "predict":
-            files = [Row(str(file), -1, "") for file in image_files(self.images)]
-            self._parts[stage] = self._open(FileImages(Path()), files, stage, lazy=True)
+            files = image_files(self.images)
+            wrong = None if self.skip_unreadable else next(filter(None, map(fault, files)), None)
+            if wrong:
+                raise UserError(wrong)
+            rows = [Row(str(file), -1, "") for file in files]
+            self._parts[stage] = self._open(FileImages(Path()), rows, stage, lazy=True)
             self.predict_paths = self._parts[stage].paths
 
     def teardown(self, stage: str) -> None:
