@@ -181,7 +181,7 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path, monkeypatch):
 def test_methods_with_phases_resume_to_the_same_bits(method, cut_at, tmp_path, monkeypatch):
     """AdaLoRA before and after its ranks are fixed; AutoLoRA after its search, which is not repeated."""
     options = ["--config", f"methods/{method}.yaml", "--trainer.max_epochs", "6", "--run.save_every", "0"]
-    options += ["--data.shots", "8", "--data.views", "2"]
+    options += ["--data.shots", "8"] + ["--model.adapter.search_steps", "10"] * (method == "autolora")
     whole = fit(tmp_path / "whole", *options)
     start = FewShotModule.on_train_epoch_start
 

@@ -158,6 +158,7 @@ def test_a_store_tells_images_and_precisions_apart(backbone, monkeypatch):
         fit(build(backbone, data, classifier=LinearProbe), data, trainer, store=store)
         counts.append(sum(encoded))
         encoded.clear()
+        assert not any(isinstance(callback, FeatureStore) for callback in trainer.callbacks), "lent for the fit alone"
     assert counts == [20 + 2, 20 + 2, 20 + 2, 2]  # and the trial step
 
 
