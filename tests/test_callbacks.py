@@ -294,10 +294,7 @@ def test_validation_merges_in_the_precision_of_the_run(backbone, data, monkeypat
     "targets",
     [
         "*",
-        pytest.param(
-            "image.*",
-            marks=pytest.mark.xfail(reason="text that a fit holds is given up first, and put back by merging's end"),
-        ),
+        "image.*",
     ],
 )
 def test_an_error_amid_validation_leaves_nothing_held(backbone, data, monkeypatch, targets):

@@ -187,7 +187,8 @@ class FewShotModule(pl.LightningModule):
             return [WeightAverage(), Merged()]
         averages = any(group.get("average") is not None for group in self.param_groups())
         judges = self.trainer.limit_val_batches != 0
-        return [*[WeightAverage()] * averages, Fitting(), *[Merged()] * judges]  # the mean is what is chosen for
+        merging, averaging = [Merged()] * judges, [WeightAverage()] * averages
+        return [*merging, *averaging, Fitting()]  # in the order in which each leaves what the next finds
 
     def param_groups(self) -> list[dict[str, Any]]:
         """All that trains, in groups: the classifier's, the adapter's, and unfrozen parameters of the towers.
