@@ -6,14 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import Timer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from test_cli import TINY_VIT, refused
 
 from kshot.cli import main
 from kshot.config import read_command_line
 from kshot.layering import options_below
-from kshot.settings import MEANT, OPTIONS, laid, refusal, settings
+from kshot.settings import MEANT, OPTIONS, laid, settings
 
 QUICK = "--trainer.max_epochs 1 --data.shots 1 --trainer.enable_progress_bar false --run.test false"
 BASE = ["--config", "clip_16shot.yaml", *QUICK.split()]
@@ -199,10 +197,14 @@ THERE = {
     "--trainer.strategy nope": ("'nope'", "There are: auto, ddp"),
     "--trainer.precision 12": ("trainer.precision", "16-mixed or bf16-true or bf16-mixed"),
     "--trainer.profiler foo": ("profiler", "simple"),
-    "--trainer.logger WandbLogger": ("WandbLogger needs wandb", "pip install wandb"),
-    "--trainer.logger MLFlowLogger": ("MLFlowLogger needs mlflow", "pip install mlflow"),
-    "--trainer.logger CometLogger": ("CometLogger needs comet_ml", "pip install comet_ml"),
-    "--trainer.logger '[{class_path: WandbLogger}]'": ("WandbLogger needs wandb", "pip install wandb"),
+    "--trainer.logger WandbLogger": ("WandbLogger cannot be made", "pip install -U 'wandb"),
+    "--trainer.logger MLFlowLogger": ("MLFlowLogger cannot be made", "pip install -U 'mlflow"),
+    "--trainer.logger CometLogger": ("CometLogger cannot be made", "pip install -U 'comet-ml"),
+    "--trainer.logger '[{class_path: WandbLogger}]'": ("WandbLogger cannot be made", "pip install -U 'wandb"),
+    "--trainer.callbacks '{class_path: Timer, init_args: {duration: soon}}'": ("Timer cannot be made", "DD:HH:MM:SS"),
+    "--trainer.callbacks '{class_path: EarlyStopping, init_args: {monitor: val/acc, mode: up}}'": ("up", "min, max"),
+    "--trainer.callbacks '{class_path: ModelCheckpoint, init_args: {save_top_k: -5}}'": ("save_top_k=-5", ">= -1"),
+    "--trainer.callbacks '{class_path: StochasticWeightAveraging, init_args: {swa_lrs: -1}}'": ("swa_lrs", "positive"),
     "--trainer.logger NopeLogger": ("'NopeLogger'", "CSVLogger"),
     "--trainer.callbacks EarlyStoping": ("'EarlyStoping'", "Did you mean 'EarlyStopping'?"),
     "--trainer.callbacks EarlyStopping": ("trainer.callbacks.monitor is missing", "give --trainer.callbacks.monitor"),
@@ -376,17 +378,6 @@ def test_an_adapter_at_the_rate_of_a_method_without_one_is_told():
         ["--config", "methods/zero_shot.yaml", "--model.adapter", "LoRA"],
     ):
         assert notes(*words) == []
-
-
-def test_what_lightning_says_is_told_and_a_fault_of_ours_is_not():
-    with pytest.raises(MisconfigurationException) as refused_by_lightning:
-        Timer(duration="nonsense")
-    said = refusal(refused_by_lightning.value)
-    assert "nonsense" in said
-    wrapped = RuntimeError("of a parser")
-    wrapped.__cause__ = refused_by_lightning.value
-    assert refusal(wrapped) == said
-    assert refusal(ValueError("ours")) is None
 
 
 @pytest.mark.parametrize("schedule", ["CosineAnnealingLR", "LinearLR", "OneCycleLR", "StepLR", "ExponentialLR"])

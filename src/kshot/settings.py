@@ -11,13 +11,15 @@ import textwrap
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
-from importlib.util import find_spec
 from typing import Any
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 from lightning.pytorch.accelerators import AcceleratorRegistry
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.trainer import Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim.lr_scheduler import LRScheduler
 
 from kshot.config import CommandLine, Tree
@@ -48,12 +50,6 @@ OPTIONS: dict[str, dict[str, tuple[Any, Any, str]]] = {  # of each command alone
 }
 PASSED_OVER = {"weights_only", "verbose", "return_predictions"}  # in configs saved by earlier versions
 SAFE: Tree = {"import_path_denylist": [], "instantiate_subclass_spec_in_any": False}  # jsonargparse, too, runs no code
-PACKAGES = {  # of which Lightning's loggers need one
-    "WandbLogger": ("wandb",),
-    "MLFlowLogger": ("mlflow", "mlflow_skinny"),
-    "CometLogger": ("comet_ml",),
-    "TensorBoardLogger": ("tensorboard", "tensorboardX"),
-}
 SHOWN = {  # of other libraries' classes, what the short help lists
     "trainer": ("max_epochs", "accelerator", "devices", "precision", "max_time"),
     "model.optimizer": ("lr", "weight_decay", "momentum"),
@@ -216,7 +212,7 @@ def needed(places: Places, tree: Tree, line: CommandLine | None = None) -> str |
 
 
 def check(model: Tree, trainer: Tree) -> None:
-    """Raises UserError for an accelerator, a strategy, a logger or a measurement that is not there, and no targets."""
+    """Raises UserError for what is not there: accelerators, devices, strategies, callbacks, loggers, targets."""
     registered = AcceleratorRegistry.available_accelerators()
     able = ["auto", *(name for name in sorted(registered) if AcceleratorRegistry[name]["accelerator"].is_available())]
     able += ["gpu"] if {"cuda", "mps"} & set(able) else []
@@ -232,27 +228,24 @@ def check(model: Tree, trainer: Tree) -> None:
         raise UserError(f"trainer.max_time takes {', '.join(DURATION)}, and is given {', '.join(trainer['max_time'])}.")
     if model.get("adapter") and model.get("targets", True) == []:
         raise UserError(f"model.targets is empty, and {class_name(model['adapter'])} would change nothing: *.[qkv]?")
-    for each in [*listed(trainer.get("callbacks")), *listed(trainer.get("logger"))]:
-        if isinstance(each, dict):
-            name, monitor = class_name(each), each["init_args"].get("monitor") or "val/acc"
-            if monitor != "val/acc" and not monitor.startswith("train/"):
-                raise UserError(f"trainer.callbacks: {name} watches {monitor!r}; a run logs val/acc and train/loss.")
-            if name in PACKAGES and not any(find_spec(package) for package in PACKAGES[name]):
-                package = PACKAGES[name][0]
-                raise UserError(
-                    f"trainer.logger: {name} needs {package}, which is not installed: pip install {package}."
-                )
+    for name, kind in (("callbacks", Callback), ("logger", Logger)):
+        for each in listed(trainer.get(name)):
+            if isinstance(each, dict):
+                check_part(f"trainer.{name}", kind, each)
 
 
-def refusal(error: BaseException) -> str | None:
-    """What Lightning or torch says of a setting, where an error comes from there while a part is built; else None."""
-    while error.__cause__ or error.__context__:
-        error = error.__cause__ or error.__context__ or error
-    frame = error.__traceback__
-    while frame is not None and frame.tb_next is not None:
-        frame = frame.tb_next
-    source = "" if frame is None else str(frame.tb_frame.f_globals.get("__name__", ""))
-    return f"trainer: {' '.join(str(error).split())[:300]}" if source.startswith(("lightning.", "torch.")) else None
+def check_part(where: str, kind: type, spec: Tree) -> None:
+    """Builds a callback or a logger on trial; raises UserError with what it refuses, lacks, or watches in vain."""
+    monitor = spec["init_args"].get("monitor") or "val/acc"
+    if monitor != "val/acc" and not monitor.startswith("train/"):
+        raise UserError(f"{where}: {class_name(spec)} watches {monitor!r}; a run logs val/acc and train/loss.")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--part", type=kind)
+    try:
+        parser.instantiate_classes(parser.parse_object({"part": spec}))
+    except (ImportError, TypeError, ValueError, MisconfigurationException) as error:
+        said = str(error).strip().splitlines()[-1].strip()
+        raise UserError(f"{where}: {class_name(spec)} cannot be made: {said:.300}") from error
 
 
 def add_options(parser: ArgumentParser, command: str) -> None:
