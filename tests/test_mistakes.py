@@ -357,6 +357,13 @@ def test_every_word_for_an_option_stands_once_and_leads_to_an_option_that_exists
     assert meant - known == {"model.schedule.warmup_epochs"} - known
 
 
+def test_printing_a_config_asks_nothing_of_the_machine(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["fit", *BASE, "--trainer.accelerator", "tpu", "--print_config"])
+    assert end.value.code == 0
+    assert "accelerator: tpu" in capsys.readouterr().out
+
+
 def notes(*words: str) -> list[str]:
     line = read_command_line(["fit", "--config", "clip_16shot.yaml", *words], list(OPTIONS))
     settings(line)

@@ -121,12 +121,17 @@ def settings(line: CommandLine) -> tuple[Places, Tree]:
     missing = needed(places, tree, line)
     if missing is not None:
         raise UserError(missing)
-    check(tree["model"]["init_args"], tree["trainer"])
+    if "print_config" not in line.flags:
+        check(tree["model"]["init_args"], tree["trainer"])
     return places, tree
 
 
 def laid(line: CommandLine) -> tuple[Places, Tree]:
-    """The places for a command's settings, and the settings of a command line laid over each other."""
+    """The places for a command's settings, and the settings of a command line laid over each other.
+
+    An adapter over a config without one trains with that config's optimizer, made for prompts or a head. It stays so,
+    and ``line.notes`` tells it unless an optimizer was chosen later.
+    """
     for setting, value in SAFE.items():
         with suppress(TypeError):  # a release without it has kshot.layering alone, which refuses before
             set_parsing_settings(**{setting: value})
@@ -204,10 +209,14 @@ def needed(places: Places, tree: Tree, line: CommandLine | None = None) -> str |
     """What to say of the first option that lacks a value; None where all have what they need."""
     lacking = next((name for name, _, value in options_below(places, tree) if value is REQUIRED), None)
     if lacking in ("model.backbone", "data.dataset"):
-        given = [word for config in (line.configs if line else []) for word in ("--config", config)]
-        whole = shlex.join(["--config", "clip_16shot.yaml", *(given or ["--config", "methods/lora.yaml"])])
-        why = f"{given[-1]} says only part of an experiment" if given else "start from an experiment"
-        return f"{lacking} is missing: {why}, and is to be laid over a whole one, such as {whole}."
+        given = line.configs if line else []
+        words = [word for config in (given or ["methods/lora.yaml"]) for word in ("--config", config)]
+        why = (
+            f"{given[-1]} is part of an experiment, to be laid over a whole one"
+            if given
+            else "start from an experiment"
+        )
+        return f"{lacking} is missing: {why}, such as --config clip_16shot.yaml {shlex.join(words)}."
     return lacking and f"{lacking} is missing, and has no default: give --{lacking} a value."
 
 
