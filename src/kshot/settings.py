@@ -233,8 +233,9 @@ def check(model: Tree, trainer: Tree) -> None:
         raise UserError(f"trainer.strategy: there is no {strategy!r}. {nearest_first(strategy, known)}")
     if isinstance(trainer.get("devices"), list) and "gpu" not in able:
         raise UserError(f"trainer.devices is {trainer['devices']}, and only GPUs are numbered: give how many, or auto.")
-    if isinstance(trainer.get("max_time"), dict) and not set(trainer["max_time"]) <= set(DURATION):
-        raise UserError(f"trainer.max_time takes {', '.join(DURATION)}, and is given {', '.join(trainer['max_time'])}.")
+    duration = trainer.get("max_time")
+    if isinstance(duration, list) or (isinstance(duration, dict) and not set(duration) <= set(DURATION)):
+        raise UserError(f"trainer.max_time takes {', '.join(DURATION)}, and is given {duration}.")
     if model.get("adapter") and model.get("targets", True) == []:
         raise UserError(f"model.targets is empty, and {class_name(model['adapter'])} would change nothing: *.[qkv]?")
     for name, kind in (("callbacks", Callback), ("logger", Logger)):
