@@ -56,7 +56,9 @@ def read_command_line(words: Sequence[str], commands: Sequence[str]) -> CommandL
         key = SHORT.get(name, name).removeprefix("--")
         if key == name or not all(key.split(".")):
             raise UserError(f"{word!r} is no option: options start with --, as in --data.shots 4.")
-        if key in FLAGS and not equals:
+        if key in FLAGS and equals:
+            raise UserError(f"--{key} takes no value, and is given {value!r:.200}.")
+        if key in FLAGS:
             line.flags |= {key, "help"} if key == "help-all" else {key}
             continue
         if not equals:

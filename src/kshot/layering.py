@@ -32,16 +32,21 @@ DURATION = ("weeks", "days", "hours", "minutes", "seconds")
 BUILDER = "lightning.pytorch.cli.instantiate_module"  # what LightningCLI writes into checkpoints
 Rule = tuple[Callable[[Any], Any], str]  # what holds of a value, and what completes "is 0, and must ..."
 SPEC: Tree = {"class_path": str, "init_args": dict | None, "dict_kwargs": dict | None}  # a class and its settings
-INF = math.inf
+INF, MANY = math.inf, 2**31
 POSITIVE: Rule = (lambda x: 0 < x < INF, "be a positive number, such as 1e-3")
 FROM_0: Rule = (lambda x: 0 <= x < INF, "be finite, and 0 or more")
-FROM_1: Rule = (lambda x: 1 <= x < INF, "be 1 or more")
-ENDS: Rule = (lambda x: 1 <= x < INF or x == -1, "be 1 or more, or -1 where max_epochs or max_steps ends the run")
+FROM_1: Rule = (lambda x: 1 <= x < MANY, "be 1 or more, and below two billions")
+FEW: Rule = (lambda x: x < MANY, "be below two billions")  # its least is told where it is used
+ENDS: Rule = (lambda x: 1 <= x < MANY or x == -1, "be 1 or more, or -1 where max_epochs or max_steps ends the run")
 SHARE: Rule = (lambda x: 0 <= x <= 1 or (x > 1 and x % 1 == 0), "be a share from 0 to 1.0, or a number of batches")
 SOME: Rule = (lambda x: x != 0 and SHARE[0](x), "be a share above 0 and up to 1.0, or a number of batches")
 NUMBERS = {  # what numbers must be, by the full names of their options
+    "data.batch_size": FEW,
+    "data.eval_batch_size": FEW,
     "data.num_workers": (lambda x: x <= 256, "be at most 256 processes"),
     "data.split_seed": (lambda x: 0 <= x < 2**63, f"lie in 0 to {2**63 - 1}"),
+    "data.views": FEW,
+    "model.backbone.text_memory_gb": (lambda x: x < INF, "be a finite number of GB"),
     "model.head_lr": POSITIVE,
     "model.optimizer.lr": POSITIVE,
     "model.optimizer.weight_decay": FROM_0,
@@ -75,6 +80,7 @@ NUMBERS = {  # what numbers must be, by the full names of their options
 WORDS: dict[str, Rule] = {  # and words
     "ckpt_path": (str.strip, "be the name of a file"),
     "data.dataset": (str.strip, "be a data set, a folder or a file"),
+    "data.manifest": (str.strip, "be the name of a file"),
     "data.root": (str.strip, "be the name of a folder"),
     "file": (str.strip, "be the name of a file"),
     "run.name": (

@@ -11,13 +11,15 @@ import textwrap
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
-from importlib.util import find_spec
 from typing import Any
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 from lightning.pytorch.accelerators import AcceleratorRegistry
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.trainer import Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim.lr_scheduler import LRScheduler
 
 from kshot.config import CommandLine, Tree
@@ -48,12 +50,6 @@ OPTIONS: dict[str, dict[str, tuple[Any, Any, str]]] = {  # of each command alone
 }
 PASSED_OVER = {"weights_only", "verbose", "return_predictions"}  # in configs saved by earlier versions
 SAFE: Tree = {"import_path_denylist": [], "instantiate_subclass_spec_in_any": False}  # jsonargparse, too, runs no code
-PACKAGES = {  # of which Lightning's loggers need one
-    "WandbLogger": ("wandb",),
-    "MLFlowLogger": ("mlflow", "mlflow_skinny"),
-    "CometLogger": ("comet_ml",),
-    "TensorBoardLogger": ("tensorboard", "tensorboardX"),
-}
 SHOWN = {  # of other libraries' classes, what the short help lists
     "trainer": ("max_epochs", "accelerator", "devices", "precision", "max_time"),
     "model.optimizer": ("lr", "weight_decay", "momentum"),
@@ -125,12 +121,17 @@ def settings(line: CommandLine) -> tuple[Places, Tree]:
     missing = needed(places, tree, line)
     if missing is not None:
         raise UserError(missing)
-    check(tree["model"]["init_args"], tree["trainer"])
+    if "print_config" not in line.flags:
+        check(tree["model"]["init_args"], tree["trainer"])
     return places, tree
 
 
 def laid(line: CommandLine) -> tuple[Places, Tree]:
-    """The places for a command's settings, and the settings of a command line laid over each other."""
+    """The places for a command's settings, and the settings of a command line laid over each other.
+
+    An adapter over a config without one trains with that config's optimizer, made for prompts or a head. It stays so,
+    and ``line.notes`` tells it unless an optimizer was chosen later.
+    """
     for setting, value in SAFE.items():
         with suppress(TypeError):  # a release without it has kshot.layering alone, which refuses before
             set_parsing_settings(**{setting: value})
@@ -211,15 +212,19 @@ def needed(places: Places, tree: Tree, line: CommandLine | None = None) -> str |
     """What to say of the first option that lacks a value; None where all have what they need."""
     lacking = next((name for name, _, value in options_below(places, tree) if value is REQUIRED), None)
     if lacking in ("model.backbone", "data.dataset"):
-        given = [word for config in (line.configs if line else []) for word in ("--config", config)]
-        whole = shlex.join(["--config", "clip_16shot.yaml", *(given or ["--config", "methods/lora.yaml"])])
-        why = f"{given[-1]} says only part of an experiment" if given else "start from an experiment"
-        return f"{lacking} is missing: {why}, and is to be laid over a whole one, such as {whole}."
+        given = line.configs if line else []
+        words = [word for config in (given or ["methods/lora.yaml"]) for word in ("--config", config)]
+        why = (
+            f"{given[-1]} is part of an experiment, to be laid over a whole one"
+            if given
+            else "start from an experiment"
+        )
+        return f"{lacking} is missing: {why}, such as --config clip_16shot.yaml {shlex.join(words)}."
     return lacking and f"{lacking} is missing, and has no default: give --{lacking} a value."
 
 
 def check(model: Tree, trainer: Tree) -> None:
-    """Raises UserError for an accelerator, a strategy, a logger or a measurement that is not there, and no targets."""
+    """Raises UserError for what is not there: accelerators, devices, strategies, callbacks, loggers, targets."""
     registered = AcceleratorRegistry.available_accelerators()
     able = ["auto", *(name for name in sorted(registered) if AcceleratorRegistry[name]["accelerator"].is_available())]
     able += ["gpu"] if {"cuda", "mps"} & set(able) else []
@@ -231,31 +236,29 @@ def check(model: Tree, trainer: Tree) -> None:
         raise UserError(f"trainer.strategy: there is no {strategy!r}. {nearest_first(strategy, known)}")
     if isinstance(trainer.get("devices"), list) and "gpu" not in able:
         raise UserError(f"trainer.devices is {trainer['devices']}, and only GPUs are numbered: give how many, or auto.")
-    if isinstance(trainer.get("max_time"), dict) and not set(trainer["max_time"]) <= set(DURATION):
-        raise UserError(f"trainer.max_time takes {', '.join(DURATION)}, and is given {', '.join(trainer['max_time'])}.")
+    duration = trainer.get("max_time")
+    if isinstance(duration, list) or (isinstance(duration, dict) and not set(duration) <= set(DURATION)):
+        raise UserError(f"trainer.max_time takes {', '.join(DURATION)}, and is given {duration}.")
     if model.get("adapter") and model.get("targets", True) == []:
         raise UserError(f"model.targets is empty, and {class_name(model['adapter'])} would change nothing: *.[qkv]?")
-    for each in [*listed(trainer.get("callbacks")), *listed(trainer.get("logger"))]:
-        if isinstance(each, dict):
-            name, monitor = class_name(each), each["init_args"].get("monitor") or "val/acc"
-            if monitor != "val/acc" and not monitor.startswith("train/"):
-                raise UserError(f"trainer.callbacks: {name} watches {monitor!r}; a run logs val/acc and train/loss.")
-            if name in PACKAGES and not any(find_spec(package) for package in PACKAGES[name]):
-                package = PACKAGES[name][0]
-                raise UserError(
-                    f"trainer.logger: {name} needs {package}, which is not installed: pip install {package}."
-                )
+    for name, kind in (("callbacks", Callback), ("logger", Logger)):
+        for each in listed(trainer.get(name)):
+            if isinstance(each, dict):
+                check_part(f"trainer.{name}", kind, each)
 
 
-def refusal(error: BaseException) -> str | None:
-    """What Lightning or torch says of a setting, where an error comes from there while a part is built; else None."""
-    while error.__cause__ or error.__context__:
-        error = error.__cause__ or error.__context__ or error
-    frame = error.__traceback__
-    while frame is not None and frame.tb_next is not None:
-        frame = frame.tb_next
-    source = "" if frame is None else str(frame.tb_frame.f_globals.get("__name__", ""))
-    return f"trainer: {' '.join(str(error).split())[:300]}" if source.startswith(("lightning.", "torch.")) else None
+def check_part(where: str, kind: type, spec: Tree) -> None:
+    """Builds a callback or a logger on trial; raises UserError with what it refuses, lacks, or watches in vain."""
+    monitor = spec["init_args"].get("monitor") or "val/acc"
+    if monitor != "val/acc" and not monitor.startswith("train/"):
+        raise UserError(f"{where}: {class_name(spec)} watches {monitor!r}; a run logs val/acc and train/loss.")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--part", type=kind)
+    try:
+        parser.instantiate_classes(parser.parse_object({"part": spec}))
+    except (ImportError, TypeError, ValueError, MisconfigurationException) as error:
+        said = str(error).strip().splitlines()[-1].strip()
+        raise UserError(f"{where}: {class_name(spec)} cannot be made: {said:.300}") from error
 
 
 def add_options(parser: ArgumentParser, command: str) -> None:
