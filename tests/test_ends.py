@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import threading
 from pathlib import Path
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import QUICK, fit, refused
+from data_fixtures import parted_folder
+from PIL import Image
 from safetensors.torch import load_file
 
 from kshot.cli import FAULT, main
@@ -174,6 +177,72 @@ def test_elsewhere_than_in_the_main_thread_signals_are_left_alone():
     thread.start()
     thread.join()
     assert ends == [2]
+
+
+def test_a_directory_that_vanishes_ends_the_run_and_is_not_made_again(tmp_path, monkeypatch, capsys):
+    end = cut(monkeypatch, tmp_path, lambda: [shutil.rmtree(each) for each in tmp_path.glob("*/*")], 2)
+    assert end.code == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: ")
+    assert str(tmp_path / "clip_16shot" / "001") in line
+    assert "Go on with" not in line
+    assert not list(tmp_path.glob("*/*"))
+
+
+def test_an_overwritten_image_is_noticed_by_who_goes_on(tmp_path, monkeypatch, capsys):
+    folder = parted_folder(tmp_path / "pets", {"cat": 2, "dog": 2})
+    options = ["--data.dataset", str(folder), "--data.shots", "2"]
+    cut(monkeypatch, tmp_path / "runs", kill(signal.SIGTERM), 3, *options)
+    (directory,) = (tmp_path / "runs").glob("*/*")
+    image = sorted((folder / "train" / "dog").iterdir())[0]
+    whole = image.read_bytes()
+    Image.new("RGB", (32, 32), (1, 2, 3)).save(image)
+    line = refused(capsys, ["fit", "--resume", str(directory)])
+    assert f"train/dog/{image.name} is another image" in line
+    assert not (directory / "result.json").exists()
+    image.write_bytes(whole)
+    main(["fit", "--resume", str(directory)])
+    assert (directory / "result.json").is_file()
+
+
+def test_a_missing_test_image_is_told_before_anything_is_trained(tmp_path, capsys):
+    folder = parted_folder(tmp_path / "pets", {"cat": 2, "dog": 2})
+    parts = [path.relative_to(folder).parts for path in folder.rglob("*.png")] + [("test", "dog", "gone.png")]
+    rows = [f"{part}/{label}/{name},{label},{part}" for part, label, name in parts]
+    (folder / "all.csv").write_text("\n".join(["path,label,split", *rows]))
+    common = ["--data.dataset", str(folder / "all.csv"), "--data.shots", "1", "--run.root", str(tmp_path / "runs")]
+    line = refused(capsys, ["fit", "--config", "clip_16shot.yaml", *common])
+    assert "1 of 5 test images" in line
+    assert "gone.png" in line
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_test_that_is_cut_short_says_so(whole, tmp_path, capsys):
+    main(["test", "--config", str(whole / "config.yaml"), "--ckpt_path", str(whole / "tuned.safetensors"),
+          "--run.root", str(tmp_path), "--trainer.limit_test_batches", "1"])  # fmt: skip
+    assert "64 of 539 images of test" in capsys.readouterr().out
+    (directory,) = tmp_path.glob("*/*")
+    result = json.loads((directory / "result.json").read_text())
+    assert (result["tested"], result["test_images"]) == ({"test": 64}, {"test": 539})
+
+
+def test_unreadable_images_are_left_out_with_a_word(tmp_path, capsys):
+    folder = parted_folder(tmp_path / "pets", {"cat": 3, "dog": 3})
+    sorted((folder / "test" / "dog").iterdir())[0].write_bytes(b"no image")
+    main(["fit", "--config", "clip_16shot.yaml", *QUICK, "--data.dataset", str(folder), "--data.skip_unreadable",
+          "true", "--run.root", str(tmp_path / "runs")])  # fmt: skip
+    (directory,) = (tmp_path / "runs").glob("*/*")
+    assert json.loads((directory / "result.json").read_text())["left_out"] == {"test": 1}
+    assert "1 unreadable images of test" in capsys.readouterr().out
+
+
+def test_labels_of_files_whose_names_are_no_utf8(whole, tmp_path):
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (32, 32), (1, 2, 3)).save(tmp_path / "photos" / os.fsdecode(b"caf\xe9.png"))
+    main(["predict", "--config", str(whole / "config.yaml"), "--ckpt_path", str(whole / "tuned.safetensors"),
+          "--images", str(tmp_path / "photos"), "--run.root", str(tmp_path / "runs")])  # fmt: skip
+    (found,) = (tmp_path / "runs").rglob("predictions.csv")
+    assert b"/caf\xe9.png," in found.read_bytes()
 
 
 class TestMetricsFile:
