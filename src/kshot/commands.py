@@ -31,12 +31,13 @@ from kshot.errors import UserError, first_line
 from kshot.files import make_folder
 from kshot.foreign import released_tensors
 from kshot.header import header_of
+from kshot.layering import listed
 from kshot.module import FewShotModule
 from kshot.optim import watches
 from kshot.prepare import check_classes
 from kshot.record import RunOptions
 from kshot.run import DEFAULTS, evaluate, finish, fit
-from kshot.settings import LINKED, OPTIONS, add_options, help_text, needed, settings
+from kshot.settings import LINKED, OPTIONS, add_options, help_text, settings
 
 RESUME_FROM = ("checkpoints", "last.ckpt")  # in a run directory
 TRAINER_DEFAULTS = DEFAULTS | {
@@ -59,20 +60,29 @@ def run(arguments: Sequence[str], started: float | None = None) -> FewShotCLI:
     if line.help_for or "help" in line.flags:
         print(help_text(line))
         raise SystemExit(0)
-    places, tree = settings(line)
+    _, tree = settings(line)
     try:
         cli = FewShotCLI(line, tree, started)
     except ArgumentError as error:
-        raise UserError(needed(places, tree, line) or " ".join(str(error).split())[:600]) from error
+        raise UserError(" ".join(str(error).split())[:600]) from error
     try:
         getattr(cli, f"run_{line.command}")()
-    except BaseException as error:  # torch tells of a lost loader process by a signal, at any moment
-        ended = (isinstance(error, RuntimeError) and lost_worker(error)) or error
+    except BaseException as error:
+        ended = mistake_behind(error) or error
         cli.tell_how_to_resume(ended)
-        raise ended from None if ended is not error else error.__cause__
+        if ended is error:
+            raise
+        raise ended from error
     finally:
         cli.lock.close()
     return cli
+
+
+def mistake_behind(error: BaseException) -> UserError | None:
+    """What a user can put right, where a library told of it in its own way."""
+    if isinstance(error, MisconfigurationException):
+        return UserError(f"trainer: {first_line(error)}")
+    return lost_worker(error) if isinstance(error, RuntimeError) else None  # torch tells by a signal, at any moment
 
 
 def with_resume(arguments: Sequence[str]) -> list[str]:
@@ -113,11 +123,6 @@ def settle_chatter() -> None:
         log.addHandler(logging.StreamHandler())
         log.setLevel(logging.INFO)
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning 2.6 calls what jsonargparse 5 drops
-
-
-def listed(value: Any) -> list[Any]:
-    """What an option of the trainer holds: nothing, one, or several."""
-    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 class FewShotCLI(LightningCLI):

@@ -208,11 +208,11 @@ def no_option(error: UnknownOptionError, places: Places, tree: Tree) -> str:
     return f"{refused} Did you mean --{likely}?"
 
 
-def needed(places: Places, tree: Tree, line: CommandLine | None = None) -> str | None:
+def needed(places: Places, tree: Tree, line: CommandLine) -> str | None:
     """What to say of the first option that lacks a value; None where all have what they need."""
     lacking = next((name for name, _, value in options_below(places, tree) if value is REQUIRED), None)
     if lacking in ("model.backbone", "data.dataset"):
-        given = line.configs if line else []
+        given = line.configs
         words = [word for config in (given or ["methods/lora.yaml"]) for word in ("--config", config)]
         why = (
             f"{given[-1]} is part of an experiment, to be laid over a whole one"
