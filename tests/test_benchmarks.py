@@ -116,6 +116,15 @@ def test_prompts(run, tmp_path):
     assert all(int(row["chunks"]) > 1 for row in rows if row["part"] == "many")
 
 
+def test_reliability(run, tmp_path):
+    page = tmp_path / "page.md"
+    shutil.copy(FOLDER.parent / "docs" / "reliability.md", page)
+    out = ["--out", str(tmp_path / "reliability.csv"), "--page", str(page)]
+    rows = run("reliability", "--parts", "hostile", "repeats", "--share", "0.02", *out)["reliability"]
+    assert [(row["tried"], row["ended as it should"], row["same result, or safe"]) for row in rows] == 3 * [("1",) * 3]
+    assert page.read_text().count("\n| a hostile file | 1 | 1 | 1 |") == 1
+
+
 RUN = ["--", "--trainer.max_epochs", "1", "--data.eval_batch_size", "64"]
 
 

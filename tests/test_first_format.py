@@ -51,7 +51,7 @@ def test_the_file_to_resume_from_is_measured_and_not_resumed(name, scans, tmp_pa
         found = {row[f"label_{i}"]: float(row[f"probability_{i}"]) for i in range(1, 11)}
         assert [found[c] for c in NAMES] == pytest.approx(expected, abs=2e-5)
     line = refused(capsys, arguments("fit", name, tmp_path, "ckpt"))
-    assert "has format 1, and this version resumes from format 2" in line
+    assert "has format 1, and this version resumes from format 3" in line
 
 
 @pytest.mark.parametrize(("name", "why"), REMADE.items())

@@ -19,6 +19,7 @@ from kshot.classifiers import CLIPAdapter, CoOp, LinearProbe, NearestClassMean, 
 from kshot.data import CropFlip, FewShotDataModule
 from kshot.errors import UserError
 from kshot.features import FeatureStore
+from kshot.header import header_of
 from kshot.prepare import try_step
 from kshot.run import build, evaluate, fit, make_trainer
 
@@ -145,7 +146,7 @@ def test_a_file_says_which_images_it_was_trained_on(backbone, data, tmp_path):
     module = build(backbone, data, classifier=LinearProbe)
     fit(module, data, make_trainer(max_epochs=1, limit_val_batches=0, callbacks=[keep]))
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["kshot"]
-    assert saved["split"] == module.header()["split"] == data.split_info()
+    assert saved["split"] == header_of(module)["split"] == data.split_info()
 
 
 def test_a_store_tells_images_and_precisions_apart(backbone, monkeypatch):

@@ -243,6 +243,7 @@ class FewShotCLI(LightningCLI):
     def run_fit(self) -> None:
         """Trains, saves what was learnt, tests it and reports."""
         if self.options.test:
+            check_classes(self.model, self.datamodule)
             self.datamodule.check_test_files()
         path, clock, run = self.check_checkpoint(), time.time(), (self.model, self.datamodule, self.trainer)
         fit(*run, ckpt_path=path, on_prepared=self.open_directory, finishing=False)
@@ -331,7 +332,7 @@ class FewShotCLI(LightningCLI):
             raise UserError(f"{out} exists already: choose another --out.")
         tensors, origin = released_tensors(Path(file), model)
         make_folder(out.parent)
-        header = header_of(model) | {"imported": origin}  # of which shots, no file says
+        header = header_of(model) | {"split": None, "training": None, "imported": origin}  # no file says of which shots
         model.on_load_checkpoint({"state_dict": dict(tensors), HEADER: header})
         write_tensors(out, tensors, header)
         parameters = sum(tensor.numel() for tensor in tensors.values())

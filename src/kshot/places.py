@@ -103,7 +103,7 @@ def place_of_argument(function: Callable[..., Any], parameter: inspect.Parameter
     if parameter.annotation is parameter.empty:
         return Place(default=default)
     holder = types.SimpleNamespace(__annotations__={"it": parameter.annotation})
-    names = vars(typing) | vars(collections.abc) | vars(sys.modules[function.__module__])  # some are seldom imported
+    names = vars(typing) | vars(collections.abc) | inspect.unwrap(function).__globals__  # some are seldom imported
     try:
         hint = typing.get_type_hints(holder, names)["it"]
         return place_of(typing.Optional[hint] if default is None else hint, default)  # noqa: UP045

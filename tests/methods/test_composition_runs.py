@@ -66,7 +66,7 @@ def test_fit_test_and_resume(case, tmp_path, monkeypatch):
             run("fit", case, tmp_path / "cut")
     (last,) = tmp_path.glob("cut/*/*/checkpoints/last.ckpt")
     resumed = load_file(
-        run("fit", case, tmp_path / "resumed", "--ckpt_path", str(last), "--run.test", "false") / "tuned.safetensors"
+        run("fit", case, tmp_path / "cut", "--ckpt_path", str(last), "--run.test", "false") / "tuned.safetensors"
     )
     assert tuned.keys() == resumed.keys()
     assert [name for name in tuned if not torch.equal(tuned[name], resumed[name])] == []

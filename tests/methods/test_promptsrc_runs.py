@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -82,8 +83,9 @@ def test_a_run_ends_with_the_average_over_its_epochs(whole, trajectory):
 
 def test_a_resumed_run_ends_with_the_same_bits(whole, cut, tmp_path):
     assert not (cut / "tuned.safetensors").exists()
-    resumed = run("fit", tmp_path, "--ckpt_path", str(cut / "checkpoints" / "last.ckpt"), "--run.test", "false")
-    a, b = (load_file(d / "tuned.safetensors") for d in (whole, resumed))
+    copy = shutil.copytree(cut, tmp_path / "cut" / "001")
+    assert run("fit", tmp_path, "--ckpt_path", str(copy / "checkpoints" / "last.ckpt"), "--run.test", "false") == copy
+    a, b = (load_file(d / "tuned.safetensors") for d in (whole, copy))
     assert a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) for name in a)
 
