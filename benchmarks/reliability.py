@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,7 +34,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from hostile import HARMLESS, MAKERS
 
 import kshot.commands  # noqa: F401  all that a run imports is there before a process is forked
+from kshot.adapters.svd import _memory, svd_of
+from kshot.checkpoint import AtomicCheckpoints
 from kshot.cli import main as kshot_main
+from kshot.data.catalogue import load_split
+from kshot.data.manifest import read_manifest
+from kshot.errors import UserError
 
 METHODS = ("lora", "adalora", "autolora", "promptsrc", "coop", "dept")
 SIGNALS = {signal.SIGKILL: 50, signal.SIGTERM: 20, signal.SIGINT: 20}
@@ -179,29 +185,49 @@ def fill_disk_at(nth: int) -> None:
 
 
 def bits(work: Path, share: float, chance: random.Random) -> Iterator[dict[str, object]]:
-    end = ran(method("pissa"), work / "bits", lambda: os.environ.update(KSHOT_CACHE=str(work / "cache")))
+    os.environ["KSHOT_CACHE"] = str(work / "cache")
+    end = ran(method("pissa"), work / "bits")
     assert end.code == 0, end.lines
     directory = directory_in(work / "bits")
     assert directory is not None
-    words = ["test", "--config", str(directory / "config.yaml"), "--run.root", str(work / "tested")]
-    readers = {
-        "tuned.safetensors": [*words, "--ckpt_path", str(directory / "tuned.safetensors")],
-        "checkpoints/last.ckpt": [*words, "--ckpt_path", str(directory / "checkpoints" / "last.ckpt")],
-        "split.json": [*words[:-2], "--data.manifest", str(directory / "split.json"), "--ckpt_path", "none"],
+    split, _ = load_split("digits")
+    readers: dict[Path, Callable[[], object]] = {
+        directory / name: partial(AtomicCheckpoints().load_checkpoint, directory / name)
+        for name in ("tuned.safetensors", "checkpoints/last.ckpt")
     }
-    for name, command in readers.items():
-        path = directory / name
-        whole, tries = path.read_bytes(), max(1, round(167 * share))
-        refused = 0
-        for _ in range(tries):
-            place = chance.randrange(8 * len(whole))
-            damaged = bytearray(whole)
-            damaged[place // 8] ^= 1 << place % 8
-            path.write_bytes(damaged)
-            end = ran(command, work / "flipped")
-            refused += end.code == 2 and end.one_line and path.name in end.lines[0]
-        path.write_bytes(whole)
-        yield row(f"one flipped bit in {name}", tries, refused, refused)
+    readers[directory / "split.json"] = partial(read_manifest, directory / "split.json", split)
+    for path, read in readers.items():
+        refused = sum(1 for _ in flips(path, round(125 * share), chance) if refuses(read, path))
+        yield row(f"one flipped bit in {path.name}", max(1, round(125 * share)), refused, refused)
+    weight = torch.randn(256, 257, generator=torch.Generator().manual_seed(0))
+    found = svd_of(weight)
+    (kept,) = (path for path in (work / "cache" / "svd").iterdir() if load_file(path)["vt"].shape == (256, 257))
+    tries = remade = same = 0
+    for damaged in flips(kept, round(125 * share), chance):
+        _memory.clear()
+        again = svd_of(weight)
+        tries, remade = tries + 1, remade + (kept.read_bytes() != damaged)
+        same += all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+    yield row("one flipped bit in a cached decomposition, which is made anew", tries, remade, same)
+
+
+def flips(path: Path, tries: int, chance: random.Random) -> Iterator[bytes]:
+    """Flips one bit of a file, again and again another one; puts the file back at the end."""
+    whole = path.read_bytes()
+    for _ in range(max(1, tries)):
+        place, damaged = chance.randrange(8 * len(whole)), bytearray(whole)
+        damaged[place // 8] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        yield bytes(damaged)
+    path.write_bytes(whole)
+
+
+def refuses(read: Callable[[], object], path: Path) -> bool:
+    try:
+        read()
+    except UserError as error:
+        return path.name in str(error) and "\n" not in str(error)
+    return False
 
 
 def hostile(work: Path, share: float, chance: random.Random) -> Iterator[dict[str, object]]:
