@@ -236,6 +236,40 @@ def test_unreadable_images_are_left_out_with_a_word(tmp_path, capsys):
     assert "1 unreadable images of test" in capsys.readouterr().out
 
 
+def measured(directory: Path, root: Path, *options: str) -> dict:
+    """What ``test`` finds of a run's small file."""
+    files = ["--config", str(directory / "config.yaml"), "--ckpt_path", str(directory / "tuned.safetensors")]
+    main(["test", *files, "--run.root", str(root), *options])
+    (tested,) = root.glob("*/*")
+    return json.loads((tested / "result.json").read_text())
+
+
+def test_what_is_reported_is_what_the_file_gives(tmp_path):
+    """Averaged over epochs and rounded to four bits, both."""
+    options = ["--config", "methods/promptsrc.yaml", "--config", "methods/nola.yaml", "--model.adapter.save_bits", "4"]
+    directory = fit(tmp_path / "fit", *options, "--model.classifier.average_mean", "1")
+    result = json.loads((directory / "result.json").read_text())
+    assert measured(directory, tmp_path / "test")["test_sets"] == result["test_sets"]
+    assert result["acc_unrounded"] is not None
+
+
+@pytest.mark.parametrize(
+    ("method", "setting", "there", "here"),
+    [
+        ("coop", "position", "end", "front"),
+        ("linear_probe", "normalize", "True", "false"),
+        ("tip_adapter_f", "alpha", "None", "2.0"),
+    ],
+)
+def test_a_classifier_of_other_settings_is_not_the_one_trained(method, setting, there, here, tmp_path, capsys):
+    directory = fit(tmp_path / "fit", "--config", f"methods/{method}.yaml", "--data.shots", "4", "--run.test", "false")
+    files = ["--config", str(directory / "config.yaml"), "--ckpt_path", str(directory / "tuned.safetensors")]
+    option = f"--model.classifier.{setting}"
+    line = refused(capsys, ["test", *files, option, here, "--run.root", str(tmp_path / "none")])
+    assert f"model.classifier.{setting} {there}, and the config {here.title() if here == 'false' else here}" in line
+    assert not (tmp_path / "none").exists()
+
+
 def test_labels_of_files_whose_names_are_no_utf8(whole, tmp_path):
     (tmp_path / "photos").mkdir()
     Image.new("RGB", (32, 32), (1, 2, 3)).save(tmp_path / "photos" / os.fsdecode(b"caf\xe9.png"))
