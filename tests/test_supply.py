@@ -46,5 +46,5 @@ def test_ci_installs_nothing_else():
 @pytest.mark.network
 def test_no_weakness_is_known():
     assert importlib.util.find_spec("pip_audit"), 'pip install -e ".[audit]"'
-    command = [sys.executable, "-m", "pip_audit", "--requirement", "requirements.lock", "--disable-pip"]
+    command = [sys.executable, "-m", "pip_audit", "--strict", "--requirement", "requirements.lock", "--disable-pip"]
     subprocess.run(command, cwd=ROOT, check=True, timeout=300)
