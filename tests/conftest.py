@@ -25,9 +25,12 @@ def pytest_xdist_auto_num_workers(config):
     return 0 if 0 < len(files) <= 3 else None
 
 
+LONG = ("test_several_devices", "test_run", "test_cli", "test_benchmarks", "test_cli_configs", "test_ends", "test_docs")
+
+
 def pytest_collection_modifyitems(items):
-    """Groups come first: at the end of the list one process would wait for the group of another."""
-    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
+    """A file is one process's, so that what it shares is made once; long ones come first, or one would be waited for."""
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 
 @pytest.fixture(scope="session", autouse=True)

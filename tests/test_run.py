@@ -31,7 +31,6 @@ def runs() -> dict:
     return json.loads(finished([sys.executable, str(script)], timeout=480).stdout)
 
 
-@pytest.mark.xdist_group("many_runs")
 @pytest.mark.parametrize("method", many_runs.cases())
 def test_a_run_after_others_equals_one_in_a_fresh_process(method, runs):
     fresh, shared = runs[method]["fresh"], runs[method]["shared"]

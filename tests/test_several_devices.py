@@ -38,7 +38,6 @@ def both(tmp_path_factory) -> tuple[dict, dict]:
     return torch.load(folder / "one.pt"), torch.load(folder / "two.pt")
 
 
-@pytest.mark.xdist_group("several_devices")
 @pytest.mark.parametrize("method", several_devices.CASES)
 def test_two_processes_equal_one_with_the_doubled_batch(method, both):
     one, two = (found[method] for found in both)
