@@ -29,7 +29,7 @@ LONG = ("test_several_devices", "test_run", "test_cli", "test_benchmarks", "test
 
 
 def pytest_collection_modifyitems(items):
-    """A file is one process's, so that what it shares is made once; long ones come first, or one would be waited for."""
+    """A file is one process's, so that what it shares is made once; long ones come first, lest one be waited for."""
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 
