@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import mmap
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,23 +19,39 @@ from kshot.errors import UserError
 
 MARK = b"kshot-sha256:"
 BLANK = MARK.decode() + 64 * "0"
+CHUNK = 1 << 20  # bytes that are read at a time
 
 
-def digest_of(content: mmap.mmap | bytes, start: int) -> str:
-    """The SHA-256, in 64 hexadecimal digits, of a content whose digest from ``start`` on counts as zeros."""
-    view = memoryview(content)
-    found = hashlib.sha256(view[:start])
-    found.update(64 * b"0")
-    found.update(view[start + 64 :])
-    view.release()
-    return found.hexdigest()
+def place_of(file: Path) -> int:
+    """Where the 64 digits of a file's digest, or of its blank, begin; 0 where there is none."""
+    with file.open("rb") as opened:
+        if not os.fstat(opened.fileno()).st_size:  # which cannot be mapped
+            return 0
+        with mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            found = content.find(MARK)
+    return 0 if found < 0 else found + len(MARK)
+
+
+def digest_of(file: Path, start: int) -> bytes:
+    """The SHA-256 of a file whose digits from ``start`` on count as zeros, as 64 digits."""
+    found, at = hashlib.sha256(), 0
+    with file.open("rb") as opened:
+        while chunk := opened.read(CHUNK):
+            first, last = max(start - at, 0), min(start + 64 - at, len(chunk))
+            if first < last:
+                chunk = chunk[:first] + (last - first) * b"0" + chunk[last:]
+            found.update(chunk)
+            at += len(chunk)
+    return found.hexdigest().encode()
 
 
 def seal(file: Path) -> None:
     """Puts a file's digest in the place of its blank."""
-    with file.open("rb+") as opened, mmap.mmap(opened.fileno(), 0) as content:
-        start = content.find(BLANK.encode()) + len(MARK)
-        content[start : start + 64] = digest_of(content, start).encode()
+    start = place_of(file)
+    digest = digest_of(file, start)
+    with file.open("rb+") as opened:
+        opened.seek(start)
+        opened.write(digest)
 
 
 def save_sealed(tensors: dict[str, Tensor], file: Path, metadata: Mapping[str, str] | None = None) -> None:
@@ -49,14 +66,12 @@ def check_seal(file: Path) -> bool:
     Raises:
         UserError: it does, and its content is another.
     """
+    start = place_of(file)
+    if not start:
+        return False
     with file.open("rb") as opened:
-        if not file.stat().st_size:  # which cannot be mapped
-            return False
-        with mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            start = content.find(MARK) + len(MARK)
-            if start < len(MARK):
-                return False
-            same = content[start : start + 64] == digest_of(content, start).encode()
+        opened.seek(start)
+        same = opened.read(64) == digest_of(file, start)
     if not same:
         raise UserError(f"{file} is damaged or edited: its content is not that of its own digest. Take another copy.")
     return True
