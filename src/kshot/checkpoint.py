@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import pickle
+import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -63,7 +65,8 @@ class AtomicCheckpoints(TorchCheckpointIO):
         except UserError:
             raise
         except Exception as error:  # a broken file may raise anything in a reader
-            raise UserError(f"{file} is no checkpoint that can be read safely: {first_line(error)}") from error
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            raise UserError(f"{file} is no checkpoint that can be read ({reason}).") from error
         if written not in range(1, FORMAT + 1):
             raise UserError(f"{file} has format {written!r}, and this version reads up to {FORMAT}: update kshot.")
         if not sealed and written >= FIRST_SEALED:
@@ -93,8 +96,14 @@ def read_archive(path: Path, map_location: Any = None) -> dict[str, Any]:
     with suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
             raise UserError(f"{path} is compressed, which torch.save does not do: it is no checkpoint.")
-    loaded: dict[str, Any] = torch.load(path, map_location=map_location or "cpu", weights_only=True)
-    state = loaded["state_dict"]
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of how it was pickled
+            loaded: dict[str, Any] = torch.load(path, map_location=map_location or "cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path} is no checkpoint: it holds something else than tensors and plain values.") from error
+    state = loaded.get("state_dict") if isinstance(loaded, dict) else None
+    if not isinstance(state, dict):
+        raise UserError(f"{path} is no checkpoint: it holds no state_dict.")
     if not all(isinstance(tensor, Tensor) and tensor.nbytes <= size for tensor in state.values()):
         raise UserError(f"{path} is no checkpoint: its state_dict holds other than tensors, or larger ones than it.")
     return loaded
