@@ -165,7 +165,7 @@ def fetch(archive: Archive, partial: Path, progress: Progress) -> str:
                 _fetch_from(url, partial, archive.name, progress)
             except (OSError, http.client.HTTPException, ValueError) as error:
                 reason = f"{url}: {first_line(error)}"
-                if _size(partial) > before:
+                if _size(partial) != before:
                     continue  # it brought something: the next try brings the rest
                 break
             if _intact(archive, partial):
