@@ -94,7 +94,7 @@ class TestList:
     def test_plain_lines_where_there_is_no_terminal(self, capsys, tmp_path):
         code, out = ended(capsys, "list", "--root", tmp_path)
         assert code == 0
-        assert re.search(r"^dtd +47 +files *$", out, re.M)
+        assert re.search(r"^dtd +47 +files$", out, re.M)
         assert out.isascii()
         assert "\x1b" not in out
 
@@ -123,7 +123,7 @@ class TestInfo:
         assert known["size"].endswith("kB")
         code, out = ended(capsys, "info", root)
         assert code == 0
-        assert re.search(r"^1 +dog +3 +0 +2 *$", out, re.M)
+        assert re.search(r"^1 +dog +3 +0 +2$", out, re.M)
         assert "photos[1]" in out
 
 
@@ -199,7 +199,7 @@ class TestCheck:
     def test_too_few_images(self, capsys, tmp_path):
         folder(parted(tmp_path) / "train" / "dog", {".": 5}, start=500)
         found = checked(capsys, tmp_path, "--shots", 4, code=1)
-        assert found == {"1 classes below 4 shots": "'cat' has 3; --data.allow_fewer true takes what there is"}
+        assert found == {"too few images for 4 shots": "'cat' has 3; --data.allow_fewer true takes what there is"}
         known = told(capsys, "check", tmp_path, "--shots", 4, code=1)
         assert known["training"] | {"text": ""} == {
             "shots": 4, "train": 7, "val": 0, "test": 4, "below": {"cat": 3}, "text": ""
@@ -568,7 +568,20 @@ class TestDownload:
         assert len(server.asked) == 1
         code, out = ended(capsys, "download", "toy", "--root", tmp_path)
         assert code == 0
-        assert f"--data.dataset {tmp_path}/toy" in out
+        assert f"It is the folder {tmp_path}/toy" in out
+
+    def test_from_the_server_to_a_run(self, capsys, tmp_path, server, toy, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        images = folder(tmp_path / "made", {"cat": 8, "dog": 8})
+        members = {f"toy/{file.relative_to(images)}": file.read_bytes() for file in images.rglob("*.png")}
+        toy(tarred(members), ["toy.tgz"])
+        told(capsys, "download", "toy")
+        assert checked(capsys, "data/toy", "--shots", 4) == {}
+        told(capsys, "split", "data/toy", "--out", "data/toy.json")
+        fit = ["fit", "--config", "clip_16shot.yaml", "--data.dataset", "toy.json", "--data.shots", "2"]
+        main([*fit, "--trainer.max_steps", "2", "--trainer.enable_progress_bar", "false"])
+        (result,) = Path("runs").glob("*/*/result.json")
+        assert json.loads(result.read_text())["test_images"] == {"test": 4}
 
     @pytest.mark.parametrize("ranges", [True, False])
     def test_a_lost_connection_is_gone_on_with(self, capsys, tmp_path, server, toy, ranges):
@@ -612,6 +625,13 @@ class TestDownload:
         (tmp_path / ".toy.zip.partial").write_bytes(bytes(size))
         told(capsys, "download", "toy", "--root", tmp_path)
         assert (tmp_path / "toy" / "pixels").read_bytes() == NOISE
+
+    def test_an_empty_folder_is_not_the_data_set_and_a_full_one_is_left_alone(self, capsys, tmp_path, server, toy):
+        toy(zipped(**{"toy/pixels": NOISE, "more/x": b"x"}), gives=["more", "toy"])
+        (tmp_path / "toy").mkdir()
+        save(scene(0), tmp_path / "more" / "mine.png")
+        told(capsys, "download", "toy", "--root", tmp_path)
+        assert left(tmp_path) == ["more/mine.png", "toy/pixels"]
 
     def test_all_of_it_was_there(self, capsys, tmp_path, server, toy):
         content = zipped(**{"toy/pixels": NOISE})

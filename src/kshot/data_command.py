@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -67,7 +66,7 @@ def _parser() -> _Parser:
     check = add("check", _check, "broken files, duplicates, leaks, and what training would use", "DATASET", either)
     check.add_argument("--shots", type=_positive, default=16, help="images a class to train on (default: 16)")
     check.add_argument("--contact-sheet", type=Path, metavar="FILE.png", help="a picture of what was found")
-    split = add("split", _split, "divide images into parts, with duplicates in one part", "DATASET", either)
+    split = add("split", _split, "divide images into parts anew, with duplicates in one part", "DATASET", either)
     split.add_argument("--out", type=Path, required=True, metavar="FILE.json", help="a new file, in CoOp's format")
     parts = "percentages of train, val and test (default: 50 20 30)"
     split.add_argument("--shares", type=int, nargs=3, default=(50, 20, 30), metavar="P", help=parts)
@@ -90,7 +89,10 @@ def show(title: str, rows: Iterable[Iterable[object]], header: Sequence[str] = (
         table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*(Text(str(cell)) for cell in row))  # Text: a path in brackets is no markup
-    Console(width=None if box else 1000).print(table)
+    console = Console(width=None if box else 1000)  # lines in a file are not broken
+    with console.capture() as shown:
+        console.print(table)
+    print(*(line.rstrip() for line in shown.get().splitlines()), sep="\n")
 
 
 def tell(given: argparse.Namespace, title: str, told: Mapping[str, Any], last: str = "") -> None:
@@ -107,7 +109,10 @@ def how_to_use(name: str, root: Path) -> str:
     source = all_sources().get(name, Source())
     if name not in CATALOGUE and source.split:
         return f"Its split does not come with kshot: {source.split_from}; give {source.split} to data import."
-    return f"Train with --data.dataset {name if name in CATALOGUE else found_at(name, root)}"
+    where = "" if root == Path("data") else f" --data.root {root}"
+    return (
+        f"Train with --data.dataset {name}{where}" if name in CATALOGUE else f"It is the folder {found_at(name, root)}"
+    )
 
 
 def _list(given: argparse.Namespace) -> None:
@@ -133,7 +138,7 @@ def _info(given: argparse.Namespace) -> None:
                 raise
             why = str(error)
     counts = [len(getattr(split, part)) for part in PARTS] if split else source.images
-    table = class_table(split) if split else []
+    table = checking.class_table(split) if split else []
     known = {
         "name": split.name if split else name,
         "classes": len(table) or source.classes,
@@ -158,13 +163,6 @@ def _info(given: argparse.Namespace) -> None:
     )
     if table:
         show("Classes", (row.values() for row in table), list(table[0]))
-
-
-def class_table(split: Split) -> list[dict[str, Any]]:
-    """Counts the images of every class by part."""
-    counts = {part: Counter(row.label for row in getattr(split, part)) for part in PARTS}
-    names = enumerate(split.class_names)
-    return [{"label": i, "class": name} | {part: counts[part][i] for part in PARTS} for i, name in names]
 
 
 def opened(split: Split, entry: DatasetEntry, root: Path) -> tuple[list[tuple[str, Row]], dict[str, ImageSource]]:
@@ -199,7 +197,7 @@ def _check(given: argparse.Namespace) -> int:
     if given.contact_sheet:
         sheet = checking.contact_sheet(checking.pictures(found, images, sources))
         write_atomically(given.contact_sheet, lambda path: sheet.save(path, format="PNG"))
-    known = {"name": split.name, "images": len(images), "training": used, "classes": class_table(split)}
+    known = {"name": split.name, "images": len(images), "training": used, "classes": checking.class_table(split)}
     return report(given, known, found, images)
 
 

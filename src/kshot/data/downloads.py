@@ -111,9 +111,13 @@ def found_at(name: str, root: Path) -> str:
         return "comes with scikit-learn"
     if entry and entry.kind == "arrays":
         places = [place for archive in source.archives for place in archive.places(root)]
-        return str(places[0].parent) if places and all(place.exists() for place in places) else ""
-    having = (root / layout for layout in layouts(name))
-    return next((str(folder) for folder in having if folder.is_dir() and any(folder.iterdir())), "")
+        return str(places[0].parent) if places and all(map(is_there, places)) else ""
+    return next((str(folder) for folder in (root / layout for layout in layouts(name)) if is_there(folder)), "")
+
+
+def is_there(place: Path) -> bool:
+    """Whether a file, or a folder with something in it, is there; what is hidden does not count."""
+    return place.is_file() or (place.is_dir() and any(not path.name.startswith(".") for path in place.iterdir()))
 
 
 def layouts(name: str) -> Sequence[str]:
@@ -134,7 +138,7 @@ def download(name: str, source: Source, root: Path, progress: Progress) -> list[
     """
     done = []
     for archive in source.archives:
-        if all(place.exists() for place in archive.places(root)):
+        if all(map(is_there, archive.places(root))):
             done.append({"file": archive.name, "source": "already there", "verified": "", "bytes": 0})
             continue
         make_folder(root / archive.into)
@@ -223,7 +227,7 @@ def _intact(archive: Archive, file: Path) -> bool:
 
 def _content(archive: Archive, file: Path, folder: Path) -> Path:
     """Unpacks what was fetched into a folder, and gives the folder that has what is kept."""
-    if archive.gives == [archive.name]:
+    if list(archive.gives) == [archive.name]:
         file.rename(folder / archive.name)
         return folder
     unpack(file, folder / "outer", archive.name)
@@ -237,7 +241,7 @@ def _keep(archive: Archive, content: Path, root: Path) -> None:
     for give, place in zip(archive.gives, archive.places(root), strict=True):
         if not (content / give).exists():
             raise UserError(f"{archive.name} has no {give!r}: it is not the file that is meant")
-        if not place.exists():
+        if not is_there(place):
             make_folder(place.parent)
             try:
                 (content / give).rename(place)
