@@ -7,6 +7,9 @@ import io
 import json
 import random
 import re
+import signal
+import subprocess
+import sys
 import tarfile
 import threading
 import time
@@ -127,6 +130,17 @@ class TestInfo:
         assert "photos[1]" in out
 
 
+WAITS = """\
+import os, sys, time
+from kshot.cli import main
+from kshot.data import checking
+def look(file):
+    os.write(2, f"{os.getpid()}\\n".encode())
+    time.sleep(60)
+checking.look = look
+"""
+
+
 class TestCheck:
     def test_nothing_is_found_in_good_images(self, capsys, tmp_path):
         assert checked(capsys, parted(tmp_path), "--shots", 3) == {}
@@ -236,6 +250,21 @@ class TestCheck:
         (root / "train" / "cat" / "00.png").write_bytes(b"")
         one = told(capsys, "check", root, "--shots", 3, code=1)
         assert told(capsys, "check", root, "--shots", 3, "--workers", 2, code=1) == one
+
+    @pytest.mark.skipif(not Path("/proc").is_dir(), reason="processes are counted in /proc")
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+    def test_processes_end_with_the_one_that_asked(self, tmp_path, number):
+        root = parted(tmp_path, train=40)
+        command = [sys.executable, "-c", f"{WAITS}main(['data', 'check', {str(root)!r}, '--workers', '2'])"]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        workers = [int(process.stderr.readline()) for _ in range(2)]
+        process.send_signal(number)
+        process.wait(30)
+        assert process.stderr.read() == ("interrupted.\n" if number == signal.SIGINT else "")
+        end = time.monotonic() + 30
+        while any(Path(f"/proc/{worker}").exists() for worker in workers):
+            assert time.monotonic() < end
+            time.sleep(0.1)
 
     @pytest.mark.parametrize("broken", [True, False])
     def test_contact_sheet(self, capsys, tmp_path, broken):

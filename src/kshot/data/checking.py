@@ -13,9 +13,11 @@ cut off each side, and a fifth when made brighter by 5 %; of 32-pixel images few
 
 import hashlib
 import multiprocessing
+import os
 import random
 import re
 import signal
+import threading
 import unicodedata
 import warnings
 from collections import Counter, defaultdict
@@ -126,14 +128,21 @@ def look_at_all(images: Sequence[tuple[ImageSource, str]], workers: int = 0) -> 
             yield look(source.folder / path) if isinstance(source, FileImages) else _look_in(source, path)
         return
     files = [source.folder / path for source, path in images if isinstance(source, FileImages)]
-    with multiprocessing.Pool(workers, _leave_signals) as pool:
+    with multiprocessing.Pool(workers, _begin_worker) as pool:
         yield from pool.imap(look, files, chunksize=32)
 
 
-def _leave_signals() -> None:
-    """Leaves Ctrl-C to the process that asked, which ends its workers by SIGTERM."""
+def _begin_worker() -> None:
+    """Leaves Ctrl-C to the process that asked, which ends its workers by SIGTERM, and ends with it if it is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    if parent := multiprocessing.parent_process():
+        parent.join()
+        os._exit(1)
 
 
 def equal_groups(seen: Sequence[Seen]) -> list[list[int]]:
