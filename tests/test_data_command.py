@@ -244,6 +244,12 @@ class TestCheck:
     def test_what_is_not_there(self, capsys, tmp_path):
         assert "unknown data set 'phtos'" in refused(capsys, ["data", "check", "phtos", "--root", str(tmp_path)])
         assert "no train images" in refused(capsys, ["data", "check", "dtd", "--root", str(tmp_path)])
+        image = str(save(scene(0), tmp_path / "x.png"))
+        assert "a data set is a catalogue name" in refused(capsys, ["data", "check", image])
+        assert "unrecognized arguments: --js" in refused(capsys, ["data", "check", image, "--js"])
+        assert "is below 1" in refused(capsys, ["data", "check", image, "--shots", "0"])
+        sheet = str(tmp_path / "none" / "x.png")
+        assert "there is no folder" in refused(capsys, ["data", "check", str(tmp_path), "--contact-sheet", sheet])
 
     def test_processes_see_the_same(self, capsys, tmp_path):
         root = parted(tmp_path)
@@ -363,7 +369,8 @@ class TestSplit:
         [
             (["photos", "--out", "old.json"], "nothing is overwritten"),
             (["photos", "--out", "new.csv"], "ends in .json"),
-            (["photos", "--out", "gone/new.json"], "must lie below its folder"),
+            (["photos", "--out", "gone/new.json"], "there is no folder 'gone'"),
+            (["photos", "--out", "twins/new.json"], "must lie below its folder"),
             (["photos", "--out", "new.json", "--shares", "50", "20", "20"], "make 100"),
             (["photos", "--out", "new.json", "--shares", "0", "0", "100"], "make 100"),
             (["photos", "--out", "new.json", "--shares", "a", "b", "c"], "invalid int value"),

@@ -27,7 +27,10 @@ from kshot.files import amount, file_content, may_be_read, write_atomically
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, as the other commands do."""
+    """Says what is wrong in one line, as the other commands do, and takes no abbreviations."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{self.prog.removeprefix('main.py ')}: {message}; --help says what there is.")
@@ -186,9 +189,10 @@ def _check(given: argparse.Namespace) -> int:
     try:
         split, entry = load_split(given.given, given.root)
     except UserError as error:
-        there = given.given and any(Path(place, given.given).exists() for place in ("", given.root))
-        if given.given in CATALOGUE or not there:
-            raise
+        places = [path for path in (Path(given.given), given.root / given.given) if given.given and path.exists()]
+        lists = (".csv", ".json", ".json.gz")
+        if given.given in CATALOGUE or not any(path.is_dir() or path.name.endswith(lists) for path in places):
+            raise  # no data set at all
         return report(given, {"name": given.given}, [checking.Finding("training refuses it", True, text=str(error))])
     images, sources = opened(split, entry, given.root)
     seen = looked_at(images, sources, given.workers)
@@ -238,9 +242,11 @@ def report(
 
 
 def refuse_existing(file: Path | None) -> None:
-    """Raises UserError for a file that is there: nothing is overwritten."""
+    """Raises UserError for a new file that is there already, or has no folder: before the work, not after it."""
     if file and file.exists():
         raise UserError(f"{file} is there already, and nothing is overwritten: name another file or take it away")
+    if file and not file.parent.is_dir():
+        raise UserError(f"{file}: there is no folder {str(file.parent)!r}")
 
 
 def _split(given: argparse.Namespace) -> None:
