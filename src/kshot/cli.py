@@ -12,6 +12,7 @@ from contextlib import contextmanager
 STARTED = time.time()
 USAGE = """\
 usage: python main.py {fit,validate,test,predict,import} --config NAME [--config METHOD ...] [options]
+       python main.py data {list,info,check,split,import,download} ... [--json]
        python main.py doctor [--json]
 
   fit       adapt a backbone from a few images a class, then test it
@@ -19,6 +20,7 @@ usage: python main.py {fit,validate,test,predict,import} --config NAME [--config
   test      accuracy on the test split, of a checkpoint with --ckpt_path
   predict   label any images: --images FOLDER_OR_FILES, writes a CSV
   import    turn a file that CoOp or CLIP-LoRA released into a checkpoint: --file FILE
+  data      list, check, divide or download data sets: 'data check photos/' finds broken files, duplicates and leaks
   doctor    say what is installed, what this machine has and whether a small run works
 
 examples:
@@ -89,6 +91,10 @@ def main(arguments: list[str] | None = None) -> None:
                 from kshot.doctor import run_doctor
 
                 raise SystemExit(run_doctor(given[1:]))
+            if given[0] == "data":
+                from kshot.data_command import run_data
+
+                raise SystemExit(run_data(given[1:]))
             from kshot.commands import run
 
             run(given, STARTED)
