@@ -109,8 +109,9 @@ def laid_out(images: Iterable[str], folders: Iterable[str], called: str) -> Layo
         found = _parts_of_classes(tree, top, _classes(tree, top, called), where)
         if len(found) > 1:
             notes.append(f"{where}: each class folder has its own parts")
-    used = {image for classes in found.values() for those in classes.values() for image in those}
-    if rest := [image for image in tree.images if image not in used]:
+    used = [image for classes in found.values() for those in classes.values() for image in those]
+    if len(used) < len(tree.images):
+        rest = sorted(set(tree.images) - set(used))
         places = sorted({f"{called}/{image}".rpartition("/")[0] for image in rest})
         notes.append(f"{called}: {len(rest)} images have no class and go unused: in {listed(places)}")
     return Layout(_matched(found, where, notes), len(found) > 1, notes)
