@@ -4,7 +4,7 @@ import hashlib
 import os
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
 from operator import itemgetter
@@ -14,10 +14,11 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
+from kshot.data.archives import ARCHIVES, COMPRESSED, ArchiveImages, Member, list_archive
 from kshot.data.images import ArrayImages, FileImages, ImageSource, read_image
 from kshot.data.listing import meant_around, tool_made
 from kshot.data.names import Names, named
-from kshot.data.readers import NO_SHARE, TABLES, read_split_zhou, split_from_folder
+from kshot.data.readers import NO_SHARE, TABLES, read_split_zhou, split_from_folder, split_from_listing
 from kshot.data.splits import TEST_SHARE, Row, Split, listed, make_split, stratify
 from kshot.data.tables import split_from_table
 from kshot.errors import UserError, nearest_first
@@ -58,7 +59,7 @@ class DatasetEntry:
     labels: str = "targets"
     class_names: Sequence[str] = ()
     template: str = DEFAULT_TEMPLATE
-    hint: str = ""
+    hint: str = field(default="", compare=False, repr=False)
 
     def read_split(self, name: str, root: str | Path, download: bool) -> Split:
         """Reads the split, which gets the name; raises UserError when labels that come with the images are missing.
@@ -133,6 +134,16 @@ class DatasetEntry:
             raise UserError(f"no {name} in {where}: {offer} ({reason})") from None
 
 
+@dataclass(frozen=True, kw_only=True)
+class ArchiveEntry(DatasetEntry):
+    """An archive with images, which is its ``folder``; ``members`` say where they lie in it."""
+
+    members: Mapping[str, Member] = field(compare=False, repr=False)
+
+    def images(self, root: str | Path, part: str, rows: Sequence[Row], download: bool = False) -> ImageSource:  # noqa: ARG002
+        return ArchiveImages(Path(self.folder), self.members)
+
+
 def _file_of_sample(sample: tuple[str, int]) -> Image.Image:
     return read_image(Path(sample[0]))  # torchvision would open files of any format
 
@@ -169,7 +180,7 @@ def load_split(
     rule of its reader, or names are not as many as the classes or read the same.
 
     Args:
-        dataset: catalogue name, folder, table or split file.
+        dataset: catalogue name, folder, archive, table or split file.
         root: the data root.
         class_names: names instead of the source's, which may read the same then: in label order, or by the source's.
         download: fetch array data sets that are missing; their labels are in the same files as the images.
@@ -208,15 +219,22 @@ def _given(
     if path.is_dir():
         split = split_from_folder(path, test_share, listing)
         if len(split.class_names) == 1:
-            name = split.class_names[0]
-            raise UserError(f"{path}: one class, {name!r}, and so nothing to tell apart; {meant_around(path)}")
+            raise UserError(f"{_one_class(path, split)}; {meant_around(path)}")
         return named(split, class_names, path, codes=True), DatasetEntry(folder=str(path.resolve()))
+    if path.name.lower().endswith((*ARCHIVES, *COMPRESSED)):
+        files = listing if listing is not None and listing.holds(path) else list_archive(path)
+        split = split_from_listing(files, str(path), path.stem, test_share)
+        if len(split.class_names) == 1:
+            raise UserError(_one_class(path, split))
+        return named(split, class_names, codes=True), ArchiveEntry(folder=str(path.resolve()), members=files.members)
     if path.suffix.lower() in TABLES:
         in_order = None if isinstance(class_names, Mapping) else class_names
         split = split_from_table(path, in_order, test_share)
         return named(split, class_names, codes=True), DatasetEntry(folder=beside, aliases=(".",))
     if not path.name.endswith((".json", ".json.gz")):
-        raise UserError(f"{path}: a data set is a catalogue name, a folder, or a .csv, .tsv, .parquet or .json file")
+        raise UserError(
+            f"{path}: a data set is a catalogue name, a folder, or a .csv, .tsv, .parquet, .json, .zip or .tar file"
+        )
     if test_share != TEST_SHARE:
         raise UserError(f"{path}: {NO_SHARE}")
     split = read_split_zhou(path)
@@ -225,3 +243,7 @@ def _given(
     # The images may lie in a folder beside the file, such as images/ or jpg/.
     below = sorted(each.path for each in os.scandir(beside) if each.is_dir() and not tool_made(each.name))
     return named(split, class_names), DatasetEntry(aliases=(beside, *below))
+
+
+def _one_class(path: Path, split: Split) -> str:
+    return f"{path}: one class, {split.class_names[0]!r}, and so nothing to tell apart"

@@ -194,17 +194,13 @@ class FewShotDataModule(LightningDataModule):
         Warns of copies of the drawn images among them. Raises UserError with the number and the first of those that are
         not, with ``skip_unreadable`` only when none is; and when there are no test images, or a source has changed.
         """
-        looked_at: list[Path] = []
         for held, images, rows in protocols.reopened(self._held_out):
             files = [images.folder / row.path for row in rows] if isinstance(images, FileImages) else []
             faults = [wrong for file in files if (wrong := fault(file))]
             if faults and not (self.skip_unreadable and len(faults) < len(rows)):
                 of = f"{len(faults)} of {len(rows)} test images of {held.source.name} cannot be read"
                 raise UserError(f"{of}, the first: {faults[0]}")
-            looked_at += files
-        if looked_at:
-            images = self._source.entry.images(self.root, "train", self.draw.train)
-            protocols.point_out_copies(looked_at, images, (*self.draw.train, *self.draw.val))
+            protocols.point_out_copies(images, rows, self._source, (*self.draw.train, *self.draw.val))
 
     def part(self, part: str) -> Part:
         """Gives an open part; raises RuntimeError when it is closed."""

@@ -9,8 +9,9 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from PIL import Image
 
@@ -39,7 +40,8 @@ class Listing:
         folders: the same of folders.
         files: names of other files in the folder itself, sorted.
         left_out: number of files that are no images, by kind: ``.txt``, ``without suffix``, ``broken links``, ...
-        times: of the last change of every folder in nanoseconds, by its path.
+        times: of the last change of every folder, or of the archive, in nanoseconds, by its path.
+        members: of an archive, where its images lie.
     """
 
     images: tuple[str, ...]
@@ -47,9 +49,10 @@ class Listing:
     files: tuple[str, ...]
     left_out: Mapping[str, int]
     times: Mapping[str, int]
+    members: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def holds(self, root: Path) -> bool:
-        """Whether the listing is of this folder, and no file has come or gone since then."""
+        """Whether the listing is of this folder or archive, and no file has come or gone since then."""
         try:
             return str(root) in self.times and all(
                 before == os.stat(folder).st_mtime_ns  # noqa: PTH116  thousands of folders
@@ -95,13 +98,11 @@ def list_folder(root: Path) -> Listing:
     files: list[str] = []
     left_out: Counter[str] = Counter()
     times: dict[str, int] = {}
-    now = time.time_ns()
     pending: list[tuple[str, str, tuple[str, ...]]] = [("", os.path.realpath(root), ())]
     while pending:
         below, real, links = pending.pop()
         folder = f"{root}/{below}".rstrip("/") if below else str(root)
-        changed = os.stat(folder).st_mtime_ns  # noqa: PTH116
-        times[folder] = changed if changed < now - _UNSURE else -1
+        times[folder] = time_of(folder)
         with os.scandir(folder) as entries:
             for entry in entries:
                 name = entry.name
@@ -118,13 +119,19 @@ def list_folder(root: Path) -> Listing:
                         continue
                     folders.append(below + name)
                     pending.append((f"{below}{name}/", target, inside))
-                elif kind == "file" and (name.lower().endswith(IMAGE_SUFFIXES) or _reads_as_image(entry.path)):
+                elif kind == "file" and (name.lower().endswith(IMAGE_SUFFIXES) or reads_as_image(entry.path)):
                     images.append(below + name)
                 else:
                     left_out[kind_of(name) if kind == "file" else kind] += 1
                     if kind == "file" and not below:
                         files.append(name)
     return Listing(tuple(sorted(images)), tuple(sorted(folders)), tuple(sorted(files)), left_out, times)
+
+
+def time_of(path: str) -> int:
+    """The time of the last change in nanoseconds; -1, which holds for nothing, where it was a moment ago."""
+    changed = os.stat(path).st_mtime_ns  # noqa: PTH116  thousands of folders
+    return changed if changed < time.time_ns() - _UNSURE else -1
 
 
 def _kind(entry: os.DirEntry[str]) -> str:
@@ -140,7 +147,8 @@ def _kind(entry: os.DirEntry[str]) -> str:
     return "broken links" if entry.is_symlink() and not os.path.exists(entry.path) else "pipes and devices"  # noqa: PTH110
 
 
-def _reads_as_image(file: str) -> bool:
+def reads_as_image(file: str | BinaryIO) -> bool:
+    """Whether Pillow can read the beginning of a file in one of the ``FORMATS``."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

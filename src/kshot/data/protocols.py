@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from operator import attrgetter
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 from kshot.data.catalogue import CATALOGUE, DatasetEntry, load_split
@@ -167,9 +166,14 @@ def reopened(held: Sequence[HeldOut]) -> Iterator[tuple[HeldOut, ImageSource, tu
             yield each, images, restrict(split.test, each.labels)
 
 
-def point_out_copies(files: Sequence[Path], drawn: ImageSource, rows: Sequence[Row]) -> None:
-    """Warns of test files with the bytes of a drawn image."""
-    if isinstance(drawn, FileImages) and (copies := same_bytes(files, [drawn.folder / row.path for row in rows])):
+def point_out_copies(images: ImageSource, rows: Sequence[Row], source: Source, drawn: Sequence[Row]) -> None:
+    """Warns of test files with the bytes of an image that was drawn from a source."""
+    if not isinstance(images, FileImages) or not drawn:
+        return
+    trained = source.entry.images(source.arguments["root"], "train", drawn)
+    files = [images.folder / row.path for row in rows]
+    others = [trained.folder / row.path for row in drawn] if isinstance(trained, FileImages) else []
+    if copies := same_bytes(files, others):
         of = f"{len(copies)} of {len(files)} test images have the same bytes as one that was drawn"
         logger.warning("%s, which makes the accuracy too high; the first: %s is %s", of, *copies[0])
 
