@@ -7,6 +7,7 @@ import io
 import tarfile
 import zipfile
 import zlib
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -48,33 +49,28 @@ class Member(NamedTuple):
     packed: bool = False
 
 
-@dataclass(frozen=True)
-class ArchiveImages:
-    """Images in an archive by their path in it."""
+class StoredImages(ABC):
+    """Images whose files are stored in something else."""
 
-    file: Path
-    members: Mapping[str, Member] = field(compare=False, repr=False)
+    @abstractmethod
+    def called(self, path: str) -> Path:
+        """What messages call an image."""
+
+    @abstractmethod
+    def stored(self, path: str) -> bytes:
+        """Gives the file of an image; raises what it may where it cannot."""
 
     def open(self, path: str, draft: bool = False, *decoding: Any, **named: Any) -> Image.Image:
         """Gives the image of a row by ``read_image``, which takes what else is given."""
-        return read_image(self.file / path, draft, *decoding, content=io.BytesIO(self.content(path)), **named)
+        return read_image(self.called(path), draft, *decoding, content=io.BytesIO(self.content(path)), **named)
 
     def content(self, path: str) -> bytes:
-        """Reads the file of an image; raises UnreadableImageError for one that is missing, too large or damaged."""
-        member = self.members.get(path)
+        """Gives the file of an image; raises UnreadableImageError for one that is missing, too large or damaged."""
         try:
-            if member is None:
-                raise ValueError("the archive has no such member")
-            if max(member.size, member.stored) > MOST_BYTES:
-                raise ValueError(f"more than {MOST_BYTES:,} bytes")
-            content = read_member(self.file, member)
-            if len(content) != member.size or (member.crc is not None and zlib.crc32(content) != member.crc):
-                raise ValueError("the archive is damaged here")
-        except (OSError, ValueError, zlib.error) as error:
-            raise UnreadableImageError(
-                f"cannot read the image {str(self.file / path)!r}: {first_line(error)}"
-            ) from None
-        return content
+            return self.stored(path)
+        except (OSError, ValueError, LookupError, zlib.error) as error:
+            reason = first_line(error)
+            raise UnreadableImageError(f"cannot read the image {str(self.called(path))!r}: {reason}") from None
 
     def digests(self, paths: Sequence[str]) -> list[str]:
         """Digests the files of rows by ``digest_of``; an empty text for one that cannot be read."""
@@ -86,8 +82,30 @@ class ArchiveImages:
                 found.append("")
         return found
 
-    def close(self) -> None:
-        """Holds nothing."""
+    def close(self) -> None:  # noqa: B027  most hold nothing
+        """Lets go of what ``stored`` gets again."""
+
+
+@dataclass(frozen=True)
+class ArchiveImages(StoredImages):
+    """Images in an archive by their path in it."""
+
+    file: Path
+    members: Mapping[str, Member] = field(compare=False, repr=False)
+
+    def called(self, path: str) -> Path:
+        return self.file / path
+
+    def stored(self, path: str) -> bytes:
+        member = self.members.get(path)
+        if member is None:
+            raise ValueError("the archive has no such member")
+        if max(member.size, member.stored) > MOST_BYTES:
+            raise ValueError(f"more than {MOST_BYTES:,} bytes")
+        content = read_member(self.file, member)
+        if len(content) != member.size or (member.crc is not None and zlib.crc32(content) != member.crc):
+            raise ValueError("the archive is damaged here")
+        return content
 
 
 def read_member(archive: Path, member: Member, most: int | None = None) -> bytes:

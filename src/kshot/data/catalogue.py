@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from kshot.data.archives import ARCHIVES, COMPRESSED, ArchiveImages, Member, list_archive
+from kshot.data.hub_sets import PREFIX, HubImages, split_from_hub
 from kshot.data.images import ArrayImages, FileImages, ImageSource, read_image
 from kshot.data.listing import meant_around, tool_made
 from kshot.data.names import Names, named
@@ -144,6 +145,16 @@ class ArchiveEntry(DatasetEntry):
         return ArchiveImages(Path(self.folder), self.members)
 
 
+@dataclass(frozen=True, kw_only=True)
+class HubEntry(DatasetEntry):
+    """A data set of the Hugging Face hub, which is its ``folder``, and the column of its images."""
+
+    column: str
+
+    def images(self, root: str | Path, part: str, rows: Sequence[Row], download: bool = False) -> ImageSource:  # noqa: ARG002
+        return HubImages(self.folder.removeprefix(PREFIX), self.column, download)
+
+
 def _file_of_sample(sample: tuple[str, int]) -> Image.Image:
     return read_image(Path(sample[0]))  # torchvision would open files of any format
 
@@ -180,7 +191,7 @@ def load_split(
     rule of its reader, or names are not as many as the classes or read the same.
 
     Args:
-        dataset: catalogue name, folder, archive, table or split file.
+        dataset: catalogue name, folder, archive, table or split file, or ``hf:NAME`` of the Hugging Face hub.
         root: the data root.
         class_names: names instead of the source's, which may read the same then: in label order, or by the source's.
         download: fetch array data sets that are missing; their labels are in the same files as the images.
@@ -188,7 +199,7 @@ def load_split(
         listing: of the split that was read before.
     """
     if dataset not in CATALOGUE:
-        return _given(dataset, Path(root), class_names, test_share, listing)
+        return _given(dataset, Path(root), class_names, download, test_share, listing)
     if test_share != TEST_SHARE:
         raise UserError(f"{dataset}: {NO_SHARE}")
     own = next((str(path) for path in (Path(dataset), Path(root, dataset)) if path.is_dir()), "")
@@ -202,8 +213,11 @@ def load_split(
 
 
 def _given(
-    dataset: str, root: Path, class_names: Names | None, test_share: float | None, listing: Any
+    dataset: str, root: Path, class_names: Names | None, download: bool, test_share: float | None, listing: Any
 ) -> tuple[Split, DatasetEntry]:
+    if dataset.startswith(PREFIX):
+        split, column = split_from_hub(dataset.removeprefix(PREFIX), download, test_share)
+        return named(split, class_names, codes=True), HubEntry(folder=dataset, column=column)
     path = next((p for p in (Path(dataset), root / dataset) if dataset and p.exists()), None)
     if path is None:
         raise UserError(

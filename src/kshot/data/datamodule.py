@@ -33,7 +33,8 @@ class FewShotDataModule(LightningDataModule):
     are judged by, each is seen once. The Trainer is made with ``use_distributed_sampler=False``.
 
     Args:
-        dataset: catalogue name (digits, dtd, ...), folder of class folders, table (CSV, Parquet) or split file.
+        dataset: catalogue name (digits, dtd, ...), folder or archive of class folders, table (CSV, Parquet), split
+            file, or hf:NAME of the Hugging Face hub.
         root: folder with the data sets.
         shots: training images per class; null for all.
         split_seed: seed of the draw, of the order and of the views; independent of seed_everything.
