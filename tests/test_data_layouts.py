@@ -3,11 +3,14 @@
 import json
 import logging
 import os
+import tempfile
+import time
 import unicodedata
+from pathlib import Path
 
 import pytest
 from data_fixtures import image_folder, save_image, split_file
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from messy import CAFE, litter, messy
 
@@ -375,6 +378,35 @@ class TestProperties:
         every = [image for named in found.values() for those in named.values() for image in those]
         assert sorted(every) == sorted(images)
         assert all(list(named) == sorted(classes) for named in found.values())
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 5)), max_size=6))
+@settings(max_examples=30)
+def test_links_in_any_direction_come_to_an_end(links):
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name, "root")
+        folders = [root / each for each in ("a", "b", "a/c", "b/d", "b/d/e")]
+        for number, folder in enumerate(folders):
+            save_image(folder / "x.png", seed=number)
+        for number, (place, target) in enumerate(links):
+            (folders[place] / f"link {number}").symlink_to([*folders, root][target])
+        files = list_folder(root)
+        assert files.images == list_folder(root).images
+        assert {f"{each.relative_to(root)}/x.png" for each in folders} <= set(files.images)
+        assert len(set(files.images)) == len(files.images) < 1000
+        assert all((root / image).is_file() for image in files.images)
+
+
+@pytest.mark.parametrize("text", ["1" * 100_000 + "?", "a" + "1" * 100_000 + "b", "_" * 100_000])
+def test_long_values_take_little_time(tmp_path, text):
+    (tmp_path / "x.csv").write_text(f"path,label,split\n1.png,1{text},train\n2.png,2{text},{text}\n")
+    started = time.process_time()
+    with pytest.raises(UserError, match="is none; split is"):
+        load_split(str(tmp_path / "x.csv"))
+    (tmp_path / "x.csv").write_text(f"path,label,split\n1.png,1{text},train\n2.png,2{text},test\n")
+    with pytest.raises(UserError, match="is no class name"):
+        load_split(str(tmp_path / "x.csv"))
+    assert time.process_time() - started < 5
 
 
 def test_the_command_line_takes_a_messy_folder(tmp_path, monkeypatch, caplog):

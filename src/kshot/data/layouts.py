@@ -4,6 +4,7 @@ import re
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from kshot.data.splits import listed, words
 from kshot.errors import UserError
@@ -13,12 +14,15 @@ SPELLINGS = {
     **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
     **dict.fromkeys(("test", "testing", "tst", "eval", "evaluation"), "test"),
 }
-
+LONGEST = 60  # characters of a folder's name that may mean a part
 Classes = dict[str, Sequence[str]]  # sorted paths of images by class folder
 
 
+@lru_cache(1000)
 def part_of(name: str) -> str | None:
     """Gives the part that a folder or a value of a column means, in any spelling: ``01_Training``, ``val2017``."""
+    if len(name) > LONGEST:
+        return None
     found = re.fullmatch(r"[\W\d_]*([a-z]+?)[\W\d_]*(?:set|data|images|imgs|split|part)?[\W\d_]*", name.lower())
     return SPELLINGS.get(found[1]) if found else None
 

@@ -14,6 +14,7 @@ from kshot.files import file_content
 
 NAME_FILES = ("classes.yaml", "classes.yml", "classes.txt")  # in the folder of a data set
 MOST_BYTES = 2**22  # of such a file
+MOST_LETTERS = 300  # of a name, in which its code is looked for
 ROWS = 8  # of the table of names that are shown
 Names = Sequence[str] | Mapping[str, str]
 _CODE = re.compile(r"(?:[0-9]+[._\-\s]+|n[0-9]{8}[._\-\s]+)(?=.*[^\W\d_])")  # a number, or WordNet's
@@ -67,7 +68,7 @@ def without_codes(class_names: Sequence[str]) -> list[str]:
     Only where every name starts with one, each with another, and the names that remain are distinct: ``3_series`` and
     ``5_series`` stay as they are.
     """
-    found = [_CODE.match(name) for name in class_names]
+    found = [_CODE.match(name[:MOST_LETTERS]) for name in class_names]
     codes = {match[0] for match in found if match}
     rest = [name[match.end() :] for name, match in zip(class_names, found, strict=True) if match]
     apart = len(codes) == len(set(map(words, rest))) == len(class_names) > 1
