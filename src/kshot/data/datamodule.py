@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from kshot.data import protocols
-from kshot.data.catalogue import load_split
 from kshot.data.images import Augment, FileImages, ImageSource, fault
 from kshot.data.loading import EpochSampler, PartLoader, endless, halves, share
 from kshot.data.manifest import manifest_bytes, read_manifest, with_images, write_manifest
@@ -33,8 +32,7 @@ class FewShotDataModule(LightningDataModule):
     are judged by, each is seen once. The Trainer is made with ``use_distributed_sampler=False``.
 
     Args:
-        dataset: catalogue name (digits, dtd, ...), folder or archive of class folders, table (CSV, Parquet), split
-            file, or hf:NAME of the Hugging Face hub.
+        dataset: catalogue name (digits, dtd, ...), folder, archive, table or split file, or hf:NAME of Hugging Face.
         root: folder with the data sets.
         shots: training images per class; null for all.
         split_seed: seed of the draw, of the order and of the views; independent of seed_everything.
@@ -52,10 +50,8 @@ class FewShotDataModule(LightningDataModule):
         augment: random views of the training images; null for the evaluation transform.
         views: number of views that repeat over the epochs; null for a new view in each epoch.
         template: sentence for a class name, with {} for the name, or several; null for the data set's own.
-        class_names: names of all classes in label order instead of the data set's own, or some by the names of their
-            folders. Targets keep theirs.
-        test_share: of the images of a class, for testing, where a folder or list has no parts; null to train on all of
-            them, with run.test false.
+        class_names: names in label order instead of the data set's own, or some by folder. Targets keep theirs.
+        test_share: of a class, for testing, in a folder or list without parts; null for none, with run.test false.
         manifest: file with the images to use instead of drawing them; shots, split_seed and sampler of the draw are
             then the manifest's.
         allow_fewer: take all images of a class that has fewer than shots.
@@ -121,13 +117,12 @@ class FewShotDataModule(LightningDataModule):
                 raise UserError(f"{name} must be at least {least}, not {value}")
 
         where: dict[str, Any] = {"root": root, "download": download}
-        arguments = {"dataset": dataset, "class_names": class_names, "test_share": test_share, **where}
-        split, entry = load_split(**arguments)
-        self._source = protocols.source_of(split, entry, arguments)
+        given = {"dataset": dataset, "class_names": class_names, "test_share": test_share}
+        split, self._source = protocols.read_source(**given, **where)
         self.dataset_name, self._passed_over = split.name, dict(split.left_out)
         if class_names is None:
             protocols.point_out_numbers(dataset, split, "give --data.class_names")
-        sentences = [template] if isinstance(template, str) else template or [entry.template]
+        sentences = [template] if isinstance(template, str) else template or [self._source.entry.template]
         self.templates = list(check_templates(sentences))
         drawn = read_manifest(manifest, split) if manifest else draw(split, shots, split_seed, sampler, allow_fewer)
         self._drawn, self._manifest = drawn, manifest_bytes(split, drawn)

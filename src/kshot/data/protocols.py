@@ -94,11 +94,12 @@ class Source(NamedTuple):
     arguments: dict[str, Any]
 
 
-def source_of(split: Split, entry: DatasetEntry, arguments: dict[str, Any]) -> Source:
-    """Makes the source of a split that was read, and says in the log what its reader found or decided."""
+def read_source(**arguments: Any) -> tuple[Split, Source]:
+    """Reads a data set by the arguments of ``load_split``, and says in the log what its reader found or decided."""
+    split, entry = load_split(**arguments)
     for note in split.notes:
         logger.info(note)
-    return Source(split.name, split.sha256, entry, arguments | {"listing": split.listing})
+    return split, Source(split.name, split.sha256, entry, arguments | {"listing": split.listing})
 
 
 class HeldOut(NamedTuple):
@@ -133,7 +134,7 @@ def held_out_target(protocol: ProtocolName, target: str, others: Sequence[HeldOu
 
     Raises UserError when it is among the others, cannot be read, or has classes that the protocol does not allow.
     """
-    split, entry = load_split(target, **arguments)
+    split, source = read_source(dataset=target, **arguments)
     trained_on = others[0]
     if split.name in {other.source.name for other in others}:
         raise UserError(
@@ -141,13 +142,12 @@ def held_out_target(protocol: ProtocolName, target: str, others: Sequence[HeldOu
             f"without the source {trained_on.source.name!r}"
         )
     class_names: Sequence[str] = split.said
-    templates: Sequence[str] = [entry.template]
+    templates: Sequence[str] = [source.entry.template]
     if protocol == "domain-generalisation":
         class_names = as_in_source(split, trained_on.test_set.class_names)
         templates = trained_on.test_set.templates
     else:
         point_out_numbers(target, split, "give the target as a CSV or split file with names")
-    source = source_of(split, entry, {"dataset": target, **arguments})
     return held_out(protocol, split, source, class_names, templates)
 
 
