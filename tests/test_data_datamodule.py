@@ -54,6 +54,7 @@ class TestInit:
             "source_sha256": info["source_sha256"],
             "images_sha256": None,
             "counts": {"train": 40, "val": 40, "test": 539},
+            "left_out": {},
         }
         json.dumps(info)
 

@@ -36,6 +36,27 @@ class TestMeter:
         for c in range(5):
             assert per_class[c] == pytest.approx((guess[label == c] == c).double().mean().item())
 
+    def test_a_class_without_images_has_no_figure(self):
+        """It may be guessed all the same; scikit-learn's balanced accuracy leaves it out, too."""
+        logits = torch.eye(4)[torch.tensor([0, 3, 1, 3, 0, 1])]
+        label = torch.tensor([0, 0, 1, 1, 1, 1])  # none of 2 and 3
+        meter = Meter(4)
+        meter.update(logits, label, None)
+        figures, per_class, _ = meter.results()
+        assert per_class[:2] == [0.5, 0.5]
+        assert all(value != value for value in per_class[2:])
+        with pytest.warns(UserWarning, match="y_pred contains classes not in y_true"):
+            assert figures["acc_class_mean"] == pytest.approx(balanced_accuracy_score(label, logits.argmax(1)))
+        assert figures["f1_macro"] == pytest.approx(f1_score(label, logits.argmax(1), average="macro", labels=[0, 1]))
+        assert figures["acc"] == pytest.approx(0.5)
+
+    def test_a_single_class_has_one_figure(self):
+        meter = Meter(1)
+        meter.update(torch.zeros(3, 2), torch.zeros(3, dtype=torch.long), None)
+        figures, per_class, _ = meter.results()
+        assert per_class == [1.0]
+        assert figures["acc_class_mean"] == figures["f1_macro"] == 1.0
+
     def test_a_confidence_of_one_lies_in_the_last_bin(self):
         """One bin holds 1.0, wrong, and 0.97, right: |1/2 - 0.985|; apart they would give 0.515."""
         logits = torch.tensor([[0.0, 1e4], [torch.tensor(0.97 / 0.03).log().item(), 0.0]])

@@ -10,7 +10,12 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torchmetrics import MetricCollection, SumMetric
-from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError, MulticlassF1Score
+from torchmetrics.classification import (
+    MulticlassAccuracy,
+    MulticlassCalibrationError,
+    MulticlassF1Score,
+    MulticlassStatScores,
+)
 
 from kshot.backbones.language import VisionLanguageBackbone
 from kshot.classifiers.base import Task, cosine_logits
@@ -25,6 +30,8 @@ Module = Any  # a FewShotModule, which imports this file
 class Meter(nn.Module):
     """Accuracy, micro and class-mean, macro F1, calibration, and the accuracy of zero-shot on the same images.
 
+    Means over classes are over those with images, as scikit-learn's balanced accuracy is.
+
     Args:
         classes: of the test set.
         zero_shot: whether there are zero-shot logits.
@@ -32,6 +39,7 @@ class Meter(nn.Module):
 
     def __init__(self, classes: int, zero_shot: bool = False) -> None:
         super().__init__()
+        self.classes = classes
         classes = max(2, classes)  # what torchmetrics asks for; a single class is always right
         self.metrics = MetricCollection(
             {
@@ -42,7 +50,7 @@ class Meter(nn.Module):
             },
             compute_groups=False,  # each is updated by itself
         )
-        self.class_accuracy = MulticlassAccuracy(classes, average="none")
+        self.by_class = MulticlassStatScores(classes, average="none")
         self.zero_shot = MulticlassAccuracy(classes, average="micro") if zero_shot else None
         self.counted = SumMetric()
 
@@ -51,17 +59,25 @@ class Meter(nn.Module):
         for name, metric in self.metrics.items():
             # torchmetrics puts a confidence of exactly 1 into a bin of its own (its issue 3510): stay just below.
             metric.update(logits.softmax(-1).clamp(max=1 - 1e-6) if name == "ece" else logits, label)
-        self.class_accuracy.update(logits, label)
+        self.by_class.update(logits, label)
         self.counted.update(len(label))
         if self.zero_shot is not None and zero_shot is not None:
             self.zero_shot.update(zero_shot, label)
 
     def results(self) -> tuple[dict[str, float], list[float], int]:
-        """The figures by name, the accuracy of each class, and the number of images; of all devices together."""
+        """The figures by name, the accuracy of each class, and the number of images; of all devices together.
+
+        The accuracy of a class without images is not a number.
+        """
         found = {name: float(value) for name, value in self.metrics.compute().items()}
+        right, false, _, missed, images = self.by_class.compute().unbind(1)
+        accuracy, there = right / images, images > 0
+        if there.any() and not there.all():  # torchmetrics counts one without images as 0 where it was guessed
+            found["acc_class_mean"] = float(accuracy[there].mean())
+            found["f1_macro"] = float((2 * right / (2 * right + false + missed))[there].mean())
         if self.zero_shot is not None:
             found["zero_shot_acc"] = float(self.zero_shot.compute())
-        return found, self.class_accuracy.compute().tolist(), int(self.counted.compute())
+        return found, accuracy[: self.classes].tolist(), int(self.counted.compute())
 
 
 class Evaluation(Callback):
@@ -72,7 +88,7 @@ class Evaluation(Callback):
 
     Attributes:
         sets: figures by test set, the one with the classes trained on first.
-        per_class: accuracy of each class by test set.
+        per_class: accuracy of each class by test set; not a number for a class without images.
         counts: images counted by test set.
         sizes: images that there are by test set; more than were counted where the trainer limits the batches.
         left_out: unreadable images by part.

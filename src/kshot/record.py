@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import platform
 import subprocess
 import sys
@@ -145,11 +146,14 @@ def write_csv(path: Path, rows: Iterable[Sequence[Any]]) -> None:
 
 
 def write_per_class(path: Path, names: Mapping[str, Sequence[str]], accuracy: Mapping[str, Sequence[float]]) -> None:
-    """Writes ``test_set,label,class_name,accuracy`` rows from classes and accuracies by test set."""
+    """Writes ``test_set,label,class_name,accuracy`` rows from classes and accuracies by test set.
+
+    The cell of a class without images, whose accuracy is not a number, is empty.
+    """
     rows: list[Sequence[Any]] = [("test_set", "label", "class_name", "accuracy")]
     for test_set, classes in names.items():
         for label, (name, each) in enumerate(zip(classes, accuracy[test_set], strict=True)):
-            rows.append((test_set, label, name, f"{each:.6f}"))
+            rows.append((test_set, label, name, "" if math.isnan(each) else f"{each:.6f}"))
     write_csv(path, rows)
 
 

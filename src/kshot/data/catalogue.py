@@ -1,9 +1,10 @@
 """Data sets: what is known about each, who opens its images, and what turns a name, folder or file into a split."""
 
 import hashlib
+import os
 import tomllib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
 from operator import itemgetter
@@ -13,9 +14,14 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
+from kshot.data.archives import ARCHIVES, COMPRESSED, ArchiveImages, Member, list_archive
+from kshot.data.hub_sets import PREFIX, HubImages, split_from_hub
 from kshot.data.images import ArrayImages, FileImages, ImageSource, read_image
-from kshot.data.readers import read_split_zhou, split_from_csv, split_from_folder
-from kshot.data.splits import Row, Split, check_distinct, make_split, stratify
+from kshot.data.listing import meant_around, tool_made
+from kshot.data.names import Names, named
+from kshot.data.readers import NO_SHARE, TABLES, read_split_zhou, split_from_folder, split_from_listing
+from kshot.data.splits import TEST_SHARE, Row, Split, listed, make_split, stratify
+from kshot.data.tables import split_from_table
 from kshot.errors import UserError, nearest_first
 from kshot.files import may_be_read, packaged_folder
 from kshot.templates import DEFAULT_TEMPLATE
@@ -40,6 +46,7 @@ class DatasetEntry:
         labels: its attribute with the labels; ``_samples`` holds (path, label) pairs.
         class_names: of arrays, in label order; empty: those that torchvision says.
         template: sentence for a class name.
+        hint: what to say besides where images are missing.
     """
 
     kind: Literal["files", "arrays", "digits"] = "files"
@@ -53,6 +60,7 @@ class DatasetEntry:
     labels: str = "targets"
     class_names: Sequence[str] = ()
     template: str = DEFAULT_TEMPLATE
+    hint: str = field(default="", compare=False, repr=False)
 
     def read_split(self, name: str, root: str | Path, download: bool) -> Split:
         """Reads the split, which gets the name; raises UserError when labels that come with the images are missing.
@@ -101,7 +109,7 @@ class DatasetEntry:
             looked = " and in ".join(repr(str(candidate)) for candidate in candidates)
             where = f"; they come from {self.url}" if self.url else ""
             offer = ", or with --data.download true" if self.torchvision else ""
-            raise UserError(f"no {part} images: looked for {sample!r} in {looked}{where}{offer}")
+            raise UserError(f"no {part} images: looked for {sample!r} in {looked}{where}{offer}{self.hint}")
         return FileImages(folder)
 
     def open_array(self, root: str | Path, array: str, download: bool) -> Any:
@@ -127,6 +135,26 @@ class DatasetEntry:
             raise UserError(f"no {name} in {where}: {offer} ({reason})") from None
 
 
+@dataclass(frozen=True, kw_only=True)
+class ArchiveEntry(DatasetEntry):
+    """An archive with images, which is its ``folder``; ``members`` say where they lie in it."""
+
+    members: Mapping[str, Member] = field(compare=False, repr=False)
+
+    def images(self, root: str | Path, part: str, rows: Sequence[Row], download: bool = False) -> ImageSource:  # noqa: ARG002
+        return ArchiveImages(Path(self.folder), self.members)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubEntry(DatasetEntry):
+    """A data set of the Hugging Face hub, which is its ``folder``, and the column of its images."""
+
+    column: str
+
+    def images(self, root: str | Path, part: str, rows: Sequence[Row], download: bool = False) -> ImageSource:  # noqa: ARG002
+        return HubImages(self.folder.removeprefix(PREFIX), self.column, download)
+
+
 def _file_of_sample(sample: tuple[str, int]) -> Image.Image:
     return read_image(Path(sample[0]))  # torchvision would open files of any format
 
@@ -149,7 +177,12 @@ CATALOGUE = {name: DatasetEntry(**table) for name, table in _TABLES.items()}
 
 @may_be_read()
 def load_split(
-    dataset: str, root: str | Path = "data", class_names: Sequence[str] | None = None, download: bool = False
+    dataset: str,
+    root: str | Path = "data",
+    class_names: Names | None = None,
+    download: bool = False,
+    test_share: float | None = TEST_SHARE,
+    listing: Any = None,
 ) -> tuple[Split, DatasetEntry]:
     """Finds out what a data set consists of. Image files stay untouched.
 
@@ -158,37 +191,73 @@ def load_split(
     rule of its reader, or names are not as many as the classes or read the same.
 
     Args:
-        dataset: catalogue name, folder, CSV file or split file.
+        dataset: catalogue name, folder, archive, table or split file, or ``hf:NAME`` of the Hugging Face hub.
         root: the data root.
-        class_names: names in label order instead of the source's, which may read the same then.
+        class_names: names instead of the source's, which may read the same then: in label order, or by the source's.
         download: fetch array data sets that are missing; their labels are in the same files as the images.
+        test_share: of a class, for testing, where the images are in no parts; None for none.
+        listing: of the split that was read before.
     """
-    if dataset in CATALOGUE:
-        entry = CATALOGUE[dataset]
-        split = entry.read_split(dataset, root, download)
-    else:
-        split, entry = _given(dataset, Path(root), class_names)
-    if class_names is not None and len(class_names) != len(split.class_names):
-        raise UserError(f"{len(class_names)} class_names for the {len(split.class_names)} of {split.name}")
-    check_distinct(class_names or split.class_names, "class_names" if class_names else split.file)
-    return split, entry
+    if dataset not in CATALOGUE:
+        return _given(dataset, Path(root), class_names, download, test_share, listing)
+    if test_share != TEST_SHARE:
+        raise UserError(f"{dataset}: {NO_SHARE}")
+    own = next((str(path) for path in (Path(dataset), Path(root, dataset)) if path.is_dir()), "")
+    own = f"./{own}" if own == dataset else own
+    hint = f"; your own folder is meant by --data.dataset {own}" if own else ""
+    try:
+        split = CATALOGUE[dataset].read_split(dataset, root, download)
+    except UserError as error:
+        raise UserError(f"{error}{hint}") from None
+    return named(split, class_names), replace(CATALOGUE[dataset], hint=hint)
 
 
-def _given(dataset: str, root: Path, class_names: Sequence[str] | None) -> tuple[Split, DatasetEntry]:
+def _given(
+    dataset: str, root: Path, class_names: Names | None, download: bool, test_share: float | None, listing: Any
+) -> tuple[Split, DatasetEntry]:
+    if dataset.startswith(PREFIX):
+        split, column = split_from_hub(dataset.removeprefix(PREFIX), download, test_share)
+        return named(split, class_names, codes=True), HubEntry(folder=dataset, column=column)
     path = next((p for p in (Path(dataset), root / dataset) if dataset and p.exists()), None)
     if path is None:
         raise UserError(
             f"unknown data set {dataset!r}, or a folder, CSV or split file that is neither here nor in {str(root)!r}. "
             f"{nearest_first(dataset, CATALOGUE, shown=20)}"
         )
-    if path.is_dir():
-        return split_from_folder(path), DatasetEntry(folder=str(path.resolve()))
+    names = os.listdir(path) if path.is_dir() else []  # noqa: PTH208  names are what is asked for
+    lists = sorted(name for name in names if name.startswith("split_zhou_") and name.endswith((".json", ".json.gz")))
+    if len(lists) > 1:
+        raise UserError(f"{path}: has {listed(lists)}: give one of them")
+    path = path.joinpath(*lists)  # as CoOp keeps it beside the images
     beside = str(path.resolve().parent)
-    if path.suffix.lower() == ".csv":
-        return split_from_csv(path, class_names), DatasetEntry(folder=beside, aliases=(".",))
+    if path.is_dir():
+        split = split_from_folder(path, test_share, listing)
+        if len(split.class_names) == 1:
+            raise UserError(f"{_one_class(path, split)}; {meant_around(path)}")
+        return named(split, class_names, path, codes=True), DatasetEntry(folder=str(path.resolve()))
+    if path.name.lower().endswith((*ARCHIVES, *COMPRESSED)):
+        files = listing if listing is not None and listing.holds(path) else list_archive(path)
+        split = split_from_listing(files, str(path), path.stem, test_share)
+        if len(split.class_names) == 1:
+            raise UserError(_one_class(path, split))
+        return named(split, class_names, codes=True), ArchiveEntry(folder=str(path.resolve()), members=files.members)
+    if path.suffix.lower() in TABLES:
+        in_order = None if isinstance(class_names, Mapping) else class_names
+        split = split_from_table(path, in_order, test_share)
+        return named(split, class_names, codes=True), DatasetEntry(folder=beside, aliases=(".",))
     if not path.name.endswith((".json", ".json.gz")):
-        raise UserError(f"{path}: a data set is a catalogue name, a folder, or a .csv, .json or .json.gz file")
+        raise UserError(
+            f"{path}: a data set is a catalogue name, a folder, or a .csv, .tsv, .parquet, .json, .zip or .tar file"
+        )
+    if test_share != TEST_SHARE:
+        raise UserError(f"{path}: {NO_SHARE}")
     split = read_split_zhou(path)
     if split.item_kind == "index":
         raise UserError(f"{path}: the rows have an index instead of a file, which only catalogue data sets may")
-    return split, DatasetEntry(aliases=(beside,))
+    # The images may lie in a folder beside the file, such as images/ or jpg/.
+    below = sorted(each.path for each in os.scandir(beside) if each.is_dir() and not tool_made(each.name))
+    return named(split, class_names), DatasetEntry(aliases=(beside, *below))
+
+
+def _one_class(path: Path, split: Split) -> str:
+    return f"{path}: one class, {split.class_names[0]!r}, and so nothing to tell apart"

@@ -12,14 +12,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from kshot.data import protocols
-from kshot.data.catalogue import load_split
 from kshot.data.images import Augment, FileImages, ImageSource, fault
 from kshot.data.loading import EpochSampler, PartLoader, endless, halves, share
 from kshot.data.manifest import manifest_bytes, read_manifest, with_images, write_manifest
 from kshot.data.parts import Batch, Part
 from kshot.data.readers import image_files
 from kshot.data.sampling import draw
-from kshot.data.splits import Row
+from kshot.data.splits import TEST_SHARE, Row
 from kshot.errors import UserError
 from kshot.files import write_atomically
 from kshot.templates import check_templates
@@ -33,7 +32,7 @@ class FewShotDataModule(LightningDataModule):
     are judged by, each is seen once. The Trainer is made with ``use_distributed_sampler=False``.
 
     Args:
-        dataset: catalogue name (digits, dtd, ...), folder of class folders, CSV file or split file.
+        dataset: catalogue name (digits, dtd, ...), folder, archive, table or split file, or hf:NAME of Hugging Face.
         root: folder with the data sets.
         shots: training images per class; null for all.
         split_seed: seed of the draw, of the order and of the views; independent of seed_everything.
@@ -51,7 +50,8 @@ class FewShotDataModule(LightningDataModule):
         augment: random views of the training images; null for the evaluation transform.
         views: number of views that repeat over the epochs; null for a new view in each epoch.
         template: sentence for a class name, with {} for the name, or several; null for the data set's own.
-        class_names: names of all classes in label order instead of the data set's own. Targets keep theirs.
+        class_names: names in label order instead of the data set's own, or some by folder. Targets keep theirs.
+        test_share: of a class, for testing, in a folder or list without parts; null for none, with run.test false.
         manifest: file with the images to use instead of drawing them; shots, split_seed and sampler of the draw are
             then the manifest's.
         allow_fewer: take all images of a class that has fewer than shots.
@@ -91,7 +91,8 @@ class FewShotDataModule(LightningDataModule):
         augment: Augment | None = None,
         views: int | None = None,
         template: str | list[str] | None = None,
-        class_names: list[str] | None = None,
+        class_names: list[str] | dict[str, str] | None = None,
+        test_share: float | None = TEST_SHARE,
         manifest: str | None = None,
         allow_fewer: bool = False,
         skip_unreadable: bool = False,
@@ -116,13 +117,12 @@ class FewShotDataModule(LightningDataModule):
                 raise UserError(f"{name} must be at least {least}, not {value}")
 
         where: dict[str, Any] = {"root": root, "download": download}
-        arguments = {"dataset": dataset, "class_names": class_names, **where}
-        split, entry = load_split(**arguments)
-        self._source = protocols.Source(split.name, split.sha256, entry, arguments)
-        self.dataset_name = split.name
+        given = {"dataset": dataset, "class_names": class_names, "test_share": test_share}
+        split, self._source = protocols.read_source(**given, **where)
+        self.dataset_name, self._passed_over = split.name, dict(split.left_out)
         if class_names is None:
             protocols.point_out_numbers(dataset, split, "give --data.class_names")
-        sentences = [template] if isinstance(template, str) else template or [entry.template]
+        sentences = [template] if isinstance(template, str) else template or [self._source.entry.template]
         self.templates = list(check_templates(sentences))
         drawn = read_manifest(manifest, split) if manifest else draw(split, shots, split_seed, sampler, allow_fewer)
         self._drawn, self._manifest = drawn, manifest_bytes(split, drawn)
@@ -133,8 +133,7 @@ class FewShotDataModule(LightningDataModule):
         if not train:
             raise UserError(f"{split.name}: there are no training images")
 
-        names = class_names or split.class_names
-        self._held_out = protocols.held_out(protocol, split, self._source, names, self.templates)
+        self._held_out = protocols.held_out(protocol, split, self._source, split.said, self.templates)
         for target in targets or ():
             self._held_out += protocols.held_out_target(protocol, target, self._held_out, **where)
         self.test_sets = [held.test_set for held in self._held_out]
@@ -188,8 +187,8 @@ class FewShotDataModule(LightningDataModule):
     def check_test_files(self) -> None:
         """Looks, before a run that ends with a test, whether all test images are files that may be read; decodes none.
 
-        Raises UserError with the number and the first of those that are not, with ``skip_unreadable`` only when none
-        is; and when there are no test images, or a source has changed.
+        Warns of copies of the drawn images among them. Raises UserError with the number and the first of those that are
+        not, with ``skip_unreadable`` only when none is; and when there are no test images, or a source has changed.
         """
         for held, images, rows in protocols.reopened(self._held_out):
             files = [images.folder / row.path for row in rows] if isinstance(images, FileImages) else []
@@ -197,6 +196,7 @@ class FewShotDataModule(LightningDataModule):
             if faults and not (self.skip_unreadable and len(faults) < len(rows)):
                 of = f"{len(faults)} of {len(rows)} test images of {held.source.name} cannot be read"
                 raise UserError(f"{of}, the first: {faults[0]}")
+            protocols.point_out_copies(images, rows, self._source, (*self.draw.train, *self.draw.val))
 
     def part(self, part: str) -> Part:
         """Gives an open part; raises RuntimeError when it is closed."""
@@ -291,6 +291,7 @@ class FewShotDataModule(LightningDataModule):
             "source_sha256": self._source.sha256,
             "images_sha256": images,
             "counts": {"train": len(self.draw.train), "val": len(self.draw.val), "test": test},
+            "left_out": self._passed_over,
         }
 
     def write_manifest(self, path: str | Path) -> None:

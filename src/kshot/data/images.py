@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import torch
@@ -51,17 +51,17 @@ def fault(file: Path) -> str:
     return f"cannot read the image {str(file)!r}: {reason}" if reason else ""
 
 
-def read_image(file: Path, draft: bool = False) -> Image.Image:
-    """Decodes an image file to 8-bit RGB; a draft of a JPEG has an eighth of each side.
+def read_image(file: Path, draft: bool = False, *, content: BinaryIO | None = None) -> Image.Image:
+    """Decodes an image file, or its content, to 8-bit RGB; a draft of a JPEG has an eighth of each side.
 
     Raises UnreadableImageError for what is missing, truncated, too large, or in none of the ``FORMATS``.
     """
-    if wrong := fault(file):
+    if content is None and (wrong := fault(file)):
         raise UnreadableImageError(wrong)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file, formats=FORMATS) as image:
+            with Image.open(content or file, formats=FORMATS) as image:
                 if max(image.size) > LONGEST * min(image.size):
                     raise ValueError(
                         f"{image.width} x {image.height} pixels, but a side may have {LONGEST} of the other"
@@ -124,7 +124,17 @@ class ArrayImages:
         self.items = None
 
 
-ImageSource = FileImages | ArrayImages
+class ImageSource(Protocol):
+    """Opens images: files, the items of an array, or the members of an archive."""
+
+    def open(self, path: str, draft: bool = False) -> Image.Image:
+        """Gives the image of a row; raises UnreadableImageError where it cannot be read."""
+
+    def digests(self, paths: Sequence[str]) -> list[str]:
+        """Digests images; an empty text for one that cannot be read."""
+
+    def close(self) -> None:
+        """Lets go of what ``open`` gets again."""
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

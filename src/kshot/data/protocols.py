@@ -5,6 +5,7 @@ Base-to-new and cross-data-set: CoCoOp, arXiv 2203.05557; domain generalisation:
 Test sets are closed: their rows are forgotten after reading and read again for testing. No training can see one.
 """
 
+import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from itertools import groupby
@@ -12,11 +13,13 @@ from operator import attrgetter
 from typing import Any, Literal, NamedTuple, get_args
 
 from kshot.data.catalogue import CATALOGUE, DatasetEntry, load_split
-from kshot.data.images import ImageSource
-from kshot.data.splits import Row, Split, display_name, listed
+from kshot.data.digests import same_bytes
+from kshot.data.images import FileImages, ImageSource
+from kshot.data.splits import TEST_SHARE, Row, Split, display_name, listed, words
 from kshot.errors import UserError, nearest_first
 
 ProtocolName = Literal["all-to-all", "base-to-new", "cross-dataset", "domain-generalisation"]
+logger = logging.getLogger("kshot")
 WITH_TARGETS = ("cross-dataset", "domain-generalisation")
 
 
@@ -69,23 +72,34 @@ def restrict(rows: Sequence[Row], labels: range) -> tuple[Row, ...]:
 
 def as_in_source(target: Split, class_names: Sequence[str]) -> list[str]:
     """Gives a domain's class names as the source spells them, whatever their case; raises UserError for others."""
-    spelling = {name.casefold(): name for name in class_names}
-    names = [display_name(name) for name in target.class_names]
-    if foreign := [name for name in names if name.casefold() not in spelling]:
+    spelling = {words(name): name for name in class_names}
+    names = [display_name(name) for name in target.said]
+    if foreign := [name for name in names if words(name) not in spelling]:
         raise UserError(
             f"{target.name}: protocol domain-generalisation tests on classes of the source only, and it has no "
             f"{listed(foreign)}; other classes are for protocol cross-dataset"
         )
-    return [spelling[name.casefold()] for name in names]
+    return [spelling[words(name)] for name in names]
 
 
 class Source(NamedTuple):
-    """A data set that was read: its id and digest, what is known about it, and the arguments of ``load_split``."""
+    """A data set that was read: its id and digest, what is known about it, and the arguments of ``load_split``.
+
+    Among these is the listing of a folder, so that it is listed once; the rows for testing are forgotten all the same.
+    """
 
     name: str
     sha256: str
     entry: DatasetEntry
     arguments: dict[str, Any]
+
+
+def read_source(**arguments: Any) -> tuple[Split, Source]:
+    """Reads a data set by the arguments of ``load_split``, and says in the log what its reader found or decided."""
+    split, entry = load_split(**arguments)
+    for note in split.notes:
+        logger.info(note)
+    return split, Source(split.name, split.sha256, entry, arguments | {"listing": split.listing})
 
 
 class HeldOut(NamedTuple):
@@ -120,21 +134,20 @@ def held_out_target(protocol: ProtocolName, target: str, others: Sequence[HeldOu
 
     Raises UserError when it is among the others, cannot be read, or has classes that the protocol does not allow.
     """
-    split, entry = load_split(target, **arguments)
+    split, source = read_source(dataset=target, **arguments)
     trained_on = others[0]
     if split.name in {other.source.name for other in others}:
         raise UserError(
             f"targets: {target!r} is called {split.name!r}, as another data set of this run is: give each one once, "
             f"without the source {trained_on.source.name!r}"
         )
-    class_names: Sequence[str] = split.class_names
-    templates: Sequence[str] = [entry.template]
+    class_names: Sequence[str] = split.said
+    templates: Sequence[str] = [source.entry.template]
     if protocol == "domain-generalisation":
         class_names = as_in_source(split, trained_on.test_set.class_names)
         templates = trained_on.test_set.templates
     else:
         point_out_numbers(target, split, "give the target as a CSV or split file with names")
-    source = Source(split.name, split.sha256, entry, {"dataset": target, **arguments})
     return held_out(protocol, split, source, class_names, templates)
 
 
@@ -145,14 +158,28 @@ def reopened(held: Sequence[HeldOut]) -> Iterator[tuple[HeldOut, ImageSource, tu
         if split.sha256 != source.sha256:
             raise UserError(f"{source.name} has changed since the training images were drawn")
         if not split.test:
-            raise UserError(f"{source.name}: there are no test images")
+            all_trained = source.arguments.get("test_share", TEST_SHARE) is None
+            advice = ", as data.test_share is null: add --run.test false" if all_trained else ""
+            raise UserError(f"{source.name}: there are no test images{advice}")
         images = entry.images(source.arguments["root"], "test", split.test, source.arguments["download"])
         for each in group:
             yield each, images, restrict(split.test, each.labels)
 
 
+def point_out_copies(images: ImageSource, rows: Sequence[Row], source: Source, drawn: Sequence[Row]) -> None:
+    """Warns of test files with the bytes of an image that was drawn from a source."""
+    if not isinstance(images, FileImages) or not drawn:
+        return
+    trained = source.entry.images(source.arguments["root"], "train", drawn)
+    files = [images.folder / row.path for row in rows]
+    others = [trained.folder / row.path for row in drawn] if isinstance(trained, FileImages) else []
+    if copies := same_bytes(files, others):
+        of = f"{len(copies)} of {len(files)} test images have the same bytes as one that was drawn"
+        logger.warning("%s, which makes the accuracy too high; the first: %s is %s", of, *copies[0])
+
+
 def point_out_numbers(dataset: str, split: Split, advice: str) -> None:
     """Warns of class names that are numbers, unless a catalogue data set's are."""
-    if dataset not in CATALOGUE and all(name.isdecimal() for name in split.class_names):
-        called = f"the classes of {split.name} are called {split.class_names[0]!r} and so on"
+    if dataset not in CATALOGUE and all(name.isdecimal() for name in split.said):
+        called = f"the classes of {split.name} are called {split.said[0]!r} and so on"
         warnings.warn(f"{called}: methods with prompts need words, {advice}", stacklevel=4)

@@ -1,25 +1,36 @@
-"""Readers: a split from a file in CoOp's format, from a folder of images or from a CSV file."""
+"""Readers: a split from a file in CoOp's format, or from a folder of images."""
 
-import csv
 import hashlib
-import io
 import json
-import os
-import re
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kshot.data.splits import PARTS, Row, Split, check_path, listed, make_split, shown, split_bytes, stratify
+from kshot.data.layouts import laid_out
+from kshot.data.listing import Listing, counted, list_folder, meant_around
+from kshot.data.splits import (
+    PARTS,
+    TEST_SHARE,
+    VAL_PERCENT,
+    Row,
+    Split,
+    by_label,
+    check_path,
+    check_paths,
+    make_split,
+    shown,
+    split_bytes,
+    stratify,
+)
 from kshot.errors import UserError
 from kshot.files import file_content, may_be_read
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
-PERCENTS = (20, 30)  # of validation and test, where the images are in no parts yet
 MOST_VALUES = 6_000_000  # in a list of images, where each takes memory; ImageNet's has five million
-_HIDDEN = (".", "__MACOSX")  # left behind by notebooks and archives
-_COLUMNS = ("path", "label", "split", "class_name")
-_PART_SPELLINGS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+TABLES = (".csv", ".tsv", ".parquet")
+NO_SHARE = "it has parts of its own, which data.test_share cannot change: leave it out"
+logger = logging.getLogger("kshot")
 
 
 def list_content(path: Path, separators: str) -> bytes:
@@ -75,125 +86,80 @@ def _row(values: Any, where: str) -> Row:
         raise UserError(f"{where}: {shown(values)} is not [path, label, class name]")
     path, label, class_name = values
     if isinstance(path, str):
-        check_path(path, where)
+        path = check_path(path, where)
     elif path < 0:
         raise UserError(f"{where}: the index {path} is negative")
     return Row(str(path), label, class_name)
 
 
-def split_from_csv(path: str | Path, classes: Sequence[str] | None = None) -> Split:
-    """Reads a CSV file with the columns ``path``, ``label`` and, optionally, ``split`` and ``class_name``.
+def split_from_folder(root: str | Path, test_share: float | None = TEST_SHARE, listing: Any = None) -> Split:
+    """Makes a split of a folder of images in one of the layouts of ``kshot.data.layouts``.
 
-    Paths are relative to the file's folder or to the data root. Labels are integers 0 to C-1, or class names, which are
-    then numbered in sorted order. ``classes`` are other names in label order. Without a ``split`` column (``train``,
-    ``val`` or ``test``) the images are divided 50/20/30 by ``stratify``.
+    Without parts the images are divided by ``divided`` over the sorted paths; parts are taken as they are. Labels
+    follow the sorted folder names. The digest is that of the folder's ``split_bytes``. ``listing`` is that of an
+    earlier split, taken where it still holds.
 
-    Raises UserError for no such file, a column that is missing, a value that is wrong (with its line number), fewer
-    ``classes`` than labels, or a rule of ``make_split`` that is broken.
-    """
-    path = Path(path)
-    content = list_content(path, ",\n\r")
-    try:
-        reader = csv.reader(io.TextIOWrapper(io.BytesIO(content), "utf-8-sig", newline=""))
-        header = [column.strip().lower() for column in next(reader, [])]
-        columns: dict[str, int] = {name: header.index(name) for name in _COLUMNS if name in header}
-        lines = [
-            (reader.line_num, {name: line[i].strip() if i < len(line) else "" for name, i in columns.items()})
-            for line in reader
-            if line
-        ]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: not a CSV file ({error})") from None
-    for column in ("path", "label"):
-        if column not in header:
-            raise UserError(f"{path}: no column {column!r}; the header must have path,label[,split][,class_name]")
-    texts = sorted({line["label"] for _, line in lines})
-    numbered = all(re.fullmatch(r"[0-9]{1,18}", text) for text in texts)
-    labels = {text: int(text) if numbered else position for position, text in enumerate(texts)}
-    parts: dict[str, list[Row]] = {part: [] for part in PARTS}
-    for number, line in lines:
-        where = f"{path}, line {number}"
-        check_path(line["path"], where)
-        text, part = line["label"], _PART_SPELLINGS.get(line.get("split", "train").lower())
-        if not text or part is None:
-            wrong = "label" if part else "split"
-            raise UserError(f"{where}: {wrong} {shown(line[wrong])} is none; split is train, val or test")
-        label = labels[text]
-        if classes is not None and label >= len(classes):
-            raise UserError(f"{where}: label {label}, but there are {len(classes)} class names")
-        itself = str(label) if numbered else text
-        class_name = classes[label] if classes is not None else line.get("class_name") or itself
-        parts[part].append(Row(line["path"], label, class_name))
-    if "split" not in header:
-        parts = stratify(sorted(parts["train"], key=lambda row: (row.label, row.path)), PERCENTS)
-    # The name carries the folder, as many CSV files are called items.csv or labels.csv.
-    name = f"{path.resolve().parent.name}-{path.stem}"
-    return make_split(name, parts, file=path.name, sha256=hashlib.sha256(content).hexdigest())
-
-
-def split_from_folder(root: str | Path) -> Split:
-    """Makes a split of a folder of images: ``root/class/*.jpg`` or ``root/{train,val,test}/class/*.jpg``.
-
-    The first form is divided 50/20/30 by ``stratify`` over the sorted paths. The second is taken as it is; without a
-    ``val`` folder there are no validation images. Labels follow the sorted folder names. The digest is that of the
-    folder's ``split_bytes``.
-
-    Raises UserError for no such folder, no class folder, a class folder without images, no test part, a class that
-    training lacks, or a rule of ``make_split`` that is broken.
+    Raises UserError for no such folder, what ``laid_out`` refuses, or a rule of ``make_split`` that is broken.
     """
     root = Path(root)
     if not root.is_dir():
         raise UserError(f"{root}: {'not a folder' if root.exists() else 'no such folder'}")
-    # A class may be called "train" as well: only a folder of folders is a part.
-    folders = {_PART_SPELLINGS[p.name]: p for p in _folders(root) if p.name in _PART_SPELLINGS and _folders(p)}
-    if lacking := [part for part in ("train", "test") if part not in folders and folders]:
-        have = listed(sorted(folder.name for folder in folders.values()))
-        raise UserError(f"{root}: has {have} but no {lacking[0]!r} folder; without parts give root/class/images")
-    labels = {folder.name: label for label, folder in enumerate(_folders(folders.get("train", root)))}
-    if folders:
-        parts = {part: _folder_rows(folders[part], root, labels) if part in folders else [] for part in PARTS}
-    else:
-        parts = stratify(_folder_rows(root, root, labels), PERCENTS)
-    name = root.resolve().name
-    return make_split(name, parts, file=name, sha256=hashlib.sha256(split_bytes(parts)).hexdigest())
+    files = listing if listing is not None and listing.holds(root) else list_folder(root)
+    if files.images and not any("/" in image for image in files.images):
+        tables = [name for name in files.files if name.lower().endswith(TABLES)]
+        advice = f"if {root / tables[0]} lists them, give that" if tables else meant_around(root)
+        raise UserError(f"{root}: no class folders in it, only images; {advice}")
+    return split_from_listing(files, str(root), root.resolve().name, test_share)
 
 
-def _folders(root: Path) -> list[Path]:
-    return sorted((p for p in root.iterdir() if p.is_dir() and not p.name.startswith(_HIDDEN)), key=lambda p: p.name)
+def split_from_listing(files: Listing, called: str, name: str, test_share: float | None = TEST_SHARE) -> Split:
+    """``split_from_folder`` for what was listed of a folder or an archive; messages call it ``called``."""
+    layout = laid_out(files.images, files.folders, called)
+    labels = {folder: label for label, folder in enumerate(layout.parts["train"])}
+    parts: dict[str, list[Row]] = {part: [] for part in PARTS}
+    for part, classes in layout.parts.items():
+        for folder, images in classes.items():
+            check_path(folder, called)
+            check_paths(images, called)
+            parts[part] += [Row(path, labels[folder], folder) for path in images]
+    notes = list(layout.notes)
+    if files.left_out:
+        notes.append(f"left out of {called}/: {counted(files.left_out)}")
+    if not layout.parted:
+        parts, note = divided(parts["train"], test_share, called)
+        notes.append(note)
+    elif test_share != TEST_SHARE:
+        raise UserError(f"{called}: {NO_SHARE}")
+    split = make_split(name, parts, file=name, sha256=hashlib.sha256(split_bytes(parts)).hexdigest())
+    return replace(split, left_out=dict(files.left_out), notes=tuple(notes), listing=files)
 
 
-def _folder_rows(folder: Path, root: Path, labels: Mapping[str, int]) -> list[Row]:
-    found = {c: images_below(c) for c in _folders(folder)}
-    if not found:
-        raise UserError(f"{folder}: no class folders in it; images go into one folder per class")
-    if unknown := [c.name for c in found if c.name not in labels]:
-        raise UserError(f"{folder}: no training images of the class {listed(unknown)}")
-    if empty := [c.name for c, images in found.items() if not images]:
-        raise UserError(f"{folder}: no images in the class folder {listed(empty)}")
-    rows = []
-    for c, images in found.items():
-        below = c.relative_to(root).as_posix()
-        rows += [Row(f"{below}/{image}", labels[c.name], c.name) for image in images]
-    for row in rows:
-        check_path(row.path, str(folder))
-    return rows
+def divided(rows: Sequence[Row], test_share: float | None, called: str) -> tuple[dict[str, list[Row]], str]:
+    """Divides labelled images that are in no parts, class by class: 20 % for validation, ``test_share`` for testing.
+
+    With None all are for training. Returns the parts, and what was done in words. Raises UserError for a share that is
+    no whole percentage from 1 to 70, or a class with too few images.
+    """
+    if test_share is None:
+        return stratify(rows, (0, 0)), f"{called}: all {len(rows):,} images are for training, and none for testing"
+    percent = round(100 * test_share)
+    if not 1 <= percent <= 70 or abs(percent - 100 * test_share) > 1e-6:
+        raise UserError(f"test_share must be from 0.01 to 0.7 in steps of 0.01, or null, not {test_share}")
+    parts = stratify(rows, (VAL_PERCENT, percent))
+    fewest = min(by_label(parts["train"]).values(), key=len)
+    row = parts["train"][fewest[0]]
+    left, val, test = (sum(each.label == row.label for each in parts[part]) for part in PARTS)
+    of = f"of the {left + val + test} images of {row.class_name!r} {left} are left for training"
+    share = f"{100 - VAL_PERCENT - percent} % for training, {VAL_PERCENT} % for validation, {percent} % for testing"
+    return parts, f"{called}: there are no parts, so its images were split, {share}: {of} ({val} and {test} are not)"
 
 
 def images_below(folder: Path) -> list[str]:
-    """Finds the image files below a folder, sub-folders included: sorted POSIX paths below it."""
-    found = []
-    pending = [""]
-    while pending:
-        below = pending.pop()
-        with os.scandir(folder / below) as entries:
-            for entry in entries:
-                if entry.name.startswith(_HIDDEN):
-                    continue
-                if entry.is_dir(follow_symlinks=False):
-                    pending.append(f"{below}{entry.name}/")
-                elif entry.name.lower().endswith(IMAGE_SUFFIXES) and entry.is_file():
-                    found.append(below + entry.name)
-    return sorted(found)
+    """Finds the image files below a folder by ``list_folder``; says in the log what else there is."""
+    files = list_folder(folder)
+    if files.left_out:
+        logger.info("left out of %s/: %s", folder, counted(files.left_out))
+    return list(files.images)
 
 
 @may_be_read()

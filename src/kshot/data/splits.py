@@ -1,17 +1,22 @@
 """Splits: which image belongs to which part and class, and what must hold for every split."""
 
-import json
+import posixpath
 import random
 import re
 import reprlib
+import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from json.encoder import encode_basestring_ascii as quoted
 from typing import Any, Literal, NamedTuple
 
 from kshot.errors import UserError
 
 PARTS = ("train", "val", "test")
 STRATIFY_SEED = 1  # of every split that we make ourselves: fixed, so that a folder always gives the same parts
+
+VAL_PERCENT = 20  # of a class, for validation, where the images are in no parts yet
+TEST_SHARE = 0.3  # of a class, for testing
 
 _UNWRITABLE = r"[\x00-\x1f\ud800-\udfff]"  # control characters, and what stands for bytes that are not UTF-8
 
@@ -44,6 +49,10 @@ class Split:
         image_root: per part, the folder below the data set's folder to which paths refer; for array data sets the
             array of the source that indices refer to.
         item_kind: whether ``Row.path`` is a path or an index.
+        prompt_names: the names as prompts say them, where they are not the source's; else empty.
+        left_out: number of files of the source that are no images, by kind, such as ``.txt``.
+        notes: what the reader found or decided, and its user should know, each for a line of the log.
+        listing: of the source's files, where it is a folder: handed to the reader again, it need not list them twice.
     """
 
     name: str
@@ -55,11 +64,25 @@ class Split:
     sha256: str
     image_root: Mapping[str, str]
     item_kind: ItemKind = "path"
+    prompt_names: tuple[str, ...] = field(default=(), compare=False)
+    left_out: Mapping[str, int] = field(default_factory=dict, compare=False)
+    notes: tuple[str, ...] = field(default=(), compare=False)
+    listing: Any = field(default=None, compare=False, repr=False)
+
+    @property
+    def said(self) -> tuple[str, ...]:
+        """Names in label order as prompts say them, underscores kept."""
+        return self.prompt_names or self.class_names
 
 
 def display_name(class_name: str) -> str:
     """Gives the words of a class name as they stand in a prompt: underscores become spaces."""
     return class_name.replace("_", " ")
+
+
+def words(class_name: str) -> str:
+    """Gives a class name as CLIP's tokenizer sees it: lower case, single blanks, Unicode's form NFC."""
+    return " ".join(unicodedata.normalize("NFC", display_name(class_name)).lower().split())
 
 
 def listed(names: Sequence[str]) -> str:
@@ -76,27 +99,36 @@ def shown(value: Any) -> str:
 
 
 def check_distinct(class_names: Sequence[str], where: str) -> None:
-    """Raises UserError for names that are none, or read the same in a prompt, but for case: their logits were equal."""
+    """Raises UserError for names that are none, or have the same ``words``: their logits were equal."""
     seen: dict[str, str] = {}
     for name in class_names:
-        words = display_name(name).casefold()
-        if not words.strip() or len(name) > 300 or re.search(_UNWRITABLE, name):
+        read = words(name)
+        if not read or len(name) > 300 or re.search(_UNWRITABLE, name):
             raise UserError(f"{where}: {shown(name)} is no class name: it must have words, and no control characters")
-        if words in seen:
-            raise UserError(f"{where}: the class names {seen[words]!r} and {name!r} read the same in a prompt")
-        seen[words] = name
+        if read in seen:
+            raise UserError(f"{where}: the class names {seen[read]!r} and {name!r} read the same in a prompt")
+        seen[read] = name
 
 
-def check_path(path: str, where: str) -> None:
-    """Raises UserError for a path that is empty or absolute, or has ``..``, a backslash, drive or control character.
+def check_path(path: str, where: str) -> str:
+    """Gives a path in its shortest form, so that ``./a.jpg`` and ``a.jpg`` are one image.
 
-    Such a path could leave the image root, or mean different things on different systems, as one that is not UTF-8.
+    Raises UserError for a path that is empty or absolute, or has ``..``, a backslash, drive or control character. Such
+    a path could leave the image root, or mean different things on different systems, as one that is not UTF-8.
     """
     leaves = path.startswith("/") or ".." in path.split("/") or re.match("[A-Za-z]:", path)
     if not path or leaves or "\\" in path or re.search(_UNWRITABLE, path):
         raise UserError(
             f"{where}: {shown(path)} must be a relative path with '/', without '..' and backslashes, and in UTF-8"
         )
+    return posixpath.normpath(path)
+
+
+def check_paths(paths: Sequence[str], where: str) -> None:
+    """``check_path`` for many paths that lie below a checked folder, and are in their shortest form."""
+    if re.search(_UNWRITABLE + r"|\\", "/".join(paths)):
+        for path in paths:
+            check_path(path, where)
 
 
 def make_split(
@@ -134,7 +166,10 @@ def make_split(
 
 def json_rows(rows: Sequence[Row], item_kind: ItemKind) -> list[str]:
     """Serialises rows as they stand in split files and in manifests, where an index is a number."""
-    return [json.dumps([int(r.path) if item_kind == "index" else r.path, r.label, r.class_name]) for r in rows]
+    # As json.dumps writes a list, which would build an encoder for each of 100,000 rows.
+    if item_kind == "index":
+        return [f"[{int(row.path)}, {row.label}, {quoted(row.class_name)}]" for row in rows]
+    return [f"[{quoted(row.path)}, {row.label}, {quoted(row.class_name)}]" for row in rows]
 
 
 def split_bytes(parts: Mapping[str, Sequence[Row]], item_kind: ItemKind = "path") -> bytes:
