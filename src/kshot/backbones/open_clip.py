@@ -15,6 +15,7 @@ from kshot.backbones.attention import Attention, PackedText
 from kshot.backbones.base import check_image_size, run_prompted, sha256_of
 from kshot.backbones.hub import out_of_reach, quiet_loading
 from kshot.backbones.language import VisionLanguageBackbone
+from kshot.backbones.preprocessing import Preprocessing
 from kshot.backbones.timm import prompt_shape, prompted_features
 from kshot.backbones.unfuse import unfuse_open_clip, unfuse_timm
 from kshot.errors import UserError, first_line, nearest_first
@@ -82,9 +83,9 @@ class OpenClip(VisionLanguageBackbone):
                     "run once with a network, or point HF_HUB_CACHE at a filled cache."
                 ) from error
         visual, name = clip.visual, model if pretrained is None else f"{model}/{pretrained}"
-        size, statistics = visual.image_size, visual.preprocess_cfg
+        size = visual.image_size
         size = size[0] if isinstance(size, tuple | list) else size
-        super().__init__(name, size, config["embed_dim"], statistics["mean"], statistics["std"])
+        super().__init__(name, Preprocessing.of_open_clip(visual.preprocess_cfg, size), config["embed_dim"])
         self.weight_sha256 = sha256_of(clip)
         self.clip, self.tokenizer = clip, tokenizer
         text = self._text

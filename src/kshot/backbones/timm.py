@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from kshot.backbones.base import Backbone, check_image_size, run_prompted, sha256_of
 from kshot.backbones.hub import out_of_reach, quiet_loading
+from kshot.backbones.preprocessing import Preprocessing
 from kshot.backbones.unfuse import unfuse_timm
 from kshot.errors import UserError, first_line, nearest_first
 
@@ -69,12 +70,15 @@ class Timm(Backbone):
         config = timm.data.resolve_model_data_config(vit)
         size = image_size or config["input_size"][-1]
         check_image_size(size, vit.patch_embed.patch_size[0], model)
-        super().__init__(model, size, vit.num_features, config["mean"], config["std"])
+        super().__init__(model, Preprocessing.of_timm(config, size), vit.num_features)
         self.weight_sha256 = sha256_of(vit)
         self.vit = vit
         self.image_blocks, self.image_width = prompt_shape(vit)
         unfuse_timm(vit.blocks, "image")
         self.freeze(vit)
+
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "pool": self.vit.global_pool}
 
     def encode_normalised(self, image: Tensor) -> Tensor:
         return cast(Tensor, self.vit(image))
