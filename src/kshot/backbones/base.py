@@ -28,10 +28,10 @@ class Backbone(nn.Module, ABC):
         name: architecture and weights, as the config names them.
         preprocessing: of the images that its weights were trained on.
         feature_dim: width of an image feature.
+        features: which tokens it is of, where there is a choice; texts and learned tokens go with ``default`` alone.
 
     Attributes:
         image_size: side of the square images it takes, in pixels.
-        features: which tokens its features are of, where it offers a choice.
         mean: of the three colours, (1, 3, 1, 1); ``std`` likewise.
     """
 
@@ -40,12 +40,11 @@ class Backbone(nn.Module, ABC):
     weight_sha256: str = ""  # of the weights as loaded; checkpoints carry it
     image_blocks: int = 0  # of the image tower, that learned tokens can enter; 0 when it takes none
     image_width: int = 0  # of its tokens
-    features: str = "default"
 
-    def __init__(self, name: str, preprocessing: Preprocessing, feature_dim: int) -> None:
+    def __init__(self, name: str, preprocessing: Preprocessing, feature_dim: int, features: str = "default") -> None:
         super().__init__()
         self.name, self.preprocessing, self.feature_dim = name, preprocessing, feature_dim
-        self.image_size = preprocessing.size
+        self.image_size, self.features = preprocessing.size, features
         self.shared = nn.ModuleList()  # what the layers of an attached method share
         self.initial_values: nn.Module | None = None  # of parameters that are unfrozen, by name
         self.is_unadapted = False
@@ -201,6 +200,10 @@ def key_of(name: str) -> str:
 
 def require_image_prompts(backbone: Backbone, who: str) -> None:
     """Raises UserError unless learned tokens can enter the image tower."""
+    if backbone.features != "default":
+        raise UserError(
+            f"{who} puts learned tokens into the image tower, which takes them with features: default only."
+        )
     if not backbone.image_blocks:
         raise UserError(
             f"{who} puts learned tokens into the image tower, which that of {backbone.name} cannot take: use a plain "
