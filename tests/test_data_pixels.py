@@ -1,10 +1,13 @@
 """How stored pixels become RGB: orientation, deep values, floats, transparency, and what the options change."""
 
+import json
 import logging
 
 import numpy as np
 import pytest
 import torch
+import yaml
+from command_line import FIT, WHOLE, fit, refused
 from data_fixtures import digits, parted_folder
 from PIL import ExifTags, Image, ImageOps
 
@@ -226,3 +229,58 @@ class TestTransparency:
 def test_cmyk_is_pillows_conversion():
     image = Image.new("CMYK", (2, 2), (10, 200, 30, 40))
     assert to_rgb(image) == image.convert("RGB")
+
+
+class TestCommandLine:
+    """Rows F9 to F13 of a user's folder: what a run makes of it, from the words of a command line."""
+
+    @pytest.fixture
+    def folder(self, tmp_path):
+        """Two classes of awkward images, three of each for training and two for the test."""
+        for part, count in (("train", 3), ("test", 2)):
+            for label in "ab":
+                place = tmp_path / "photos" / part / label
+                deep(place / "deep.png", np.full((9, 7), 4000 if label == "a" else 100))
+                turned(place / "phone.jpg", 6)
+                Image.new("RGBA", (20, 10), (255, 0, 0, 0)).save(place / "hole.png")
+                if count == 3:
+                    continue
+                Image.new("RGB", (3000, 1), "blue").save(place / "line.png")
+        return tmp_path / "photos"
+
+    def run(self, folder, root, *options):
+        words = ["--data.dataset", str(folder), "--data.shots", "null", "--data.augment", "null", *options]
+        return fit(root, *words, *WHOLE, "--model.adapter", "null", "--model.classifier", "NearestClassMean")
+
+    def test_a_folder_of_awkward_images(self, folder, tmp_path, caplog):
+        with caplog.at_level(logging.INFO, "kshot"):
+            directory = self.run(folder, tmp_path / "runs")
+        assert json.loads((directory / "result.json").read_text())["acc"] == 5 / 8, "with all eight images read"
+        told = {r.message for r in caplog.records if "more than 8 bits" in r.message}
+        assert told == {
+            "Images of more than 8 bits: 4095 is white (the training images go up to 4000); data.white sets another."
+        }
+
+    def test_options(self, folder, tmp_path):
+        options = ["--data.fit", "pad", "--data.exif", "false", "--data.background", "[0, 0, 0]", "--data.white", "5e3"]
+        config = yaml.safe_load((self.run(folder, tmp_path / "runs", *options) / "config.yaml").read_text())
+        given = config["data"]["init_args"]
+        assert [given[name] for name in ("fit", "exif", "background", "white")] == ["pad", False, [0, 0, 0], 5000.0]
+
+    @pytest.mark.parametrize(
+        ("options", "expected"),
+        [
+            (["--data.fit", "stretch"], "fit"),
+            (["--data.exif", "auto"], "exif"),
+            (["--data.background", "[1, 2]"], "background must be three values in 0 ... 255, not [1, 2]"),
+            (["--data.white", "0"], "white must be a positive number, not 0"),
+        ],
+    )
+    def test_refusals(self, capsys, options, expected):
+        assert expected in refused(capsys, [*FIT, *options])
+
+    def test_an_image_beyond_the_limits(self, folder, tmp_path, capsys):
+        Image.new("1", (100_000, 2)).save(folder / "train" / "a" / "long.png")
+        words = [*FIT, "--data.dataset", str(folder), "--data.shots", "null", "--run.root", str(tmp_path / "runs")]
+        line = refused(capsys, words)
+        assert "long.png': 100000 x 2 pixels, but a side may have 4096 of the other" in line

@@ -185,7 +185,8 @@ def to_rgb(image: Image.Image, decoding: Decoding = CLIPS) -> Image.Image:
     elif decoding.background is not None and (image.mode in TRANSPARENT or "transparency" in image.info):
         under = Image.new("RGBA", image.size, (*decoding.background, 255))
         image = Image.alpha_composite(under, image.convert("RGBA"))
-    image = image.convert("RGB")
+    if image.mode != "RGB":  # which convert would copy
+        image = image.convert("RGB")
     return image if turn is None else image.transpose(turn)
 
 

@@ -73,7 +73,7 @@ def limit_size(image: Image.Image, shorter_side: int, kernel: Image.Resampling) 
 
 def to_tensor(image: Image.Image) -> Tensor:
     """Turns an RGB image into a uint8 tensor (3, height, width)."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
 
 
 class Augment(ABC):
