@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kshot.adapters import Adapter
-from kshot.backbones.base import Backbone
+from kshot.backbones import Backbone, Preprocessing
 from kshot.header import TOLERANCE, first_difference
 from kshot.slots import AdapterLayer, Projection, merge, unmerge
 
@@ -45,7 +45,7 @@ class Ours(Backbone):
     """The same block with slots; call ``run(x)`` on (..., 24)."""
 
     def __init__(self, plain: Plain) -> None:
-        super().__init__("block", 8, 24, (0.5,) * 3, (0.5,) * 3)
+        super().__init__("block", Preprocessing(8, (0.5,) * 3, (0.5,) * 3), 24)
         parts = {"qkv": dict.fromkeys("qkv", 24), "proj": {"o": 24}, "fc1": {"fc1": 96}, "fc2": {"fc2": 24}}
         for name, rows in parts.items():
             linear = copy.deepcopy(plain.get_submodule(name))

@@ -238,6 +238,29 @@ class TestFits:
             with pytest.raises(UserError, match=named):
                 check_fits(HEADER | {"model": HEADER["model"] | {key: value}}, HEADER)
 
+    def test_other_settings_of_the_backbone(self):
+        settings = {"features": "default", "preprocessing": {"size": 32, "mean": (0.1, 0.2, 0.3), "resize": "shortest"}}
+        own = HEADER | {"model": HEADER["model"] | {"backbone": settings}}
+        check_fits(json.loads(json.dumps(own)), own)
+        check_fits(HEADER, own)  # an older file does not say
+        for change, named in (
+            ({"features": "cls"}, "model.backbone.features cls, and the config default"),
+            (
+                {"preprocessing": settings["preprocessing"] | {"resize": "squash"}},
+                "preprocessing.resize squash, .* shortest",
+            ),
+            ({"preprocessing": settings["preprocessing"] | {"size": 64}}, "preprocessing.size 64, and the config 32"),
+        ):
+            with pytest.raises(UserError, match=named):
+                check_fits(HEADER | {"model": HEADER["model"] | {"backbone": settings | change}}, own)
+
+    def test_a_run_begun_before_backbones_had_settings_goes_on(self, tmp_path):
+        own = HEADER | {"model": HEADER["model"] | {"backbone": {"features": "default"}}}
+        check_same_run(HEADER, own, tmp_path)
+        theirs = HEADER | {"model": HEADER["model"] | {"backbone": {"features": "cls"}}}
+        with pytest.raises(UserError, match=r"model\.backbone\.features cls, and this one has default"):
+            check_same_run(theirs, own, tmp_path)
+
     def test_another_basis(self):
         own = HEADER | {"frozen": [{"A": {"seed": 1, "shape": (3, 4), "checksum": "ab"}, "svd": {"image.0.q": 0.5}}]}
         theirs = json.loads(json.dumps(own))

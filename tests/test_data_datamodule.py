@@ -24,8 +24,10 @@ from data_fixtures import (
 )
 from lightning.pytorch.callbacks import Callback
 
+from kshot.backbones import Preprocessing
 from kshot.data import Batch, CropFlip, FewShotDataModule
-from kshot.data.images import FileImages, evaluation_view
+from kshot.data.images import FileImages
+from kshot.data.transforms import evaluation_view
 from kshot.errors import UserError
 
 
@@ -365,7 +367,7 @@ class TestPredict:
         assert batch.index.tolist() == [0, 1, 2]
         from PIL import Image
 
-        assert torch.equal(batch.image[1], evaluation_view(Image.open(paths[0]), 16))
+        assert torch.equal(batch.image[1], evaluation_view(Image.open(paths[0]), Preprocessing(16)))
 
     def test_mistakes(self, tmp_path):
         module = digits()

@@ -6,6 +6,7 @@ import pytest
 import torch
 from data_fixtures import collected, digits, fitted, image_folder, parted_folder, same, save_image
 
+from kshot.backbones import Preprocessing
 from kshot.data import CropFlip, FewShotDataModule
 from kshot.data.images import FileImages
 from kshot.errors import UserError
@@ -173,16 +174,16 @@ class TestFreedImages:
 class TestImageSize:
     def test_it_comes_from_the_backbone(self):
         module = digits(image_size=None)
-        module.use_image_size(12)
-        module.use_image_size(12)
+        module.use_preprocessing(Preprocessing(12))
+        module.use_preprocessing(Preprocessing(12))
         module.setup("fit")
         assert next(iter(module.train_dataloader())).image.shape[-2:] == (12, 12)
 
     def test_another_one_was_given(self):
         module = digits(image_size=16)
-        module.use_image_size(16)
+        module.use_preprocessing(Preprocessing(16))
         with pytest.raises(UserError) as error:
-            module.use_image_size(12)
+            module.use_preprocessing(Preprocessing(12))
         assert str(error.value) == "data.image_size is 16, the backbone takes 12: set it on the backbone."
         assert module.image_size == 16
 

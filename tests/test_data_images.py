@@ -11,18 +11,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, PILToTensor, RandomResizedCrop, Resize
 
-from kshot.data.images import (
-    ArrayImages,
-    CropFlip,
-    FileImages,
-    UnreadableImageError,
-    evaluation_view,
-    limit_size,
-    to_rgb,
-    to_tensor,
-)
+from kshot.backbones import Preprocessing
+from kshot.data.images import ArrayImages, FileImages, UnreadableImageError, to_rgb
 from kshot.data.loading import EpochSampler
 from kshot.data.parts import Part
+from kshot.data.transforms import CropFlip, evaluation_view, limit_size, to_tensor
 from kshot.errors import UserError
 
 
@@ -34,7 +27,7 @@ def noise(width, height, seed=0):
 def test_the_evaluation_view_is_clips(width, height, size):
     image = noise(width, height)
     reference = Compose([Resize(size, InterpolationMode.BICUBIC), CenterCrop(size), PILToTensor()])
-    result = evaluation_view(image, size)
+    result = evaluation_view(image, Preprocessing(size))
     assert result.dtype == torch.uint8
     assert result.shape == (3, size, size)
     assert torch.equal(result, reference(image))
@@ -88,7 +81,7 @@ class TestCropFlip:
     def test_a_view_depends_on_seed_index_and_view_only(self):
         images = ArrayImages(lambda: [noise(40, 30), noise(40, 30)], lambda image: image)
         rows = [row._replace(path=str(i)) for i, row in enumerate(rows_of({0: 2}))]
-        part = Part(images, rows, 16, augment=CropFlip(), seed=1)
+        part = Part(images, rows, Preprocessing(16), augment=CropFlip(), seed=1)
         random.seed(5)
         torch.manual_seed(5)
         states = random.getstate(), torch.get_rng_state()
@@ -99,16 +92,16 @@ class TestCropFlip:
         # the two images are equal: what differs is the view
         assert not torch.equal(first[0], first[1])
         assert not torch.equal(first[0], first[2])
-        again = Part(images, rows, 16, augment=CropFlip(), seed=1)
+        again = Part(images, rows, Preprocessing(16), augment=CropFlip(), seed=1)
         assert torch.equal(again.__getitems__([(1, 0)]).image[0], first[2])
-        other = Part(images, rows, 16, augment=CropFlip(), seed=2)
+        other = Part(images, rows, Preprocessing(16), augment=CropFlip(), seed=2)
         assert not torch.equal(other.__getitems__([(0, 0)]).image[0], first[0])
 
     def test_without_crop_and_flip_it_is_resizing(self):
         image = noise(32, 32)
-        view = CropFlip(scale=(1, 1), ratio=(1, 1), flip=0)(image, 16, random.Random(0))
-        assert torch.equal(view, evaluation_view(image, 16))
-        flipped = CropFlip(scale=(1, 1), ratio=(1, 1), flip=1)(image, 16, random.Random(0))
+        view = CropFlip(scale=(1, 1), ratio=(1, 1), flip=0)(image, Preprocessing(16), random.Random(0))
+        assert torch.equal(view, evaluation_view(image, Preprocessing(16)))
+        flipped = CropFlip(scale=(1, 1), ratio=(1, 1), flip=1)(image, Preprocessing(16), random.Random(0))
         assert torch.equal(flipped.flip(2), view)
 
     @given(st.integers(1, 300), st.integers(1, 300), st.integers())
@@ -131,7 +124,7 @@ class TestCropFlip:
 
     def test_half_are_mirrored(self):
         gradient = Image.fromarray(np.tile(np.arange(64, dtype=np.uint8), (64, 1))).convert("RGB")
-        views = [CropFlip()(gradient, 8, random.Random(i)) for i in range(400)]
+        views = [CropFlip()(gradient, Preprocessing(8), random.Random(i)) for i in range(400)]
         mirrored = sum(bool(view[0, 0, 0] > view[0, 0, -1]) for view in views)
         assert 150 < mirrored < 250
 
@@ -147,13 +140,13 @@ class TestPart:
     def test_memory_is_bounded_when_augmenting(self):
         images = ArrayImages(lambda: [noise(400, 200), noise(20, 10)], lambda image: image)
         rows = [row._replace(path=str(i)) for i, row in enumerate(rows_of({0: 2}))]
-        part = Part(images, rows, 16, augment=CropFlip())
+        part = Part(images, rows, Preprocessing(16), augment=CropFlip())
         assert [a.shape for a in part.arrays] == [(32, 64, 3), (10, 20, 3)]
 
     def test_limit_size_keeps_small_images(self):
         image = noise(20, 10)
-        assert limit_size(image, 10) is image
-        assert limit_size(noise(1000, 3), 1).size == (333, 1)
+        assert limit_size(image, 10, Image.Resampling.BICUBIC) is image
+        assert limit_size(noise(1000, 3), 1, Image.Resampling.BICUBIC).size == (333, 1)
 
     @pytest.mark.parametrize("lazy", [False, True])
     def test_unreadable_images_stop_or_are_left_out(self, tmp_path, lazy):
@@ -162,22 +155,22 @@ class TestPart:
             save_image(tmp_path / row.path, seed=i)
         (tmp_path / rows[1].path).write_text("broken")
         with pytest.raises(UserError, match=f"{rows[1].path}.*"):
-            Part(FileImages(tmp_path), rows, 8, lazy=lazy).__getitems__([(1, 0)])
+            Part(FileImages(tmp_path), rows, Preprocessing(8), lazy=lazy).__getitems__([(1, 0)])
         with pytest.warns(UserWarning, match=f"1 of 5 images are left out: .*{rows[1].path}") as caught:
-            part = Part(FileImages(tmp_path), rows, 8, lazy=lazy, skip_unreadable=True)
+            part = Part(FileImages(tmp_path), rows, Preprocessing(8), lazy=lazy, skip_unreadable=True)
         assert len(caught) == 1
         assert (len(part), part.labels.tolist()) == (4, [0, 0, 1, 1])
-        expected = evaluation_view(FileImages(tmp_path).open(rows[2].path), 8)
+        expected = evaluation_view(FileImages(tmp_path).open(rows[2].path), Preprocessing(8))
         assert torch.equal(part.__getitems__([(1, 0)]).image[0], expected)
 
     def test_an_unreadable_training_image_says_what_can_be_done(self, tmp_path):
         with pytest.raises(UserError, match=r"leave such images out with --data.skip_unreadable true"):
-            Part(FileImages(tmp_path), rows_of({0: 1}), 8)
+            Part(FileImages(tmp_path), rows_of({0: 1}), Preprocessing(8))
 
     @pytest.mark.parametrize("lazy", [False, True])
     def test_nothing_left(self, tmp_path, lazy):
         with pytest.raises(UserError, match="none of the 2 images can be read: no such image"):
-            Part(FileImages(tmp_path), rows_of({0: 2}), 8, lazy=lazy, skip_unreadable=True)
+            Part(FileImages(tmp_path), rows_of({0: 2}), Preprocessing(8), lazy=lazy, skip_unreadable=True)
 
 
 class TestEpochSampler:

@@ -232,10 +232,10 @@ class TestLostWorkers:
         """A data set whose images kill the process that loads them, when it was started for loading."""
         true = FileImages.open
 
-        def deadly(images, path, draft=False):
+        def deadly(images, path, *args, **options):
             if torch.utils.data.get_worker_info() is not None:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return true(images, path, draft)
+            return true(images, path, *args, **options)
 
         monkeypatch.setattr(FileImages, "open", deadly)
         return parted_folder(tmp_path / "pets", {"a": 3, "b": 3})
@@ -284,7 +284,7 @@ class TestLostWorkers:
         assert "\n" not in str(found)
 
     def test_other_errors_stay(self, root, monkeypatch):
-        def broken(*_):
+        def broken(*_, **__):
             raise RuntimeError("of a decoder")
 
         monkeypatch.setattr(FileImages, "open", broken)

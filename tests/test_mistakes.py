@@ -100,7 +100,7 @@ NAMES = {
     "--model.schedule.warmup 3": ("'warmup'", "--model.schedule.warmup_steps."),
     "--model.backbone.imagesize 32": ("'imagesize'", "--model.backbone.image_size."),
     "--model.backbone.pool avg": ("'pool'", "It is one of Timm"),
-    "--model.backbone.xyzzy avg": ("'xyzzy'", "There are: image_size, model, pretrained"),
+    "--model.backbone.xyzzy avg": ("'xyzzy'", "There are: features, image_size, model, pretrained"),
     "--run.dir x": ("'dir'", "--run.root."),
     "--run.rot x": ("'rot'", "--run.root."),
     "--help=x": ("--help", "takes no value"),

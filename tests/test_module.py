@@ -269,6 +269,8 @@ class TestStates:
         model, training = header["model"], header["training"]
         assert (model["adapter"]["rank"], model["targets"], model["classifier"]["class"]) == (2, ["*.q"], "TextPrompt")
         assert (training["model"]["optimizer"]["lr"], training["model"]["schedule"]) == (0.5, None)
+        assert model["backbone"] == module.backbone.settings()
+        assert model["backbone"]["preprocessing"]["resize"] == "shortest"
         assert training["seed_everything"] == module.run_seed
         assert header_of(module_of())["model"]["targets"] is None, "without an adapter they mean nothing"
 

@@ -164,9 +164,9 @@ class FewShotCLI(LightningCLI):
             raise SystemExit(0)
 
     def instantiate_classes(self) -> None:
-        """Builds data, model and trainer, and gives the data the image size of the backbone."""
+        """Builds data, model and trainer, and gives the data the preprocessing of the backbone."""
         super().instantiate_classes()
-        self.datamodule.use_image_size(self.model.backbone.image_size)
+        self.datamodule.use_preprocessing(self.model.backbone.preprocessing)
         self.model.meet(self.datamodule)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:

@@ -125,7 +125,7 @@ class Evaluation(Callback):
         self.current, backbone, text = test_set, pl_module.backbone, None
         serve(pl_module, test_set)
         with torch.inference_mode(False), torch.no_grad(), trainer.precision_plugin.forward_context():
-            if isinstance(backbone, VisionLanguageBackbone):
+            if isinstance(backbone, VisionLanguageBackbone) and backbone.features == "default":
                 with backbone.unadapted():
                     text = TextPrompt(backbone, Task(test_set.class_names, test_set.templates)).encode()
             self.open.enter_context(merged(pl_module.classifier))

@@ -34,6 +34,7 @@ def header_of(module: Any) -> dict[str, Any]:
             "adapter": None if adapter is None else adapter.settings(),
             "targets": None if adapter is None else list(module.targets),
             "templates": list(task.templates),
+            "backbone": module.backbone.settings(),
         },
         "frozen": [shared.fingerprint() for shared in module.shared],
         "split": module.split,
@@ -55,6 +56,7 @@ def data_settings(data: Any) -> dict[str, Any]:
     split = data.split_info()
     drawn = {name: split[name] for name in ("dataset", "protocol", "sampler", "shots")}
     given = {"batch_size": data.batch_size, "views": data.views, "augment": described(data.augment)}
+    given |= {name: getattr(data, name) for name in ("fit", "exif", "background", "white")}
     found = {name: split.get(name) for name in ("digest", "images_sha256")}  # last: an option says more
     return {**drawn, "split_seed": split["seed"], **given, **found}
 
@@ -98,8 +100,7 @@ def check_fits(header: Mapping[str, Any], own: Mapping[str, Any]) -> None:
             "data set that it was trained on, and set --data.protocol cross-dataset --data.targets '[NAME]'."
         )
     stated = header.get("model", {"adapter": header.get("adapter")})  # before format 3, the adapter's settings alone
-    here = {key: own["model"][key] for key in stated.keys() & own["model"].keys()}
-    found = first_difference(stated, here, "model", INDIFFERENT | TRAINED_WITH)
+    found = first_difference(stated, stated_of(own["model"], stated), "model", INDIFFERENT | TRAINED_WITH)
     if found is not None:
         raise UserError(f"The checkpoint has {found[0]} {found[1]}, and the config {found[2]}.")
     found = first_difference(header.get("frozen"), own["frozen"], "frozen basis", tolerance=TOLERANCE)
@@ -107,9 +108,14 @@ def check_fits(header: Mapping[str, Any], own: Mapping[str, Any]) -> None:
         raise UserError(f"The checkpoint's {found[0]} is {found[1]}, and the config's {found[2]}.")
 
 
+def stated_of(own: Mapping[str, Any], stated: Mapping[str, Any]) -> dict[str, Any]:
+    """What a header of the present run has in common with an older one, which says less."""
+    return {key: own[key] for key in stated.keys() & own.keys()}
+
+
 def check_same_run(header: Mapping[str, Any], own: Mapping[str, Any], path: Any) -> None:
     """Raises UserError, with the option and both values, where going on would be another run than the one begun."""
-    found = first_difference(header["model"], own["model"], "model", INDIFFERENT)
+    found = first_difference(header["model"], stated_of(own["model"], header["model"]), "model", INDIFFERENT)
     found = found or first_difference(header["training"], own["training"])
     if found is not None:
         raise UserError(

@@ -272,7 +272,7 @@ def table_rows(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         return f"{adapted:.1%}" + (f" (zero-shot {before:.1%})" if before is not None else "")
 
     zero_shot, peak = result["zero_shot_acc"], result["peak_memory_bytes"]
-    yield "zero-shot accuracy", "needs a text tower" if zero_shot is None else f"{zero_shot:.1%}"
+    yield "zero-shot accuracy", "needs features that texts compare with" if zero_shot is None else f"{zero_shot:.1%}"
     yield "adapted accuracy", f"{result['acc']:.1%}"
     if len(result["test_sets"]) > 1:
         for name, each in result["test_sets"].items():

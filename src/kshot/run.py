@@ -58,7 +58,7 @@ def build(backbone: Backbone, data: FewShotDataModule, seed: int = 1, **settings
 
     Args:
         backbone: nothing may be attached to it.
-        data: gives class names and templates, and takes the backbone's image size.
+        data: gives class names and templates, and takes the backbone's preprocessing.
         seed: of initial values and of chance in training.
         settings: of :class:`~kshot.module.FewShotModule`.
 
@@ -67,7 +67,7 @@ def build(backbone: Backbone, data: FewShotDataModule, seed: int = 1, **settings
     """
     if backbone.layers() or backbone.initial_values is not None:
         raise UserError(f"Something is attached to {backbone.name} already: detach() it first.")
-    data.use_image_size(backbone.image_size)
+    data.use_preprocessing(backbone.preprocessing)
     seed_everything(seed, verbose=False)
     try:
         module = FewShotModule(backbone, class_names=data.class_names, templates=data.templates, **settings)

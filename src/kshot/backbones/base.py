@@ -6,12 +6,14 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from kshot.backbones.preprocessing import Preprocessing
 from kshot.backbones.unfuse import restore
 from kshot.errors import UserError
 from kshot.slots import AdapterLayer, Slot, adapters_off, projections_of
@@ -24,9 +26,13 @@ class Backbone(nn.Module, ABC):
 
     Args:
         name: architecture and weights, as the config names them.
-        image_size: side of the square images it takes, in pixels.
+        preprocessing: of the images that its weights were trained on.
         feature_dim: width of an image feature.
-        mean: of the three colours, in the images that its weights were trained on; ``std`` likewise.
+        features: which tokens it is of, where there is a choice; texts and learned tokens go with ``default`` alone.
+
+    Attributes:
+        image_size: side of the square images it takes, in pixels.
+        mean: of the three colours, (1, 3, 1, 1); ``std`` likewise.
     """
 
     mean: Tensor
@@ -35,21 +41,24 @@ class Backbone(nn.Module, ABC):
     image_blocks: int = 0  # of the image tower, that learned tokens can enter; 0 when it takes none
     image_width: int = 0  # of its tokens
 
-    def __init__(
-        self, name: str, image_size: int, feature_dim: int, mean: Sequence[float], std: Sequence[float]
-    ) -> None:
+    def __init__(self, name: str, preprocessing: Preprocessing, feature_dim: int, features: str = "default") -> None:
         super().__init__()
-        self.name, self.image_size, self.feature_dim = name, image_size, feature_dim
+        self.name, self.preprocessing, self.feature_dim = name, preprocessing, feature_dim
+        self.image_size, self.features = preprocessing.size, features
         self.shared = nn.ModuleList()  # what the layers of an attached method share
         self.initial_values: nn.Module | None = None  # of parameters that are unfrozen, by name
         self.is_unadapted = False
-        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(preprocessing.mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(preprocessing.std).view(1, 3, 1, 1), persistent=False)
 
     def freeze(self, towers: nn.Module) -> None:
         """Ends construction: freezes the towers."""
         towers.requires_grad_(False)
         self.eval()
+
+    def settings(self) -> dict[str, Any]:
+        """What decides its features beside the weights, in plain data, for headers of checkpoints."""
+        return {"features": self.features, "preprocessing": asdict(self.preprocessing)}
 
     @abstractmethod
     def encode_normalised(self, image: Tensor) -> Tensor:
@@ -191,6 +200,10 @@ def key_of(name: str) -> str:
 
 def require_image_prompts(backbone: Backbone, who: str) -> None:
     """Raises UserError unless learned tokens can enter the image tower."""
+    if backbone.features != "default":
+        raise UserError(
+            f"{who} puts learned tokens into the image tower, which takes them with features: default only."
+        )
     if not backbone.image_blocks:
         raise UserError(
             f"{who} puts learned tokens into the image tower, which that of {backbone.name} cannot take: use a plain "

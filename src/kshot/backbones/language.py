@@ -134,11 +134,16 @@ class VisionLanguageBackbone(Backbone):
 
 
 def require_text(backbone: Backbone, who: str) -> VisionLanguageBackbone:
-    """The backbone as one with a text tower; raises UserError where it has none."""
+    """The backbone as one with a text tower; raises UserError where it has none, or other features."""
     if not isinstance(backbone, VisionLanguageBackbone):
         raise UserError(
             f"{who} needs a text tower, and {backbone.name} has none: use an OpenClip backbone, or the classifier "
             "LinearProbe, LogisticProbe, NearestClassMean or VPT."
+        )
+    if backbone.features != "default":
+        raise UserError(
+            f"{who} compares images with texts, and features: {backbone.features} of {backbone.name} have no texts to "
+            "compare with: use features: default, or the classifier LinearProbe, LogisticProbe or NearestClassMean."
         )
     return backbone
 

@@ -15,7 +15,9 @@ from kshot.backbones.attention import Attention, PackedText
 from kshot.backbones.base import check_image_size, run_prompted, sha256_of
 from kshot.backbones.hub import out_of_reach, quiet_loading
 from kshot.backbones.language import VisionLanguageBackbone
+from kshot.backbones.preprocessing import Preprocessing
 from kshot.backbones.timm import prompt_shape, prompted_features
+from kshot.backbones.tokens import Features, probed, width_of
 from kshot.backbones.unfuse import unfuse_open_clip, unfuse_timm
 from kshot.errors import UserError, first_line, nearest_first
 from kshot.lean import without
@@ -34,6 +36,9 @@ class OpenClip(VisionLanguageBackbone):
         image_size: side of the input in pixels; None takes the model's own.
         text_memory_gb: memory that the activations of the text tower may take; more prompts than fit are encoded in
             parts. None takes a quarter of the device's memory.
+        features: ``default`` are those that texts are compared with; others are of the image tower's tokens after its
+            final norm and before its projection, for classifiers without texts: ``cls``, ``mean`` (of the patches),
+            ``cls+mean`` of the last block, ``last4`` (class tokens of four blocks), ``last4+mean``.
 
     Raises:
         UserError: a setting that cannot be; weights that are not named, fit the model ill or are out of reach.
@@ -46,6 +51,7 @@ class OpenClip(VisionLanguageBackbone):
         pretrained: str | None = None,
         image_size: int | None = None,
         text_memory_gb: float | None = None,
+        features: Features = "default",
     ) -> None:
         open_clip = loaded_open_clip()
         if text_memory_gb is not None and not 0 < text_memory_gb < math.inf:
@@ -82,9 +88,9 @@ class OpenClip(VisionLanguageBackbone):
                     "run once with a network, or point HF_HUB_CACHE at a filled cache."
                 ) from error
         visual, name = clip.visual, model if pretrained is None else f"{model}/{pretrained}"
-        size, statistics = visual.image_size, visual.preprocess_cfg
-        size = size[0] if isinstance(size, tuple | list) else size
-        super().__init__(name, size, config["embed_dim"], statistics["mean"], statistics["std"])
+        size = visual.image_size[0] if isinstance(visual.image_size, tuple | list) else visual.image_size
+        width = width_of(features, config["embed_dim"], name, getattr(visual, "trunk", visual))
+        super().__init__(name, Preprocessing.of_open_clip(visual.preprocess_cfg, size), width, features)
         self.weight_sha256 = sha256_of(clip)
         self.clip, self.tokenizer = clip, tokenizer
         text = self._text
@@ -124,6 +130,9 @@ class OpenClip(VisionLanguageBackbone):
         return cast(Tensor, self.clip.logit_scale.detach().exp().reshape(()))
 
     def encode_normalised(self, image: Tensor) -> Tensor:
+        if self.features != "default":
+            visual = self.clip.visual
+            return probed(getattr(visual, "trunk", visual), image, self.features)
         return cast(Tensor, self.clip.encode_image(image))
 
     def encode_prompted(self, image: Tensor, tokens: Sequence[Tensor]) -> Tensor:

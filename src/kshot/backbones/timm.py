@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from kshot.backbones.base import Backbone, check_image_size, run_prompted, sha256_of
 from kshot.backbones.hub import out_of_reach, quiet_loading
+from kshot.backbones.preprocessing import Preprocessing
+from kshot.backbones.tokens import Features, probed, width_of
 from kshot.backbones.unfuse import unfuse_timm
 from kshot.errors import UserError, first_line, nearest_first
 
@@ -27,16 +29,27 @@ class Timm(Backbone):
             model's own.
         pool: ``token`` or ``avg``; None takes ``token`` for DINOv3, as its authors' few-shot protocol does, and
             otherwise the model's own.
+        features: ``default`` pools as ``pool`` says; others are of tokens after the final norm: ``cls``, ``mean`` (of
+            the patches), ``cls+mean`` of the last block, ``last4`` (class tokens of four blocks), ``last4+mean``.
 
     Raises:
-        UserError: unknown model, no transformer blocks, weights out of reach or unfit, image size off the patches.
+        UserError: unknown model, no transformer blocks, weights out of reach or unfit, image size off the patches,
+            features that the model has not.
     """
 
     @torch.inference_mode(False)  # weights must be able to stand in the graph of what is attached
     def __init__(
-        self, model: str, weights: str = "pretrained", image_size: int | None = None, pool: str | None = None
+        self,
+        model: str,
+        weights: str = "pretrained",
+        image_size: int | None = None,
+        pool: str | None = None,
+        features: Features = "default",
     ) -> None:
         import timm
+
+        if pool is not None and features != "default":
+            raise UserError(f"pool: {pool} says how features: default are pooled, and features is {features}.")
 
         base = model.split(":")[-1].split("/")[-1].split(".")[0]
         if ":" not in model and not timm.is_model(base):
@@ -69,14 +82,20 @@ class Timm(Backbone):
         config = timm.data.resolve_model_data_config(vit)
         size = image_size or config["input_size"][-1]
         check_image_size(size, vit.patch_embed.patch_size[0], model)
-        super().__init__(model, size, vit.num_features, config["mean"], config["std"])
+        width = width_of(features, vit.num_features, model, vit)
+        super().__init__(model, Preprocessing.of_timm(config, size), width, features)
         self.weight_sha256 = sha256_of(vit)
         self.vit = vit
         self.image_blocks, self.image_width = prompt_shape(vit)
         unfuse_timm(vit.blocks, "image")
         self.freeze(vit)
 
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "pool": self.vit.global_pool}
+
     def encode_normalised(self, image: Tensor) -> Tensor:
+        if self.features != "default":
+            return probed(self.vit, image, self.features)
         return cast(Tensor, self.vit(image))
 
     def encode_prompted(self, image: Tensor, tokens: Sequence[Tensor]) -> Tensor:

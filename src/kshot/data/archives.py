@@ -12,12 +12,12 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from PIL import Image
 
 from kshot.data.digests import digest_of
-from kshot.data.images import UnreadableImageError, read_image
+from kshot.data.images import CLIPS, Decoding, UnreadableImageError, read_image
 from kshot.data.listing import IMAGE_SUFFIXES, Listing, kind_of, reads_as_image, time_of, tool_made
 from kshot.data.splits import check_path
 from kshot.errors import UserError, first_line
@@ -60,9 +60,9 @@ class StoredImages(ABC):
     def stored(self, path: str) -> bytes:
         """Gives the file of an image; raises what it may where it cannot."""
 
-    def open(self, path: str, draft: bool = False, *decoding: Any, **named: Any) -> Image.Image:
-        """Gives the image of a row by ``read_image``, which takes what else is given."""
-        return read_image(self.called(path), draft, *decoding, content=io.BytesIO(self.content(path)), **named)
+    def open(self, path: str, draft: bool = False, decoding: Decoding = CLIPS) -> Image.Image:
+        """Gives the image of a row by ``read_image``."""
+        return read_image(self.called(path), draft, decoding, io.BytesIO(self.content(path)))
 
     def content(self, path: str) -> bytes:
         """Gives the file of an image; raises UnreadableImageError for one that is missing, too large or damaged."""

@@ -3,22 +3,24 @@
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
-import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from kshot.backbones import Preprocessing
 from kshot.data import protocols
-from kshot.data.images import Augment, FileImages, ImageSource, fault
-from kshot.data.loading import EpochSampler, PartLoader, endless, halves, share
+from kshot.data.images import CLIPS, Decoding, FileImages, ImageSource, decoding_of, fault, faults_of, white_of
+from kshot.data.loading import EpochSampler, endless, halves, part_loader, share
 from kshot.data.manifest import manifest_bytes, read_manifest, with_images, write_manifest
 from kshot.data.parts import Batch, Part
 from kshot.data.readers import image_files
 from kshot.data.sampling import draw
 from kshot.data.splits import TEST_SHARE, Row
+from kshot.data.transforms import Augment
 from kshot.errors import UserError
 from kshot.files import write_atomically
 from kshot.templates import check_templates
@@ -47,6 +49,10 @@ class FewShotDataModule(LightningDataModule):
         eval_batch_size: images per step of validation, test and prediction.
         num_workers: processes that load images; 0 loads in the main process.
         image_size: side of the images in pixels; null where the command line takes it from the backbone.
+        fit: crop, pad or squash evaluation images that are not square; null for what the weights were trained with.
+        exif: turn photos upright by EXIF; null for yes in a user's own images, no in those of the catalogue.
+        background: colour under transparent images; null for white under own ones, what is hidden in the catalogue's.
+        white: value that is white in images of more than 8 bits; null to find it in the training images.
         augment: random views of the training images; null for the evaluation transform.
         views: number of views that repeat over the epochs; null for a new view in each epoch.
         template: sentence for a class name, with {} for the name, or several; null for the data set's own.
@@ -88,6 +94,10 @@ class FewShotDataModule(LightningDataModule):
         eval_batch_size: int = 128,
         num_workers: int = 0,
         image_size: int | None = None,
+        fit: Literal["crop", "pad", "squash"] | None = None,
+        exif: bool | None = None,
+        background: list[int] | None = None,
+        white: float | None = None,
         augment: Augment | None = None,
         views: int | None = None,
         template: str | list[str] | None = None,
@@ -100,13 +110,13 @@ class FewShotDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         protocols.check_protocol(protocol, targets)
-        self.protocol = protocol
-        self.root = root
-        self.split_seed = split_seed
-        self.batch_size = batch_size
-        self.eval_batch_size = eval_batch_size
+        self.protocol, self.root, self.split_seed = protocol, root, split_seed
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.num_workers = num_workers
         self.image_size = image_size
+        self.preprocessing = Preprocessing().fitted(fit)
+        self.fit, self.exif, self.background, self.white = fit, exif, background, white
+        decoding_of(True, exif, background, white)  # refuses what is no colour
         self.augment = augment
         self.views = views
         self.skip_unreadable = skip_unreadable
@@ -145,11 +155,15 @@ class FewShotDataModule(LightningDataModule):
         self.image_digests: dict[str, str] = {}
         self._parts: dict[str, Part] = {}
 
-    def use_image_size(self, size: int) -> None:
-        """Takes the image size from the backbone; raises UserError when another one was given."""
+    def use_preprocessing(self, preprocessing: Preprocessing) -> None:
+        """Takes a backbone's; raises UserError for another size than was given, or when images are open by another."""
+        size = preprocessing.size
         if self.image_size not in (None, size):
             raise UserError(f"data.image_size is {self.image_size}, the backbone takes {size}: set it on the backbone.")
-        self.image_size = size
+        wanted = preprocessing.fitted(self.fit).pixels
+        if self._parts and self._pixels() != wanted:
+            raise UserError(f"images are open by {self._pixels()}, the backbone takes {wanted}: make new data.")
+        self.image_size, self.preprocessing = size, wanted
 
     def prepare_data(self) -> None:
         """Downloads image files, once per machine, where that was asked for."""
@@ -168,14 +182,13 @@ class FewShotDataModule(LightningDataModule):
             self._parts["val"] = self._shots("val", self.draw.val)
         if stage == "test" and self.test_parts[0] not in self._parts:
             tests = list(protocols.reopened(self._held_out))
-            self._parts |= {held.part: self._open(images, rows, held.part, lazy=True) for held, images, rows in tests}
+            self._parts |= {h.part: self._open(images, rows, h.part, h.source, lazy=True) for h, images, rows in tests}
         if stage == "predict":
             files = image_files(self.images)
             wrong = None if self.skip_unreadable else next(filter(None, map(fault, files)), None)
             if wrong:
                 raise UserError(wrong)
-            rows = [Row(str(file), -1, "") for file in files]
-            self._parts[stage] = self._open(FileImages(Path()), rows, stage, lazy=True)
+            self._parts[stage] = self._open(FileImages(), [Row(str(f), -1, "") for f in files], stage, None, lazy=True)
             self.predict_paths = self._parts[stage].paths
 
     def teardown(self, stage: str) -> None:
@@ -191,11 +204,10 @@ class FewShotDataModule(LightningDataModule):
         not, with ``skip_unreadable`` only when none is; and when there are no test images, or a source has changed.
         """
         for held, images, rows in protocols.reopened(self._held_out):
-            files = [images.folder / row.path for row in rows] if isinstance(images, FileImages) else []
-            faults = [wrong for file in files if (wrong := fault(file))]
-            if faults and not (self.skip_unreadable and len(faults) < len(rows)):
-                of = f"{len(faults)} of {len(rows)} test images of {held.source.name} cannot be read"
-                raise UserError(f"{of}, the first: {faults[0]}")
+            count, first = faults_of(images, [row.path for row in rows])
+            if count and not (self.skip_unreadable and count < len(rows)):
+                of = f"{count} of {len(rows)} test images of {held.source.name} cannot be read"
+                raise UserError(f"{of}, the first: {first}")
             protocols.point_out_copies(images, rows, self._source, (*self.draw.train, *self.draw.val))
 
     def part(self, part: str) -> Part:
@@ -255,12 +267,12 @@ class FewShotDataModule(LightningDataModule):
 
         The same key in one process means the same images, unless their files have changed meanwhile.
         """
-        decides: list[Any] = [part, self._known_size(), self.skip_unreadable, str(Path(self.root).resolve())]
+        decides: list[Any] = [part, self._pixels(), self.skip_unreadable, str(Path(self.root).resolve())]
         if part == "predict":
-            decides += self.part(part).paths
+            decides += [self._decoding(None), *self.part(part).paths]
         else:
             source = next((held.source for held in self._held_out if held.part == part), self._source)
-            decides += [source.name, source.sha256, source.entry]
+            decides += [self._decoding(source), source.name, source.sha256, source.entry]
         if part in {"train", "val"}:
             decides += self.draw.train if part == "train" else self.draw.val
         if part == "train" and self.augment is not None:
@@ -296,23 +308,31 @@ class FewShotDataModule(LightningDataModule):
 
     def write_manifest(self, path: str | Path) -> None:
         """Writes the manifest of the draw, with the image digests; raises UserError when it cannot be written."""
-        content = with_images(self._manifest, self.image_digests)
-        write_atomically(Path(path), lambda file: write_manifest(file, content))
+        write_atomically(Path(path), lambda file: write_manifest(file, with_images(self._manifest, self.image_digests)))
 
     def _shots(self, part: str, rows: Sequence[Row], **views: Any) -> Part:
         images = self._source.entry.images(self.root, part, rows, self.download)
         paths = [row.path for row in (self._drawn.train if part == "train" else self._drawn.val)]
         self.image_digests |= dict(zip(paths, images.digests(paths), strict=True))
-        return self._open(images, rows, part, **views)
+        return self._open(images, rows, part, self._source, **views)
 
-    def _open(self, images: ImageSource, rows: Sequence[Row], part: str, **settings: Any) -> Part:
-        size, skip = self._known_size(), self.skip_unreadable
-        return Part(images, rows, size, name=part, skip_unreadable=skip, **settings)
+    def _open(self, images: ImageSource, rows: Sequence[Row], part: str, source: Any, **settings: Any) -> Part:
+        settings |= {"decoding": self._decoding(source), "skip_unreadable": self.skip_unreadable}
+        return Part(images, rows, self._pixels(), name=part, **settings)
 
-    def _known_size(self) -> int:
+    def _pixels(self) -> Preprocessing:
         if self.image_size is None:
             raise UserError("image_size is not set: give --data.image_size, or set it before setup")
-        return self.image_size
+        return replace(self.preprocessing, size=self.image_size)
+
+    def _decoding(self, source: protocols.Source | None) -> Decoding:
+        own = source is None or not source.catalogued
+        white = self._white if own and not self._source.catalogued else CLIPS.white
+        return decoding_of(own, self.exif, self.background, self.white or white)
+
+    @cached_property
+    def _white(self) -> float | None:
+        return white_of(self._source.entry, self.root, self.draw.train)
 
     def _epochs(self, part: Part, positions: Sequence[int], rank: int = 0, devices: int = 1) -> DataLoader[Batch]:
         order = EpochSampler(positions, self.split_seed, self.train_views(), self.batch_size, rank, devices)
@@ -325,18 +345,4 @@ class FewShotDataModule(LightningDataModule):
         return self._loader(opened, self.eval_batch_size, keys, persistent)
 
     def _loader(self, part: Part, batch_size: int, keys: Any, persistent: bool = False) -> DataLoader[Batch]:
-        workers = self.num_workers if part.features is None else 0
-        return PartLoader(
-            dataset=part,
-            batch_size=batch_size,  # by keyword: Lightning builds prediction loaders anew from what it sees
-            sampler=keys,
-            num_workers=workers,
-            collate_fn=_as_is,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator().manual_seed(self.split_seed),  # or each epoch draws from the global state
-            persistent_workers=persistent and workers > 0,
-        )
-
-
-def _as_is(batch: Any) -> Any:
-    return batch  # parts stack their batches themselves
+        return part_loader(part, batch_size, keys, self.num_workers, self.split_seed, persistent)

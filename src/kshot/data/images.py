@@ -1,27 +1,68 @@
-"""From a stored image to a uint8 tensor: opening, CLIP's evaluation transform, augmentation."""
+"""From a stored image to an RGB image of 8 bits: one rule for each kind of pixels (docs/images.md)."""
 
+import logging
 import math
 import os
-import random
 import stat
 import warnings
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 import numpy as np
-import torch
-from PIL import Image
-from torch import Tensor
+from PIL import ExifTags, Image
 
 from kshot.data.digests import digest_of, file_digests
+from kshot.data.splits import Row
 from kshot.errors import UserError
+
+logger = logging.getLogger("kshot")
 
 # No others: Pillow hands PostScript, whatever the file is called, to a program that runs it.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-LONGEST = 100  # times the shorter side: resizing a longer image to a given shorter side takes gigabytes
+LONGEST = 4096  # times the shorter side: resizing a longer image to a given shorter side takes seconds
+NEVER_DEEP = frozenset({".jpg", ".jpeg", ".webp", ".bmp", ".gif"})  # suffixes of formats with 8 bits a value
+DEPTHS = (8, 10, 12, 14, 16, 24, 32)  # bits of values as scanners and cameras write them
+TRANSPARENT = frozenset({"RGBA", "RGBa", "LA", "La", "PA"})
+UPRIGHT = {  # what undoes each orientation of EXIF
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How stored pixels become RGB; the defaults are CLIP's own rule.
+
+    Attributes:
+        exif: turn photos upright by their EXIF orientation.
+        background: colour under transparent images; None shows the colours that transparency hides.
+        white: the value that is white in images of more than 8 bits; None when it is not known.
+
+    Raises:
+        UserError: a background that is no colour, or a white that is not positive.
+    """
+
+    exif: bool = False
+    background: tuple[int, ...] | None = None
+    white: float | None = 65535.0
+
+    def __post_init__(self) -> None:
+        colour = self.background
+        if colour is not None and not (len(colour) == 3 and all(0 <= value <= 255 for value in colour)):
+            raise UserError(f"background must be three values in 0 ... 255, not {list(colour)}")
+        if self.white is not None and not 0 < self.white < math.inf:
+            raise UserError(f"white must be a positive number, not {self.white}")
+
+
+CLIPS = Decoding()
 
 
 class UnreadableImageError(UserError):
@@ -51,10 +92,12 @@ def fault(file: Path) -> str:
     return f"cannot read the image {str(file)!r}: {reason}" if reason else ""
 
 
-def read_image(file: Path, draft: bool = False, *, content: BinaryIO | None = None) -> Image.Image:
-    """Decodes an image file, or its content, to 8-bit RGB; a draft of a JPEG has an eighth of each side.
+@contextmanager
+def opened(file: Path, content: BinaryIO | None = None) -> Iterator[Image.Image]:
+    """Opens an image file, or the content that it would have, of which only the header is read at first.
 
-    Raises UnreadableImageError for what is missing, truncated, too large, or in none of the ``FORMATS``.
+    Raises UnreadableImageError for what is missing, truncated, too large or long, or in none of the ``FORMATS``; also
+    for what fails while it is open.
     """
     if content is None and (wrong := fault(file)):
         raise UnreadableImageError(wrong)
@@ -66,9 +109,7 @@ def read_image(file: Path, draft: bool = False, *, content: BinaryIO | None = No
                     raise ValueError(
                         f"{image.width} x {image.height} pixels, but a side may have {LONGEST} of the other"
                     )
-                if draft:
-                    image.draft("RGB", (1, 1))
-                return to_rgb(image)
+                yield image
     except MemoryError:
         raise
     except Exception as error:  # a broken file may raise anything in a decoder: SyntaxError, struct.error, ...
@@ -76,15 +117,25 @@ def read_image(file: Path, draft: bool = False, *, content: BinaryIO | None = No
         raise UnreadableImageError(f"cannot read the image {str(file)!r}: {reason}") from None
 
 
+def read_image(
+    file: Path, draft: bool = False, decoding: Decoding = CLIPS, content: BinaryIO | None = None
+) -> Image.Image:
+    """Decodes what ``opened`` opens to 8-bit RGB; a draft of a JPEG has an eighth of each side. Raises as it does."""
+    with opened(file, content) as image:
+        if draft:
+            image.draft("RGB", (1, 1))
+        return to_rgb(image, decoding)
+
+
 @dataclass(frozen=True)
 class FileImages:
-    """Image files below a folder. EXIF orientation is ignored, as in CLIP's own preprocessing."""
+    """Image files below a folder."""
 
-    folder: Path
+    folder: Path = Path()
 
-    def open(self, path: str, draft: bool = False) -> Image.Image:
+    def open(self, path: str, draft: bool = False, decoding: Decoding = CLIPS) -> Image.Image:
         """Gives the image of a row by ``read_image``."""
-        return read_image(self.folder / path, draft)
+        return read_image(self.folder / path, draft, decoding)
 
     def digests(self, paths: Sequence[str]) -> list[str]:
         """Digests the files of rows by ``file_digests``."""
@@ -101,13 +152,13 @@ class ArrayImages:
         self.load, self.convert = load, convert
         self.items: Sequence[Any] | None = load()
 
-    def open(self, path: str, draft: bool = False) -> Image.Image:  # noqa: ARG002  nothing to gain by a draft
+    def open(self, path: str, draft: bool = False, decoding: Decoding = CLIPS) -> Image.Image:  # noqa: ARG002  for none
         """Gives an image as 8-bit RGB; raises UnreadableImageError for an index that there is not."""
         if self.items is None:
             self.items = self.load()
         if int(path) >= len(self.items):
             raise UnreadableImageError(f"there is no image {path}: the data set has {len(self.items)}")
-        return to_rgb(self.convert(self.items[int(path)]))
+        return to_rgb(self.convert(self.items[int(path)]), decoding)
 
     def digests(self, paths: Sequence[str]) -> list[str]:
         """Digests the 8-bit RGB pixels of images; an empty text for one that cannot be read."""
@@ -127,7 +178,7 @@ class ArrayImages:
 class ImageSource(Protocol):
     """Opens images: files, the items of an array, or the members of an archive."""
 
-    def open(self, path: str, draft: bool = False) -> Image.Image:
+    def open(self, path: str, draft: bool = False, decoding: Decoding = CLIPS) -> Image.Image:
         """Gives the image of a row; raises UnreadableImageError where it cannot be read."""
 
     def digests(self, paths: Sequence[str]) -> list[str]:
@@ -137,93 +188,88 @@ class ImageSource(Protocol):
         """Lets go of what ``open`` gets again."""
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Converts to 8-bit RGB; 16-bit greyscale is scaled, where PIL alone would clip it to white."""
-    if image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.int32)
-        image = Image.fromarray((values >> 8 if values.max(initial=0) > 255 else values).clip(0, 255).astype(np.uint8))
-    return image.convert("RGB")
+def to_rgb(image: Image.Image, decoding: Decoding = CLIPS) -> Image.Image:
+    """Converts an image to 8-bit RGB; raises ValueError for deep values when it is not known which is white."""
+    image.load()  # formats may tell of orientation and transparency at their end
+    turn = UPRIGHT.get(orientation(image)) if decoding.exif else None
+    if is_deep(image):
+        image = scaled(image, decoding.white)
+    elif decoding.background is not None and (image.mode in TRANSPARENT or "transparency" in image.info):
+        under = Image.new("RGBA", image.size, (*decoding.background, 255))
+        image = Image.alpha_composite(under, image.convert("RGBA"))
+    if image.mode != "RGB":  # which convert would copy
+        image = image.convert("RGB")
+    return image if turn is None else image.transpose(turn)
 
 
-def evaluation_view(image: Image.Image, image_size: int) -> Tensor:
-    """Applies CLIP's preprocessing to an RGB image; gives a uint8 tensor (3, image_size, image_size).
+def orientation(image: Image.Image) -> int:
+    """How a camera was held, 1 ... 8 of EXIF; 1, upright, where nothing legible is said."""
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # a broken entry may raise anything, and the pixels are there
+        return 1
 
-    That is: shorter side to ``image_size`` (bicubic, antialiased), centre crop; normalising is left to the backbone,
-    which owns mean and deviation.
+
+def is_deep(image: Image.Image) -> bool:
+    """Whether values have more than 8 bits, or are floats: greyscale of 16 or 32 bits."""
+    return image.mode == "F" or image.mode.startswith("I")
+
+
+def scaled(image: Image.Image, white: float | None) -> Image.Image:
+    """Makes 8-bit greyscale of deep values: 255 times value / white, rounded, within 0 ... 255."""
+    if white is None:
+        raise ValueError("it has more than 8 bits, and which value is white is not known: set --data.white")
+    values = np.nan_to_num(np.asarray(image, dtype=np.float32)).clip(0, white)
+    return Image.fromarray(np.rint(values * 255 / white).astype(np.uint8))
+
+
+def decoding_of(own: bool, exif: bool | None, background: Sequence[int] | None, white: float | None) -> Decoding:
+    """How a user's own images, or those of the catalogue, become RGB by the options of a data module.
+
+    Without options the user's own are turned upright and lie on white, and the catalogue's are read as CLIP reads them.
     """
-    from torchvision.transforms import InterpolationMode
-    from torchvision.transforms.v2 import functional
-
-    resized = functional.resize(image, [image_size], InterpolationMode.BICUBIC)
-    return to_tensor(functional.center_crop(resized, [image_size]))
+    if background is None and own:
+        background = (255, 255, 255)
+    return Decoding(own if exif is None else exif, None if background is None else tuple(background), white)
 
 
-def limit_size(image: Image.Image, shorter_side: int) -> Image.Image:
-    """Shrinks an image (bicubic) until its shorter side is at most ``shorter_side`` pixels."""
-    width, height = image.size
-    scale = shorter_side / min(width, height)
-    if scale >= 1:
-        return image
-    return image.resize((max(1, round(width * scale)), max(1, round(height * scale))), Image.Resampling.BICUBIC)
+def white_of(entry: Any, root: str, rows: Sequence[Row]) -> float | None:
+    """Finds by its training images which value is white in a data set's images of more than 8 bits, and logs it.
 
-
-def to_tensor(image: Image.Image) -> Tensor:
-    """Turns an RGB image into a uint8 tensor (3, height, width)."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
-
-
-class Augment(ABC):
-    """A random change of training images. Subclasses are frozen dataclasses of their settings."""
-
-    @abstractmethod
-    def __call__(self, image: Image.Image, image_size: int, stream: random.Random) -> Tensor:
-        """Makes one view, uint8 (3, image_size, image_size), of an RGB image; all chance comes from the stream."""
-
-
-@dataclass(frozen=True)
-class CropFlip(Augment):
-    """Random resized crop (bicubic) and horizontal flip, as CLIP's adaptation methods train with.
-
-    Attributes:
-        scale: smallest and largest share of the image's area in the crop.
-        ratio: smallest and largest width divided by height of the crop.
-        flip: probability of a mirror image; 0 for characters and signs.
-
-    Raises:
-        UserError: a range is not ascending and positive, or a share or probability is above 1.
+    It is that of 16 bits where no training image has more than 8, and None where none is there to tell.
     """
+    try:
+        images = entry.images(root, "train", rows)
+    except UserError:  # a run may be tested, or predict, where the images that it was trained on are not
+        return None
+    if not isinstance(images, FileImages):
+        return CLIPS.white
+    read, largest = largest_value([images.folder / row.path for row in rows])
+    if largest is None:
+        return CLIPS.white if read else None
+    white = next((top for top in (1.0, *(2.0**bits - 1 for bits in DEPTHS)) if largest <= top), largest)
+    logger.info(
+        f"Images of more than 8 bits: {white:.10g} is white (the training images go up to {largest:.10g}); "
+        "data.white sets another."
+    )
+    return white
 
-    scale: tuple[float, float] = (0.08, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    flip: float = 0.5
 
-    def __post_init__(self) -> None:
-        if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise UserError(f"scale must be two ascending shares in (0, 1], not {self.scale}")
-        if not 0 < self.ratio[0] <= self.ratio[1]:
-            raise UserError(f"ratio must be two ascending positive numbers, not {self.ratio}")
-        if not 0 <= self.flip <= 1:
-            raise UserError(f"flip must be a probability, not {self.flip}")
+def largest_value(files: Sequence[Path]) -> tuple[bool, float | None]:
+    """Whether any file that may have more than 8 bits can be read, and the largest value of those that have."""
+    doubtful = [file for file in files if file.suffix.lower() not in NEVER_DEEP]
+    read, largest = not doubtful, None
+    for file in doubtful:
+        with suppress(UnreadableImageError), opened(file) as image:  # said where the image is asked for
+            read = True
+            if is_deep(image):
+                values = np.asarray(image, dtype=np.float64)
+                largest = max(largest or 0.0, float(values[np.isfinite(values)].max(initial=0)))
+    return read, largest
 
-    def __call__(self, image: Image.Image, image_size: int, stream: random.Random) -> Tensor:
-        left, top, width, height = self.crop(image.width, image.height, stream)
-        box = (left, top, left + width, top + height)
-        # Cropping before resizing keeps pixels outside the crop out of the filter, as torchvision does.
-        view = image.crop(box).resize((image_size, image_size), Image.Resampling.BICUBIC)
-        if stream.random() < self.flip:
-            view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return to_tensor(view)
 
-    def crop(self, width: int, height: int, stream: random.Random) -> tuple[int, int, int, int]:
-        """Draws a crop of an image of ``width`` times ``height`` pixels: left, top, width, height."""
-        low, high = (math.log(value) for value in self.ratio)
-        for _ in range(10):  # most draws fit at once; a long image may refuse all
-            area = width * height * stream.uniform(*self.scale)
-            aspect = math.exp(stream.uniform(low, high))
-            crop_width, crop_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-            if 0 < crop_width <= width and 0 < crop_height <= height:
-                left, top = stream.randint(0, width - crop_width), stream.randint(0, height - crop_height)
-                return left, top, crop_width, crop_height
-        aspect = min(max(width / height, self.ratio[0]), self.ratio[1])
-        crop_width, crop_height = min(width, round(height * aspect)), min(height, round(width / aspect))
-        return (width - crop_width) // 2, (height - crop_height) // 2, crop_width, crop_height
+def faults_of(images: ImageSource, paths: Sequence[str]) -> tuple[int, str]:
+    """Number of files that cannot be read, as far as their folders tell, and what is wrong with the first."""
+    files = [images.folder / path for path in paths] if isinstance(images, FileImages) else []
+    wrong = list(filter(None, map(fault, files)))
+    return len(wrong), next(iter(wrong), "")

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any, cast
 
+import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
@@ -61,6 +62,25 @@ class PartLoader(DataLoader[Batch]):
         else:
             self.num_workers = 0
         return _told(super().__iter__())
+
+
+def part_loader(part: Part, batch_size: int, keys: Any, workers: int, seed: int, persistent: bool) -> DataLoader[Batch]:
+    """Makes the data loader of a part that asks for ``keys`` in order; ``persistent`` processes outlive an epoch."""
+    workers = workers if part.features is None else 0
+    return PartLoader(
+        dataset=part,
+        batch_size=batch_size,  # by keyword: Lightning builds prediction loaders anew from what it sees
+        sampler=keys,
+        num_workers=workers,
+        collate_fn=_as_is,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator().manual_seed(seed),  # or each epoch draws from the global state
+        persistent_workers=persistent and workers > 0,
+    )
+
+
+def _as_is(batch: Any) -> Any:
+    return batch  # parts stack their batches themselves
 
 
 def _told(batches: Iterator[Batch]) -> Iterator[Batch]:

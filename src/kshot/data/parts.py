@@ -12,8 +12,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from kshot.data.images import Augment, ImageSource, UnreadableImageError, evaluation_view, limit_size
+from kshot.backbones import Preprocessing
+from kshot.data.images import CLIPS, Decoding, ImageSource, UnreadableImageError
 from kshot.data.splits import Row
+from kshot.data.transforms import Augment, evaluation_view, kernel_of, limit_size
 from kshot.errors import UserError
 
 Key = tuple[int, int]  # position in the part, view
@@ -50,9 +52,10 @@ class Part(Dataset[Batch]):
 
     Args:
         source: opens the images of the rows.
-        image_size: side of the images in pixels.
+        preprocessing: of the evaluation images; augmented ones take its size and interpolation.
         name: of the part, for messages.
         augment: makes the views; None for the evaluation transform.
+        decoding: how stored pixels become RGB.
         views: number of different views of an image that repeat; 0 for endless.
         lazy: decode images when they are asked for, and keep none: for parts that are read once.
         skip_unreadable: leave out what cannot be read instead of raising. All is read in advance for it, since a batch
@@ -72,8 +75,9 @@ class Part(Dataset[Batch]):
 
     source: ImageSource
     rows: InitVar[Sequence[Row]]
-    image_size: int
+    preprocessing: Preprocessing
     _: KW_ONLY
+    decoding: Decoding = CLIPS
     name: str = "train"
     augment: Augment | None = None
     views: int = 1
@@ -133,14 +137,14 @@ class Part(Dataset[Batch]):
         views = []
         for array, (position, view) in zip(arrays, keys, strict=True):
             stream = random.Random(f"{self.seed}/{position}/{view}")
-            views.append(self.augment(Image.fromarray(array), self.image_size, stream))
+            views.append(self.augment(Image.fromarray(array), self.preprocessing, stream))
         return torch.stack(views)
 
     def _decoded(self, path: str) -> np.ndarray:
-        image = self.source.open(path)
+        image = self.source.open(path, decoding=self.decoding)
         if self.augment is None:
-            return evaluation_view(image, self.image_size).numpy()
-        return np.array(limit_size(image, 2 * self.image_size))
+            return evaluation_view(image, self.preprocessing).numpy()
+        return np.array(limit_size(image, 2 * self.preprocessing.size, kernel_of(self.preprocessing)))
 
     def _readable(self, rows: Sequence[Row], skip: bool) -> list[Row]:
         kept: list[Row] = []
@@ -148,7 +152,7 @@ class Part(Dataset[Batch]):
         for row in rows:
             try:
                 if self.lazy:
-                    self.source.open(row.path, draft=True)
+                    self.source.open(row.path, True, self.decoding)
                 else:
                     self.arrays.append(self._decoded(row.path))
             except UnreadableImageError as error:

@@ -93,6 +93,11 @@ class Source(NamedTuple):
     entry: DatasetEntry
     arguments: dict[str, Any]
 
+    @property
+    def catalogued(self) -> bool:
+        """Whether it is one of the catalogue's, and no user's own."""
+        return self.arguments["dataset"] in CATALOGUE
+
 
 def read_source(**arguments: Any) -> tuple[Split, Source]:
     """Reads a data set by the arguments of ``load_split``, and says in the log what its reader found or decided."""
