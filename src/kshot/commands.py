@@ -119,9 +119,9 @@ def settle_chatter() -> None:
     ):
         warnings.filterwarnings("ignore", message=message)
     log = logging.getLogger("kshot")
-    if not log.handlers:
-        log.addHandler(logging.StreamHandler())
-        log.setLevel(logging.INFO)
+    others = [handler for handler in log.handlers if type(handler) is not logging.StreamHandler]
+    log.handlers = [*others, logging.StreamHandler()]  # of the standard error that there is now
+    log.setLevel(logging.INFO)
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning 2.6 calls what jsonargparse 5 drops
 
 
