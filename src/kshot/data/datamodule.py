@@ -127,11 +127,9 @@ class FewShotDataModule(LightningDataModule):
                 raise UserError(f"{name} must be at least {least}, not {value}")
 
         where: dict[str, Any] = {"root": root, "download": download}
-        given = {"dataset": dataset, "class_names": class_names, "test_share": test_share}
-        split, self._source = protocols.read_source(**given, **where)
+        split, self._source = protocols.read_source(dataset, class_names=class_names, test_share=test_share, **where)
         self.dataset_name, self._passed_over = split.name, dict(split.left_out)
-        if class_names is None:
-            protocols.point_out_numbers(dataset, split, "give --data.class_names")
+        protocols.point_out_numbers(dataset, split, "give --data.class_names")
         sentences = [template] if isinstance(template, str) else template or [self._source.entry.template]
         self.templates = list(check_templates(sentences))
         drawn = read_manifest(manifest, split) if manifest else draw(split, shots, split_seed, sampler, allow_fewer)

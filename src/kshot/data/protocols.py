@@ -99,12 +99,12 @@ class Source(NamedTuple):
         return self.arguments["dataset"] in CATALOGUE
 
 
-def read_source(**arguments: Any) -> tuple[Split, Source]:
+def read_source(dataset: str, **arguments: Any) -> tuple[Split, Source]:
     """Reads a data set by the arguments of ``load_split``, and says in the log what its reader found or decided."""
-    split, entry = load_split(**arguments)
+    split, entry = load_split(dataset, **arguments)
     for note in split.notes:
         logger.info(note)
-    return split, Source(split.name, split.sha256, entry, arguments | {"listing": split.listing})
+    return split, Source(split.name, split.sha256, entry, arguments | {"dataset": dataset, "listing": split.listing})
 
 
 class HeldOut(NamedTuple):
@@ -139,7 +139,7 @@ def held_out_target(protocol: ProtocolName, target: str, others: Sequence[HeldOu
 
     Raises UserError when it is among the others, cannot be read, or has classes that the protocol does not allow.
     """
-    split, source = read_source(dataset=target, **arguments)
+    split, source = read_source(target, **arguments)
     trained_on = others[0]
     if split.name in {other.source.name for other in others}:
         raise UserError(
@@ -184,7 +184,7 @@ def point_out_copies(images: ImageSource, rows: Sequence[Row], source: Source, d
 
 
 def point_out_numbers(dataset: str, split: Split, advice: str) -> None:
-    """Warns of class names that are numbers, unless a catalogue data set's are."""
-    if dataset not in CATALOGUE and all(name.isdecimal() for name in split.said):
-        called = f"the classes of {split.name} are called {split.said[0]!r} and so on"
+    """Warns of class names that are numbers, unless a catalogue data set's are, or others were given."""
+    if dataset not in CATALOGUE and not split.prompt_names and all(name.isdecimal() for name in split.class_names):
+        called = f"the classes of {split.name} are called {split.class_names[0]!r} and so on"
         warnings.warn(f"{called}: methods with prompts need words, {advice}", stacklevel=4)
