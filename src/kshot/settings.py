@@ -94,6 +94,7 @@ MEANT = {  # an option, and what else people call it: other libraries' names, an
     "data.num_workers": "workers n_workers loader_workers jobs",
     "data.augment": "augmentation aug transform transforms augmentations",
     "data.template": "templates prompt prompts prompt_template",
+    "data.test_share": "test_split test_size holdout test_fraction",
     "data.class_names": "classes classnames labels",
     "trainer.max_epochs": "epochs epoch num_epochs n_epochs num_train_epochs max_epoch",
     "trainer.max_steps": "steps iterations iters num_steps max_iters n_iters max_iterations",
