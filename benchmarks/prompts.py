@@ -65,7 +65,7 @@ from kshot.backbones import OpenClip
 from kshot.classifiers import CoCoOp, CoOp, PromptSRC, Task
 from kshot.commands import settle_chatter
 from kshot.data.datamodule import FewShotDataModule
-from kshot.data.images import CropFlip
+from kshot.data.transforms import CropFlip
 from kshot.holding import stored_as
 from kshot.run import build, fit, make_trainer
 

@@ -39,9 +39,10 @@ def refused(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
         main(arguments)
     assert exit_code.value.code == 2
     lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1, lines
-    assert lines[0].startswith("error: ")
-    return lines[0]
+    *notes, line = lines  # what was found on the way may be told before
+    assert line.startswith("error: "), lines
+    assert not [note for note in notes if note.startswith(("error:", "Traceback", " "))], lines
+    return line
 
 
 def photos(folder: Path, count: int = 5) -> Path:

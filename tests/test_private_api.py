@@ -46,7 +46,7 @@ def names_with_underscores() -> set[str]:
     own = {n.name for n in nodes if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
     own |= {n.attr for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)}
     own |= {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-    own |= {"_asdict", "_replace"}  # documented methods of named tuples
+    own |= {"_asdict", "_replace", "_exit"}  # documented: of named tuples, and of os
     found = {n.attr for n in nodes if isinstance(n, ast.Attribute)} - own
     found = {name for name in found if name.startswith("_") and not name.startswith("__")}
     for node in nodes:
