@@ -16,9 +16,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from kshot.cli import FAULT, main
+from kshot.errors import UserError
 from kshot.metrics import MetricsFile
 from kshot.module import FewShotModule
-from kshot.record import owned
+from kshot.record import new_directory, owned
 
 LONG = ["--trainer.max_epochs", "5", "--run.save_every", "0"]
 
@@ -156,6 +157,22 @@ def test_going_on_as_another_run_is_refused(options, named, whole, tmp_path, cap
 @pytest.mark.parametrize("words", [["--resume"], ["--resume", "nowhere"], ["--resume=nowhere"]])
 def test_nothing_to_resume(words, capsys):
     assert "--resume" in refused(capsys, ["fit", *words])
+
+
+@pytest.mark.parametrize("refused_by", ["mkdir", "open"])
+def test_a_folder_that_may_not_be_written_gets_one_line(refused_by, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, refused_by, refuse)
+    with pytest.raises(UserError, match="Permission denied") as error:
+        if refused_by == "mkdir":
+            new_directory(tmp_path, "name")
+        else:
+            with owned(tmp_path):
+                pass
+    assert str(tmp_path) in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_two_processes_do_not_write_one_run(whole, tmp_path, capsys):
