@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -165,12 +166,9 @@ def test_a_folder_that_may_not_be_written_gets_one_line(refused_by, tmp_path, mo
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, refused_by, refuse)
+    write = partial(new_directory, name="name") if refused_by == "mkdir" else lambda root: owned(root).__enter__()
     with pytest.raises(UserError, match="Permission denied") as error:
-        if refused_by == "mkdir":
-            new_directory(tmp_path, "name")
-        else:
-            with owned(tmp_path):
-                pass
+        write(tmp_path)
     assert str(tmp_path) in str(error.value)
     assert "\n" not in str(error.value)
 
