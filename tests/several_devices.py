@@ -51,7 +51,7 @@ def run(settings: dict[str, Any], processes: int, measured: bool) -> dict[str, A
     trainer = make_trainer(max_epochs=4, limit_val_batches=0, **options)
     fit(module, data, trainer)
     steps = trainer.global_step
-    tested = evaluate(module, data, trainer) if measured else Tested({"test": {}}, {}, {}, {}, {})
+    tested = evaluate(module, data, trainer) if measured else Tested({"test": {}})
     state = {name: tensor.detach().clone() for name, tensor in module.tuned_state().items()}
     ranks = {name: rank for shared in module.shared for name, rank in shared.ranks(module.layers).items()}
     floating = {name: tensor for name, tensor in before.items() if tensor.is_floating_point()}

@@ -203,8 +203,9 @@ def check_resumable(checkpoint: Mapping[str, Any], path: Any, module: Any, train
             f"{path} has format {header.get('format', 1)}, and this version resumes from format {FORMAT}: it can be "
             "tested."
         )
-    check_fits(header, header_of(module))
-    check_same_run(header, header_of(module), path)
+    own = header_of(module)
+    check_fits(header, own)
+    check_same_run(header, own, path)
     for name, done, most in (
         ("max_epochs", checkpoint["epoch"] + 1, trainer.max_epochs),
         ("max_steps", checkpoint["global_step"], trainer.max_steps),

@@ -28,7 +28,7 @@ from kshot.config import CommandLine, Tree, read_command_line
 from kshot.data.datamodule import FewShotDataModule
 from kshot.data.loading import lost_worker
 from kshot.errors import UserError, first_line
-from kshot.files import make_folder
+from kshot.files import make_folder, write_text
 from kshot.foreign import released_tensors
 from kshot.header import header_of
 from kshot.layering import listed
@@ -113,7 +113,6 @@ def settle_chatter() -> None:
         ".*does not have many workers.*",  # a few images in memory need none
         ".*this fit will run with no optimizer.*",  # what has a closed form needs none
         ".*LeafSpec.*",  # Lightning 2.6 on newer torch
-        ".*Experiment logs directory .* exists and is not empty.*",  # the run directory already holds its config
         ".*module.s. in eval mode.*",  # frozen towers are meant to be
         ".*LightningCLI's args parameter is intended.*",  # the words are read here, and sys.argv is left to launchers
     ):
@@ -167,7 +166,6 @@ class FewShotCLI(LightningCLI):
         """Builds data, model and trainer, and gives the data the preprocessing of the backbone."""
         super().instantiate_classes()
         self.datamodule.use_preprocessing(self.model.backbone.preprocessing)
-        self.model.meet(self.datamodule)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The configured trainer with safe checkpoint files, which validates where something is decided by it."""
@@ -203,7 +201,7 @@ class FewShotCLI(LightningCLI):
         self.lock.enter_context(record.owned(self.directory))
         self.config["run"]["name"] = name  # so that the saved file, given again, adds to the same folder
         text = self.parser.dump(self.config, skip_none=False, skip_validation=True)
-        record.write_text(self.directory / "config.yaml", text)
+        write_text(self.directory / "config.yaml", text)
         self.resume_file.folder = self.directory / RESUME_FROM[0]
         make_folder(self.resume_file.folder, parents=False)
         self.resume_file.metrics.file = self.directory / "metrics.csv"
@@ -285,7 +283,7 @@ class FewShotCLI(LightningCLI):
             "acc_unrounded": unrounded,
             "seconds": {name: round(s, 3) for name, s in self.seconds.items()},
         }
-        record.write_text(self.directory / "result.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+        write_text(self.directory / "result.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")
         names = {each.name: each.class_names for each in self.datamodule.test_sets}
         record.write_per_class(self.directory / "per_class.csv", names, tested.per_class)
         record.print_result(result, self.directory)

@@ -197,7 +197,7 @@ def _check(given: argparse.Namespace) -> int:
     images, sources = opened(split, entry, given.root)
     seen = looked_at(images, sources, given.workers)
     used, few = checking.training(split, given.shots, given.seed)
-    found = [*checking.findings(split, images, seen), *few]
+    found = [*checking.findings(images, seen), *few]
     if given.contact_sheet:
         sheet = checking.contact_sheet(checking.pictures(found, images, sources))
         write_atomically(given.contact_sheet, lambda path: sheet.save(path, format="PNG"))

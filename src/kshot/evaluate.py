@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -80,11 +81,9 @@ class Meter(nn.Module):
         return found, accuracy[: self.classes].tolist(), int(self.counted.compute())
 
 
-class Evaluation(Callback):
-    """Goes through the test sets of a run one after the other.
-
-    For each, the classifier serves its classes and runs merged; beside it stands the zero-shot row, by the untouched
-    backbone and the data set's own sentences.
+@dataclass
+class Tested:
+    """What a run was measured to be.
 
     Attributes:
         sets: figures by test set, the one with the classes trained on first.
@@ -94,12 +93,25 @@ class Evaluation(Callback):
         left_out: unreadable images by part.
     """
 
+    sets: dict[str, dict[str, float]] = field(default_factory=dict)
+    per_class: dict[str, list[float]] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
+    left_out: dict[str, int] = field(default_factory=dict)
+
+
+class Evaluation(Callback):
+    """Goes through the test sets of a run one after the other.
+
+    For each, the classifier serves its classes and runs merged; beside it stands the zero-shot row, by the untouched
+    backbone and the data set's own sentences.
+
+    Attributes:
+        tested: what was found, of the test sets gone through so far.
+    """
+
     def __init__(self) -> None:
-        self.sets: dict[str, dict[str, float]] = {}
-        self.per_class: dict[str, list[float]] = {}
-        self.counts: dict[str, int] = {}
-        self.sizes: dict[str, int] = {}
-        self.left_out: dict[str, int] = {}
+        self.tested = Tested()
         self.open = ExitStack()
         self.current: TestSet | None = None
 
@@ -109,7 +121,7 @@ class Evaluation(Callback):
         task = pl_module.classifier.task
         self.test_sets = [TestSet("test", *vars(task).values())] if data is None else list(data.test_sets)
         if data is not None:
-            self.sizes, self.left_out = data.test_sizes(), data.left_out()
+            self.tested.sizes, self.tested.left_out = data.test_sizes(), data.left_out()
         self.trained_on = task
 
     def on_test_batch_start(
@@ -155,11 +167,11 @@ class Evaluation(Callback):
         if self.current is None:
             return
         self.open.close()
-        name = self.current.name
-        self.sets[name], self.per_class[name], self.counts[name] = self.meter.results()
+        name, tested = self.current.name, self.tested
+        tested.sets[name], tested.per_class[name], tested.counts[name] = self.meter.results()
         limit = trainer.limit_test_batches  # a number of batches, or a share of them
         whole = isinstance(limit, float) and limit == 1.0
-        counted, wanted = self.counts[name], self.sizes.setdefault(name, self.counts[name])
+        counted, wanted = tested.counts[name], tested.sizes.setdefault(name, tested.counts[name])
         if whole and counted != wanted:
             raise RuntimeError(f"{counted} of {wanted} images of {name} were counted")
         self.current = None
@@ -168,7 +180,7 @@ class Evaluation(Callback):
         """Logs the results: of the classes trained on as ``test/acc``, of other test sets as ``test/NAME/acc``."""
         self._close(trainer)
         several = trainer.world_size > 1
-        for number, (name, figures) in enumerate(self.sets.items()):
+        for number, (name, figures) in enumerate(self.tested.sets.items()):
             prefix = "test" if number == 0 else f"test/{name}"
             pl_module.log_dict({f"{prefix}/{figure}": value for figure, value in figures.items()}, sync_dist=several)
         serve(pl_module, TestSet("", self.trained_on.class_names, self.trained_on.templates))

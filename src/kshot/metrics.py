@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +10,7 @@ from typing import Any
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from kshot.files import write_atomically
+from kshot.files import write_csv
 
 SECONDS = 1.0  # between two writings of the whole file
 
@@ -65,10 +63,5 @@ class MetricsFile(Logger):
         if self.file is None or not self.rows:
             return
         columns = ["epoch", "step", *sorted({name for row in self.rows.values() for name in row} - {"epoch", "step"})]
-        text = io.StringIO(newline="")
-        table = csv.DictWriter(text, columns)
-        table.writeheader()
-        table.writerows(self.rows.values())
-        content = text.getvalue().encode()
-        write_atomically(self.file, lambda file: file.write_bytes(content))
+        write_csv(self.file, [columns, *([row.get(name, "") for name in columns] for row in self.rows.values())])
         self.written = time.monotonic()

@@ -5,8 +5,6 @@ Every file is the whole one or none: the disk may be full.
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import platform
 import subprocess
@@ -25,7 +23,7 @@ from torch import Tensor
 from kshot import __version__
 from kshot.data.sampling import FewShotDraw
 from kshot.errors import UserError
-from kshot.files import amount, write_atomically
+from kshot.files import amount, write_csv
 
 LIBRARIES = ("torch", "lightning", "open_clip_torch", "timm", "torchvision", "torchmetrics", "jsonargparse")
 
@@ -130,19 +128,6 @@ def peak_memory_bytes() -> int | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # kilobytes on Linux, bytes on macOS
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file of text as it is, line ends included."""
-    content = text.encode("utf-8", "surrogateescape")  # names of files need be no UTF-8
-    write_atomically(path, lambda file: file.write_bytes(content))
-
-
-def write_csv(path: Path, rows: Iterable[Sequence[Any]]) -> None:
-    """Writes rows of cells, the names of the columns first."""
-    text = io.StringIO(newline="")
-    csv.writer(text).writerows(rows)
-    write_text(path, text.getvalue())
 
 
 def write_per_class(path: Path, names: Mapping[str, Sequence[str]], accuracy: Mapping[str, Sequence[float]]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from kshot.checkpoint import AtomicCheckpoints, check_resumable, round_trip
 from kshot.data.datamodule import FewShotDataModule
 from kshot.data.manifest import first_changed, manifest_images
 from kshot.errors import UserError
-from kshot.evaluate import Evaluation
+from kshot.evaluate import Evaluation, Tested
 from kshot.features import FeatureStore
 from kshot.module import FewShotModule
 
@@ -32,25 +31,6 @@ DEFAULTS: dict[str, Any] = {
     "use_distributed_sampler": False,  # the data module divides its parts itself, without doubling an image
     "log_every_n_steps": 1,
 }
-
-
-@dataclass(frozen=True)
-class Tested:
-    """What a run was measured to be.
-
-    Attributes:
-        sets: figures by test set, the one with the classes trained on first.
-        per_class: accuracy of each class by test set.
-        counts: images counted by test set.
-        sizes: images that there are by test set.
-        left_out: unreadable images by part.
-    """
-
-    sets: dict[str, dict[str, float]]
-    per_class: dict[str, list[float]]
-    counts: dict[str, int]
-    sizes: dict[str, int]
-    left_out: dict[str, int]
 
 
 def build(backbone: Backbone, data: FewShotDataModule, seed: int = 1, **settings: Any) -> FewShotModule:
@@ -70,12 +50,10 @@ def build(backbone: Backbone, data: FewShotDataModule, seed: int = 1, **settings
     data.use_preprocessing(backbone.preprocessing)
     seed_everything(seed, verbose=False)
     try:
-        module = FewShotModule(backbone, class_names=data.class_names, templates=data.templates, **settings)
+        return FewShotModule(backbone, class_names=data.class_names, templates=data.templates, **settings)
     except Exception:
         backbone.detach()
         raise
-    module.meet(data)
-    return module
 
 
 def make_trainer(callbacks: Sequence[Callback] = (), **settings: Any) -> Trainer:
@@ -150,8 +128,7 @@ def evaluate(
     """Measures a module on the test sets of its data; merged, each image counted once."""
     with attached(trainer, store):
         trainer.test(module, datamodule=data, ckpt_path=ckpt_path, verbose=False)
-    found = next(callback for callback in trainer.callbacks if isinstance(callback, Evaluation))  # type: ignore[attr-defined]
-    return Tested(found.sets, found.per_class, found.counts, found.sizes, found.left_out)
+    return next(c.tested for c in trainer.callbacks if isinstance(c, Evaluation))  # type: ignore[attr-defined]
 
 
 class Prepared(Callback):

@@ -43,7 +43,7 @@ class LoRAXS(LoRA):
         prints = {name: fingerprint(svd_of(slot.weight), self.rank) for name, slot in slots.items()}
         return Shared(described={"svd": prints})
 
-    def wrap(self, slot: Slot, shared: Any) -> LoRAXSLayer:  # type: ignore[override]  # noqa: ARG002
+    def wrap(self, slot: Slot, shared: Any) -> LoRAXSLayer:  # type: ignore[override]  # noqa: ARG002  a sibling of LoRA's
         return LoRAXSLayer(slot, self.rank, self.scale, self.init_std, self.save_factors)
 
 

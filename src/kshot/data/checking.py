@@ -18,21 +18,21 @@ import random
 import re
 import signal
 import threading
-import unicodedata
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image, ImageDraw
+from PIL import Image, ImageDraw
 
-from kshot.data.images import FORMATS, FileImages, ImageSource, UnreadableImageError, fault, read_image
+from kshot.data.images import FORMATS, FileImages, ImageSource, UnreadableImageError, fault, orientation, read_image
 from kshot.data.sampling import VAL_SHOTS, draw
-from kshot.data.splits import PARTS, Row, Split, display_name, listed
+from kshot.data.splits import PARTS, Row, Split, listed
 from kshot.errors import UserError, first_line
 
 BITS = 8  # that may differ in the hashes of near-duplicates
@@ -86,14 +86,10 @@ def look(file: Path) -> Seen:
         missing = wrong.startswith("no such image")
         return Seen("missing" if missing else "empty" if wrong.endswith("it is empty") else "unreadable", wrong)
     size, rotated = (0, 0), False
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about EXIF data, and about sizes that read_image refuses
-            with Image.open(file, formats=FORMATS) as header:
-                size = header.size
-                rotated = header.getexif().get(ExifTags.Base.Orientation, 1) != 1
-    except Exception:  # EXIF data may be broken in a good file; of a broken one read_image tells
-        rotated = False
+    with suppress(Exception), warnings.catch_warnings():  # of what is broken read_image tells
+        warnings.simplefilter("ignore")  # about EXIF data, and about sizes that read_image refuses
+        with Image.open(file, formats=FORMATS) as header:
+            size, rotated = header.size, orientation(header) != 1
     try:
         image = read_image(file, draft=min(size) >= DRAFT)
         with file.open("rb") as content:
@@ -219,7 +215,7 @@ def relation(group: Sequence[int], images: Sequence[tuple[str, Row]]) -> str:
     return "across classes" if len({images[i][1].label for i in group}) > 1 else "within a class"
 
 
-def findings(split: Split, images: Sequence[tuple[str, Row]], seen: Sequence[Seen]) -> list[Finding]:
+def findings(images: Sequence[tuple[str, Row]], seen: Sequence[Seen]) -> list[Finding]:
     """Finds what is wrong with a data set, worst first; ``images`` are part and row of what was seen."""
     found = [
         Finding(problem, True, [[i] for i, each in enumerate(seen) if each.problem == problem])
@@ -232,21 +228,11 @@ def findings(split: Split, images: Sequence[tuple[str, Row]], seen: Sequence[See
         for kind, groups in (("duplicates", equal), ("near-duplicates", near)):
             chosen = [group for group in groups if relation(group, images) == where]
             found.append(Finding(f"{kind} {where}", where == "across parts", chosen))
-    found.append(equal_names(split.class_names))
     read = [(i, each) for i, each in enumerate(seen) if not each.problem]
     found.append(Finding(f"tiny (below {TINY} pixels)", False, [[i] for i, each in read if min(each.size) < TINY]))
     found.append(Finding("grey", False, [[i] for i, each in read if each.grey]))
     found.append(Finding("rotated by EXIF", False, [[i] for i, each in read if each.rotated]))
-    return [each for each in found if each.groups or each.text]
-
-
-def equal_names(class_names: Sequence[str]) -> Finding:
-    """Finds class names that read the same to a tokenizer: case, blanks and Unicode's forms make no difference."""
-    words: dict[str, list[str]] = defaultdict(list)
-    for name in class_names:
-        words[" ".join(unicodedata.normalize("NFC", display_name(name)).casefold().split())].append(name)
-    same = [listed(names) for names in words.values() if len(names) > 1]
-    return Finding("class names that read the same", True, text="; ".join(same))
+    return [each for each in found if each.groups]
 
 
 def class_table(split: Split) -> list[dict[str, Any]]:
