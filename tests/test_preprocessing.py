@@ -77,6 +77,18 @@ def libraries_view(transform, image):
         return None
 
 
+def checked_view(image, mine, theirs):
+    """Our view of an image, once it equals the library's."""
+    expected, view = libraries_view(theirs, to_rgb(image)), evaluation_view(to_rgb(image), mine)
+    assert view.shape == (3, mine.size, mine.size)
+    if expected is None:
+        assert mine.resize == "longest"
+        assert mine.size * min(image.size) < max(image.size)
+    else:
+        assert torch.equal(view, expected), image
+    return view
+
+
 def test_there_are_thirty_odd_images():
     assert len(ODD) == 30
 
@@ -88,13 +100,7 @@ def test_equals_open_clips_transform_to_the_bit(changes, size):
     mine = Preprocessing.of_open_clip(vars(config), size)
     theirs = before_normalising(image_transform_v2(config, is_train=False), mine.mean, mine.std)
     for image in ODD:
-        expected, view = libraries_view(theirs, to_rgb(image)), evaluation_view(to_rgb(image), mine)
-        assert view.shape == (3, size, size)
-        if expected is None:
-            assert mine.resize == "longest"
-            assert size * min(image.size) < max(image.size)
-        else:
-            assert torch.equal(view, expected), image
+        view = checked_view(image, mine, theirs)
         if image.mode == "L":  # which open_clip turns into RGB last
             assert torch.equal(view, theirs(image))
 
@@ -106,13 +112,7 @@ def test_equals_timms_transform_to_the_bit(changes, size):
     mine = Preprocessing.of_timm(config, size)
     theirs = before_normalising(create_transform(**config, is_training=False), mine.mean, mine.std)
     for image in ODD:
-        expected, view = libraries_view(theirs, to_rgb(image)), evaluation_view(to_rgb(image), mine)
-        assert view.shape == (3, size, size)
-        if expected is None:
-            assert mine.resize == "longest"
-            assert size * min(image.size) < max(image.size)
-        else:
-            assert torch.equal(view, expected), image
+        checked_view(image, mine, theirs)
 
 
 @pytest.mark.parametrize("size", [(900, 2), (2, 900), (301, 1), (1, 301), (1999, 3), (3, 1999)])
