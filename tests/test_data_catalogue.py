@@ -2,7 +2,9 @@
 
 import hashlib
 import inspect
+import re
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,14 +12,15 @@ import torchvision
 from data_fixtures import image_folder, rows_of, save_image, split_file
 from PIL import Image
 
-from kshot.data import catalogue
-from kshot.data.catalogue import CATALOGUE, DatasetEntry, load_split
+from kshot.data import entries
+from kshot.data.catalogue import CATALOGUE, entry_of, load_split
+from kshot.data.entries import DatasetEntry
 from kshot.data.splits import PARTS, Row, check_distinct, split_bytes, stratify
 from kshot.errors import UserError
 from kshot.files import packaged_folder
 
 every_entry = pytest.mark.parametrize("name", CATALOGUE)
-SHIPPED = [name for name, entry in CATALOGUE.items() if entry.split]
+SHIPPED = [name for name, entry in CATALOGUE.items() if entry.split and not entry.split_from]
 ARRAYS = [name for name, entry in CATALOGUE.items() if entry.kind == "arrays"]
 
 # SHA-256 of the uncompressed files and numbers of classes, training, validation and test images
@@ -32,19 +35,75 @@ PUBLISHED = {
 }
 
 
-@every_entry
-def test_entry(name):
-    entry = CATALOGUE[name]
-    assert entry.template.count("{}") == 1
-    assert (entry.kind == "arrays") == (not entry.split)
-    if entry.kind == "files":
-        for folder in (entry.folder, entry.image_root, *entry.aliases):
+class TestTables:
+    """The schema of ``data_splits/catalogue.toml``."""
+
+    @every_entry
+    def test_entry(self, name):
+        entry = CATALOGUE[name]
+        assert entry.template.count("{}") == 1
+        assert entry.classes > 1
+        assert len(entry.sizes) in (0, 3)
+        assert len(entry.citation) > 20
+        assert entry.archives or entry.by_hand or name == "digits"
+        assert entry.url.startswith("http") or name == "digits"
+        assert bool(entry.split_from) == (bool(entry.split) and name not in SHIPPED)
+        assert bool(entry.split or entry.lists) == (entry.kind in {"files", "digits"})
+        assert bool(entry.lists) == bool(entry.line)
+        assert set(entry.lists) in (set(), {"all"}, {"train", "test"}, set(PARTS))
+        assert re.fullmatch("([0-9a-f]{16})?", entry.draw)
+        assert len(entry.class_names) in (0, entry.classes)
+        assert isinstance(entry.names, str) or len(entry.names) in (0, entry.classes)
+        for folder in entry.layouts:
             assert not folder.startswith("/")
             assert ".." not in folder
-        assert entry.url.startswith("https://")
         if entry.torchvision:
             signature = inspect.signature(getattr(torchvision.datasets, entry.torchvision))
-            signature.bind("root", download=True)
+            signature.bind("root", **({"download": True} if entry.archives else {}), **entry.arguments)
+
+    @every_entry
+    def test_archives(self, name):
+        unchecked = {"fgvc-aircraft-2013b.tar.gz", "imagenetv2-matched-frequency.tar.gz"}  # nobody publishes a checksum
+        unchecked |= {"ImageNet-Sketch.zip", "Partitions.zip"}
+        for archive in CATALOGUE[name].archives:
+            assert archive.gives
+            assert all(re.fullmatch(r"https?://[^ ]+", url) for url in archive.urls)
+            assert {url.rsplit("/", 1)[1] for url in archive.urls} == {archive.name}
+            checksum = archive.sha256 or archive.md5
+            assert re.fullmatch("[0-9a-f]{32}|[0-9a-f]{64}", checksum) or archive.name in unchecked
+            for path in (archive.into, *archive.inner, *archive.gives):
+                assert not path.startswith("/")
+                assert ".." not in path
+
+    def test_a_key_that_is_none_is_refused(self):
+        table = {"citation": "x", "archives": [{"urls": ["http://x/y"], "gives": ["y"]}]}
+        assert entry_of(table).archives[0].name == "y"
+        with pytest.raises(TypeError, match="licnce"):
+            entry_of(table | {"licnce": "MIT"})
+        with pytest.raises(TypeError, match="md6"):
+            entry_of(table | {"archives": [{"urls": ["http://x/y"], "gives": ["y"], "md6": "0"}]})
+
+    def test_what_papers_use_is_there(self):
+        coop = "imagenet caltech101 oxford_pets stanford_cars oxford_flowers food101 fgvc_aircraft sun397 dtd eurosat"
+        assert [*CATALOGUE][1:12] == [*coop.split(), "ucf101"]
+        assert [name for name, entry in CATALOGUE.items() if entry.parts] == [
+            *("imagenetv2", "imagenet_sketch", "imagenet_a", "imagenet_r")
+        ]
+        randlora = "stanford_cars dtd eurosat gtsrb mnist resisc45 sun397 svhn cifar10 cifar100 imagenet stl10 food101"
+        randlora += " caltech101 caltech256 fgvc_aircraft oxford_flowers oxford_pets cub200 country211 ucf101"
+        assert set(randlora.split()) < CATALOGUE.keys()
+
+    @pytest.mark.parametrize("name", SHIPPED)
+    def test_counts_are_those_of_the_split(self, name):
+        split, entry = load_split(name)
+        assert entry.classes == len(split.class_names)
+        assert [*entry.sizes] == [len(split.train), len(split.val), len(split.test)]
+
+    def test_checksums_are_torchvisions(self):
+        texts = "".join(file.read_text() for file in Path(torchvision.datasets.__file__).parent.glob("*.py"))
+        others = {"cub200", "resisc45", "imagenet_a", "imagenet_r"}  # which torchvision does not have
+        for name, entry in CATALOGUE.items():
+            assert all(archive.md5 in texts for archive in entry.archives) or name in others
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -67,7 +126,9 @@ def test_torchvision_arguments(name, monkeypatch, tmp_path):
     monkeypatch.setattr(torchvision.datasets, source.torchvision, signature.bind)
     train, test = (source.open_array(tmp_path, array, False) for array in ("train", "test"))
     assert train.arguments != test.arguments
-    assert train.arguments["download"] is False
+    given = train.arguments.get("kwargs", {}) | train.arguments
+    assert given.get("download", False) is False
+    assert ("download" in given) == bool(source.archives)
     assert source.url.startswith("http")
 
 
@@ -76,8 +137,9 @@ def test_missing_arrays_say_where_they_come_from(name, tmp_path):
     with pytest.raises(UserError) as error:
         load_split(name, root=tmp_path)
     message = str(error.value)
-    for part in (str(tmp_path), CATALOGUE[name].url, "--data.download true"):
+    for part in (str(tmp_path), CATALOGUE[name].url):
         assert part in message
+    assert ("--data.download true" in message) == bool(CATALOGUE[name].archives)
     assert "\n" not in message
 
 
@@ -260,6 +322,6 @@ def test_a_folder_without_the_sample_still_names_the_image(tmp_path):
 
 
 def test_grey_levels_cover_the_range():
-    image = catalogue._grey_levels_16(np.array([[0.0, 8.0, 16.0]]))
+    image = entries._grey_levels_16(np.array([[0.0, 8.0, 16.0]]))
     assert isinstance(image, Image.Image)
     assert list(np.asarray(image)[0]) == [0, 128, 255]

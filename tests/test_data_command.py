@@ -24,7 +24,6 @@ from kshot.cli import main
 from kshot.data import checking
 from kshot.data.catalogue import CATALOGUE, load_split
 from kshot.data.checking import Seen, alike_groups, divide
-from kshot.data.downloads import all_sources
 from kshot.data.splits import PARTS, Row, check_distinct
 from kshot.errors import UserError
 
@@ -81,15 +80,22 @@ class TestList:
     def test_it_says_what_is_on_this_machine(self, capsys, tmp_path):
         save(scene(0), tmp_path / "dtd" / "dtd" / "images" / "banded" / "x.jpg")
         rows = {row["name"]: row for row in told(capsys, "list", "--root", tmp_path)}
-        assert rows.keys() == CATALOGUE.keys() | all_sources().keys()
-        assert rows["dtd"] == {"name": "dtd", "classes": 47, "kind": "files", "here": f"{tmp_path}/dtd/dtd/images"}
+        assert rows.keys() == CATALOGUE.keys()
+        sizes = {"train": 2820, "val": 1128, "test": 1692}
+        dtd = CATALOGUE["dtd"]
+        facts = {"url": dtd.url, "by_hand": "", "licence": "", "citation": dtd.citation}
+        protocols = {"protocols": "all-to-all, base-to-new, cross-dataset"}
+        here = {"here": f"{tmp_path}/dtd/dtd/images"}
+        assert rows["dtd"] == {"name": "dtd", "classes": 47} | sizes | here | facts | protocols
+        assert rows["imagenet"]["protocols"].endswith("cross-dataset, domain-generalisation")
+        assert rows["imagenet_a"]["protocols"].startswith("target of domain-generalisation")
         assert rows["digits"]["here"] == "comes with scikit-learn"
         assert rows["eurosat"]["here"] == rows["mnist"]["here"] == ""
 
     def test_plain_lines_where_there_is_no_terminal(self, capsys, tmp_path):
         code, out = ended(capsys, "list", "--root", tmp_path)
         assert code == 0
-        assert re.search(r"^dtd +47 +files$", out, re.M)
+        assert re.search(r"^dtd +47 +2820 +1128 +1692$", out, re.M)
         assert out.isascii()
         assert "\x1b" not in out
 
@@ -110,6 +116,12 @@ class TestInfo:
         known = told(capsys, "info", "food101", "--root", tmp_path)
         assert known["template"] == "a photo of {}, a type of food."
         assert known["table"] == []
+        assert known["CoOp's split"].startswith("split_zhou_Food101.json: https://drive.google.com/")
+        assert "1335b39cac3cec67" in known["CoOp's split"]
+        assert known["archives"] == [
+            "http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz md5 85eeb15f3717b99a5da872d97d918f87"
+        ]
+        assert f"goes to {tmp_path}/food-101" in known["missing"]
 
     def test_a_folder(self, capsys, tmp_path):
         root = parted(tmp_path / "photos[1]")

@@ -1,28 +1,25 @@
 """``data download``: sources in turn, resume, checksums, harmful archives; and what the catalogue says of sources."""
 
-import dataclasses
 import gzip
 import hashlib
 import io
 import json
 import random
-import re
 import tarfile
 import threading
-import urllib.parse
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-import torchvision
 from command_line import refused
 from test_data_command import checked, ended, folder, save, scene, told
 
 from kshot.cli import main
 from kshot.data import downloads
-from kshot.data.catalogue import CATALOGUE, load_split
-from kshot.data.downloads import Archive, Source, all_sources, found_at
+from kshot.data.catalogue import CATALOGUE
+from kshot.data.downloads import found_at
+from kshot.data.entries import Archive, DatasetEntry
 
 
 class Server(ThreadingHTTPServer):
@@ -109,9 +106,7 @@ def toy(monkeypatch, server):
         server.files[urls[-1]] = content
         md5 = hashlib.md5(content).hexdigest() if md5 is None else md5
         archive = Archive(**{"urls": [server.url(url) for url in urls], "gives": ["toy"], "md5": md5} | more)
-        known = all_sources() | {"toy": Source(archives=[archive], layouts=["toy"])}
-        monkeypatch.setattr(downloads, "all_sources", lambda: known)
-        monkeypatch.setattr("kshot.data_command.all_sources", lambda: known)
+        monkeypatch.setitem(CATALOGUE, "toy", DatasetEntry(kind="folders", folder="toy", archives=[archive]))
 
     return offer
 
@@ -161,7 +156,8 @@ class TestDownload:
         assert len(server.asked) == 1
         code, out = ended(capsys, "download", "toy", "--root", tmp_path)
         assert code == 0
-        assert f"It is the folder {tmp_path}/toy" in out
+        assert f"toy is there: {tmp_path}/toy" in out
+        assert f"Train with --data.dataset toy --data.root {tmp_path}" in out
 
     def test_from_the_server_to_a_run(self, capsys, tmp_path, server, toy, monkeypatch):
         monkeypatch.chdir(tmp_path)
@@ -250,9 +246,16 @@ class TestDownload:
         assert (tmp_path / kept).read_bytes() == NOISE
 
     def test_an_archive_in_an_archive(self, capsys, tmp_path, server, toy):
-        toy(zipped(**{"a/b.tar.gz": tarred({"toy/pixels": NOISE})}), inner="a/b.tar.gz")
+        toy(zipped(**{"a/b.tar.gz": tarred({"toy/pixels": NOISE})}), inner=["a/b.tar.gz"])
         told(capsys, "download", "toy", "--root", tmp_path)
         assert left(tmp_path) == ["toy/pixels"]
+
+    def test_several_archives_in_an_archive(self, capsys, tmp_path, server, toy):
+        inner = {f"z/{name}.gz": gzip.compress(name.encode()) for name in ("a", "b", "c")}
+        toy(zipped(**inner), inner=["z/a.gz", "z/c.gz"], gives=["a", "c"], into="toy")
+        told(capsys, "download", "toy", "--root", tmp_path)
+        assert left(tmp_path) == ["toy/a", "toy/c"]
+        assert (tmp_path / "toy" / "c").read_bytes() == b"c"
 
     @pytest.mark.parametrize(
         ("kind", "what"),
@@ -278,92 +281,3 @@ class TestDownload:
         assert "cannot be downloaded for you" in line
         assert "ucf101/UCF-101-midframes" in line
         assert told(capsys, "download", "digits", "--root", tmp_path)["here"] == "comes with scikit-learn"
-
-
-def archive_of(archive: Archive, files: list[str]) -> bytes:
-    """A small archive of the kind and layout that the catalogue says, with these files."""
-    if archive.inner:
-        inner = dataclasses.replace(archive, urls=[archive.inner], inner="")
-        return zipped(**{archive.inner: archive_of(inner, files)})
-    members = dict.fromkeys(files, b"x")
-    if archive.name.endswith(".zip"):
-        return zipped(**members)
-    if ".t" in archive.name and not archive.name.endswith(".bz2"):
-        return tarred(members, "w" if archive.name.endswith(".tar") else "w:gz")
-    return gzip.compress(b"x") if archive.name.endswith(".gz") else b"x"
-
-
-@pytest.mark.parametrize("name", [name for name, source in all_sources().items() if source.archives])
-def test_every_download_of_the_catalogue_lands_where_it_is_looked_for(capsys, tmp_path, server, monkeypatch, name):
-    source, entry = all_sources()[name], CATALOGUE.get(name)
-    served = []
-    for archive in source.archives:
-        files = [f"{give}/x" if "." not in give else give for give in archive.gives]
-        if entry and entry.split:
-            row, below = load_split(name)[0].train[0], Path(entry.folder, entry.image_root)
-            files = [(below / row.path).relative_to(archive.into).as_posix()]
-        elif name not in CATALOGUE and source.layouts:
-            files += [
-                Path(layout, "c", "x").relative_to(archive.into).as_posix()
-                for layout in source.layouts
-                if Path(layout).is_relative_to(archive.into)
-                and layout.startswith(str(Path(archive.into, archive.gives[0])))
-            ]
-        content = archive_of(archive, files)
-        path = urllib.parse.urlparse(archive.urls[0]).path[1:]
-        server.files[path] = content
-        served.append(dataclasses.replace(archive, urls=[server.url(path)], md5=hashlib.md5(content).hexdigest()))
-    known = all_sources() | {name: dataclasses.replace(source, archives=served)}
-    monkeypatch.setattr(downloads, "all_sources", lambda: known)
-    monkeypatch.setattr("kshot.data_command.all_sources", lambda: known)
-    done = told(capsys, "download", name, "--root", tmp_path)
-    assert done["here"]
-    assert not [file for file in left(tmp_path) if "partial" in file]
-    if entry and entry.split:
-        split = load_split(name)[0]
-        assert (entry.images(tmp_path, "train", split.train).folder / split.train[0].path).is_file()
-
-
-class TestSources:
-    """The schema of ``data_splits/sources.toml``."""
-
-    @pytest.mark.parametrize("name", sorted(all_sources()))
-    def test_entry(self, name):
-        source = all_sources()[name]
-        assert source.classes > 1
-        assert len(source.images) in (0, 3)
-        assert len(source.citation) > 20
-        assert source.archives or source.by_hand or name == "digits"
-        if name in CATALOGUE:  # nothing stands twice
-            assert (source.url, source.template, source.layouts, source.split) == ("", "", (), "")
-        else:
-            assert source.url.startswith("https://")
-            assert source.layouts
-            assert bool(source.split) == bool(source.split_from)
-            assert source.template.count("{}") == (1 if source.template else 0)
-        for archive in source.archives:
-            assert archive.gives
-            assert all(re.fullmatch(r"https?://[^ ]+", url) for url in archive.urls)
-            assert {url.rsplit("/", 1)[1] for url in archive.urls} == {archive.name}
-            assert re.fullmatch(r"[0-9a-f]{32}", archive.md5) or (name == "fgvc_aircraft" and not archive.md5)
-            for path in (archive.into, archive.inner or ".", *archive.gives):
-                assert not path.startswith("/")
-                assert ".." not in path
-
-    def test_every_data_set_has_one(self):
-        assert CATALOGUE.keys() <= all_sources().keys()
-        coop = "imagenet caltech101 oxford_pets stanford_cars oxford_flowers food101 fgvc_aircraft sun397 dtd eurosat"
-        assert [*all_sources()][:11] == [*coop.split(), "ucf101"]
-
-    @pytest.mark.parametrize("name", [name for name, entry in CATALOGUE.items() if entry.split])
-    def test_counts_are_those_of_the_split(self, name):
-        split, source = load_split(name)[0], all_sources()[name]
-        assert source.classes == len(split.class_names)
-        assert [*source.images] == [len(split.train), len(split.val), len(split.test)]
-
-    def test_checksums_and_sources_are_torchvisions(self):
-        texts = [file.read_text() for file in Path(torchvision.datasets.__file__).parent.glob("*.py")]
-        for name, source in all_sources().items():
-            for archive in source.archives:
-                if archive.md5:
-                    assert any(archive.md5 in text for text in texts), name

@@ -24,7 +24,7 @@ PRIVATE = {  # names with an underscore in src
     "lightning.pytorch.core.mixins.hparams_mixin._given_hyperparameters": "whether a config builds the module",
     "_embeds": "open_clip's image tower up to its blocks, between which prompts are put",
     "_pos_embed": "timm's image tower up to its blocks",
-    "_samples": "torchvision's GTSRB: paths and labels, which it gives in no other way",
+    "_samples": "torchvision's GTSRB and others: paths and labels, which it gives in no other way",
     "_utils": "torch: what a pickled tensor is rebuilt by, for released files that torch.load does not read",
     "_rebuild_tensor": "the same",
 }

@@ -17,8 +17,9 @@ from rich.table import Table
 from rich.text import Text
 
 from kshot.data import checking
-from kshot.data.catalogue import CATALOGUE, DatasetEntry, load_split
-from kshot.data.downloads import Source, all_sources, download, found_at, layouts
+from kshot.data.catalogue import CATALOGUE, load_split
+from kshot.data.downloads import download, found_at
+from kshot.data.entries import Archive, DatasetEntry
 from kshot.data.images import FileImages, ImageSource
 from kshot.data.readers import read_split_zhou
 from kshot.data.splits import PARTS, Row, Split, check_path, listed, split_bytes
@@ -107,65 +108,60 @@ def tell(given: argparse.Namespace, title: str, told: Mapping[str, Any], last: s
     print(last, end="\n" if last else "")
 
 
-def how_to_use(name: str, root: Path) -> str:
-    """Says what to type for a data set of the catalogue."""
-    source = all_sources().get(name, Source())
-    if name not in CATALOGUE and source.split:
-        return f"Its split does not come with kshot: {source.split_from}; give {source.split} to data import."
-    where = "" if root == Path("data") else f" --data.root {root}"
-    return (
-        f"Train with --data.dataset {name}{where}" if name in CATALOGUE else f"It is the folder {found_at(name, root)}"
-    )
-
-
 def _list(given: argparse.Namespace) -> None:
-    rows = []
-    for name in sorted(CATALOGUE.keys() | all_sources().keys()):
-        source = all_sources().get(name, Source())
-        kind = CATALOGUE[name].kind if name in CATALOGUE else "split to import" if source.split else "folder"
-        rows.append({"name": name, "classes": source.classes, "kind": kind, "here": found_at(name, given.root)})
+    rows, facts = [], []
+    for name, entry in sorted(CATALOGUE.items()):
+        sizes = dict(zip(PARTS, entry.sizes or ("", "", ""), strict=True))
+        rows.append({"name": name, "classes": entry.classes, **sizes, "here": found_at(name, given.root)})
+        facts.append({key: getattr(entry, key) for key in ("protocols", "url", "by_hand", "licence", "citation")})
     if given.json:
-        print(json.dumps(rows, indent=1))
+        print(json.dumps([row | more for row, more in zip(rows, facts, strict=True)], indent=1))
     else:
         show(f"Data sets, and where they are below {given.root}", (row.values() for row in rows), list(rows[0]))
 
 
 def _info(given: argparse.Namespace) -> None:
-    name, split, entry, why = given.given, None, CATALOGUE.get(given.given), ""
-    source = all_sources().get(name, Source())
-    if entry or name not in all_sources():
-        try:
-            split, entry = load_split(name, given.root)
-        except UserError as error:
-            if not entry:
-                raise
-            why = str(error)
-    counts = [len(getattr(split, part)) for part in PARTS] if split else source.images
+    name, known, split, why = given.given, CATALOGUE.get(given.given), None, ""
+    try:
+        split, read = load_split(name, given.root)
+    except UserError as error:
+        if not known:
+            raise
+        why = str(error)
+    entry = known or read
+    counts = dict(zip(PARTS, [len(getattr(split, part)) for part in PARTS] if split else entry.sizes, strict=False))
     table = checking.class_table(split) if split else []
-    known = {
+    drawn = f"{entry.split}: {entry.split_from}; sha256 of its 16 shots of seed 1: {entry.draw}..."
+    facts: dict[str, Any] = {
         "name": split.name if split else name,
-        "classes": len(table) or source.classes,
-        "images": dict(zip(PARTS, counts, strict=False)),
-        "template": entry.template if entry else source.template,
-        "here": found_at(name, given.root) if name in CATALOGUE or name in all_sources() else name,
-        "size": size_of_images(split, entry, given.root) if split and entry else "",
-        "url": (entry.url if entry else "") or source.url,
-        "by hand": source.by_hand,
-        "split": f"{split.file}, sha256 {split.sha256}" if split else source.split_from,
-        "licence": source.licence,
-        "citation": source.citation,
+        "classes": len(table) or entry.classes,
+        "images": counts,
+        "template": entry.template,
+        "here": found_at(name, given.root) if known else name,
+        "size": size_of_images(split, entry, given.root) if split else "",
+        "protocols": entry.protocols if known else "",
+        "url": entry.url,
+        "archives": [f"{each.urls[0]} {_checksum(each)}".strip() for each in entry.archives],
+        "by hand": entry.by_hand,
+        "layouts": entry.layouts if known and entry.kind in {"files", "folders"} else [],
+        "split": f"{split.file}, sha256 {split.sha256}" if split else "",
+        "CoOp's split": drawn if entry.split_from else "",
+        "notes": list(split.notes) if split else [],
+        "licence": entry.licence,
+        "citation": entry.citation,
         "missing": why,
     }
     if given.json:
-        print(json.dumps(known | {"table": table}, indent=1))
+        print(json.dumps(facts | {"table": table}, indent=1))
         return
-    tell(
-        given,
-        str(known["name"]),
-        known | {"images": ", ".join(f"{n:,} {p}" for p, n in zip(PARTS, counts, strict=False))},
-    )
+    lines = {key: "\n".join(value) for key, value in facts.items() if isinstance(value, list)}
+    tell(given, facts["name"], facts | lines | {"images": ", ".join(f"{n:,} {p}" for p, n in counts.items())})
     if table:
         show("Classes", (row.values() for row in table), list(table[0]))
+
+
+def _checksum(archive: Archive) -> str:
+    return f"sha256 {archive.sha256}" if archive.sha256 else f"md5 {archive.md5}" if archive.md5 else ""
 
 
 def opened(split: Split, entry: DatasetEntry, root: Path) -> tuple[list[tuple[str, Row]], dict[str, ImageSource]]:
@@ -291,9 +287,8 @@ def _import(given: argparse.Namespace) -> None:
     if split.item_kind == "index":
         raise UserError(f"{file}: the rows have an index instead of a file, which only catalogue data sets may")
     names = [name for name, entry in CATALOGUE.items() if entry.split.removesuffix(".gz") == split.file]
-    names += [name for name, source in all_sources().items() if source.split == split.file]
     rows = [row for part in PARTS for row in getattr(split, part)]
-    known = [given.root / layout for name in names for layout in layouts(name)]
+    known = [given.root / layout for name in names for layout in CATALOGUE[name].layouts]
     looked = [*known, given.root, *sorted(given.root.glob("*/")), *sorted(given.root.glob("*/*/"))]
     folder = next((place for place in looked if (place / rows[0].path).is_file()), None)
     if folder is None:
@@ -301,7 +296,8 @@ def _import(given: argparse.Namespace) -> None:
         raise UserError(f"{file}: no {rows[0].path!r} in or below {str(given.root)!r}{hint}: get the images first")
     if missing := [row.path for row in rows if not (folder / row.path).is_file()]:
         raise UserError(f"{file}: {len(missing)} of {len(rows)} images are not in {folder}: {listed(missing)}")
-    shipped = next((name for name in names if name in CATALOGUE and load_split(name)[0].sha256 == split.sha256), "")
+    same = (name for name in names if not CATALOGUE[name].split_from and load_split(name)[0].sha256 == split.sha256)
+    shipped = next(same, "")
     target, content = folder / split.file, file_content(file)
     if not shipped and not (target.exists() and target.read_bytes() == content):
         refuse_existing(target)
@@ -312,26 +308,27 @@ def _import(given: argparse.Namespace) -> None:
 
 
 def _download(given: argparse.Namespace) -> None:
-    name, sources = given.given, all_sources()
-    if name not in sources:
-        raise UserError(f"unknown data set {name!r}. {nearest_first(name, sources, shown=40)}")
+    name = given.given
+    if name not in CATALOGUE:
+        raise UserError(f"unknown data set {name!r}. {nearest_first(name, CATALOGUE, shown=40)}")
+    entry = CATALOGUE[name]
     done: list[dict[str, Any]] = []
     if not found_at(name, given.root):
-        if not sources[name].archives:
-            where, places = CATALOGUE[name].url if name in CATALOGUE else sources[name].url, " or ".join(layouts(name))
-            hand = f"{where}: {sources[name].by_hand}"
+        if not entry.archives:
+            hand, places = f"{entry.url}: {entry.by_hand}", " or ".join(entry.layouts)
             raise UserError(
                 f"{name} cannot be downloaded for you, get it from {hand}; it goes to {places} below {given.root}"
             )
         with bar() as progress:
-            done = download(name, sources[name], given.root, progress)
+            done = download(name, given.root, progress)
     told = {"name": name, "here": found_at(name, given.root), "files": done}
     if given.json:
         print(json.dumps(told, indent=1))
         return
     if done:
         show(name, (row.values() for row in done), list(done[0]))
-    print(f"{name} is there: {told['here']}", how_to_use(name, given.root), sep="\n")
+    where = "" if given.root == Path("data") else f" --data.root {given.root}"
+    print(f"{name} is there: {told['here']}", f"Train with --data.dataset {name}{where}", sep="\n")
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Where data sets come from, as ``data_splits/sources.toml`` has it, and fetching, verifying and unpacking them."""
+"""Where data sets of the catalogue lie, and fetching, verifying and unpacking them."""
 
 import gzip
 import hashlib
@@ -8,21 +8,19 @@ import shutil
 import stat
 import tarfile
 import tempfile
-import tomllib
 import urllib.error
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, cast
 
 from kshot.data.catalogue import CATALOGUE
+from kshot.data.entries import Archive
 from kshot.data.splits import check_path
 from kshot.errors import UserError, first_line
-from kshot.files import amount, make_folder, packaged_folder
+from kshot.files import amount, make_folder
 
 TRIES = 3  # of a source whose connection is lost, as long as each brings something
 PATIENCE = 30.0  # seconds for an answer
@@ -33,86 +31,15 @@ BROKEN = (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, lzma.LZMAE
 Progress = Callable[[str, int, int | None], None]  # file, bytes that are there, bytes in all where known
 
 
-@dataclass(frozen=True, kw_only=True)
-class Archive:
-    """A file to fetch: an archive, or a file that stays as it is.
-
-    Attributes:
-        urls: sources, tried in turn.
-        gives: what of it is kept: paths inside the archive, or the file's own name; they get the same path below
-            ``into``, a folder below the data root.
-        md5: hexadecimal checksum; ``sha256`` likewise. Empty: none is published.
-        inner: archive in the archive that has what is kept.
-    """
-
-    urls: Sequence[str]
-    gives: Sequence[str]
-    into: str = "."
-    md5: str = ""
-    sha256: str = ""
-    inner: str = ""
-
-    @property
-    def name(self) -> str:
-        """The last part of the first source."""
-        return self.urls[0].rsplit("/", 1)[-1]
-
-    def places(self, root: Path) -> list[Path]:
-        """Where what it gives lies below a data root."""
-        return [root / self.into / give for give in self.gives]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """What is known about where a data set comes from; what is not known is empty.
-
-    Attributes:
-        archives: what to fetch.
-        layouts: folders below the data root that have its images: CoOp's, then torchvision's. Of a data set in
-            ``catalogue.toml`` they stand there.
-        classes: number of classes.
-        images: of training, validation and testing, as its authors or CoOp divided them.
-        split: file in CoOp's format that ``data import`` takes, where none comes with kshot;
-            ``split_from`` says whence.
-        template: sentence for a class name, where ``catalogue.toml`` has none.
-        by_hand: how to get it where nobody may fetch it for you.
-        url: page of the data set; of those in ``catalogue.toml`` it stands there.
-        licence: of the images.
-        citation: what to cite.
-    """
-
-    archives: Sequence[Archive] = ()
-    layouts: Sequence[str] = ()
-    classes: int = 0
-    images: Sequence[int] = ()
-    split: str = ""
-    split_from: str = ""
-    template: str = ""
-    by_hand: str = ""
-    url: str = ""
-    licence: str = ""
-    citation: str = ""
-
-
-@cache
-def all_sources() -> dict[str, Source]:
-    """Reads ``data_splits/sources.toml``."""
-    tables = tomllib.loads((packaged_folder("data_splits") / "sources.toml").read_text("utf-8"))
-    return {
-        name: Source(archives=[Archive(**archive) for archive in table.pop("archives", ())], **table)
-        for name, table in tables.items()
-    }
-
-
 def found_at(name: str, root: Path) -> str:
     """Says where a data set of the catalogue lies; nothing where it is not on this machine."""
-    entry, source = CATALOGUE.get(name), all_sources().get(name, Source())
-    if entry and entry.kind == "digits":
+    entry = CATALOGUE[name]
+    if entry.kind == "digits":
         return "comes with scikit-learn"
-    if entry and entry.kind == "arrays":
-        places = [place for archive in source.archives for place in archive.places(root)]
-        return str(places[0].parent) if places and all(map(is_there, places)) else ""
-    return next((str(folder) for folder in (root / layout for layout in layouts(name)) if is_there(folder)), "")
+    if entry.kind == "arrays" and entry.archives:
+        places = [place for archive in entry.archives for place in archive.places(root)]
+        return str(places[0].parent) if all(map(is_there, places)) else ""
+    return next((str(folder) for folder in (root / layout for layout in entry.layouts) if is_there(folder)), "")
 
 
 def is_there(place: Path) -> bool:
@@ -120,14 +47,7 @@ def is_there(place: Path) -> bool:
     return place.is_file() or (place.is_dir() and any(not path.name.startswith(".") for path in place.iterdir()))
 
 
-def layouts(name: str) -> Sequence[str]:
-    """Folders below the data root that may have the images: CoOp's, then torchvision's."""
-    if entry := CATALOGUE.get(name):
-        return [f"{entry.folder}/{entry.image_root}", *entry.aliases]
-    return all_sources()[name].layouts
-
-
-def download(name: str, source: Source, root: Path, progress: Progress) -> list[dict[str, Any]]:
+def download(name: str, root: Path, progress: Progress) -> list[dict[str, Any]]:
     """Fetches what a data set lacks below a data root, and says of each file where it came from.
 
     What was fetched of a file when the process ended is gone on with. Images get their place by a rename when the file
@@ -137,7 +57,7 @@ def download(name: str, source: Source, root: Path, progress: Progress) -> list[
         UserError: no source has the file, none that passes its checksum, or an archive is broken or means harm.
     """
     done = []
-    for archive in source.archives:
+    for archive in CATALOGUE[name].archives:
         if all(map(is_there, archive.places(root))):
             done.append({"file": archive.name, "source": "already there", "verified": "", "bytes": 0})
             continue
@@ -233,7 +153,8 @@ def _content(archive: Archive, file: Path, folder: Path) -> Path:
     unpack(file, folder / "outer", archive.name)
     if not archive.inner:
         return folder / "outer"
-    unpack(folder / "outer" / archive.inner, folder / "inner", archive.inner)
+    for inner in archive.inner:
+        unpack(folder / "outer" / inner, folder / "inner", inner.rpartition("/")[2])
     return folder / "inner"
 
 
@@ -250,7 +171,7 @@ def _keep(archive: Archive, content: Path, root: Path) -> None:
 
 
 def unpack(file: Path, folder: Path, name: str) -> None:
-    """Unpacks a zip, tar, tar.gz, tgz or gz file into a new folder; ``name`` says which it is.
+    """Unpacks a zip, tar, tar.gz, tgz or gz file into a folder; ``name`` says which it is.
 
     Raises:
         UserError: it is broken, has a link, device or a path that leaves the folder, or swells beyond its bounds.

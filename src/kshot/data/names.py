@@ -36,7 +36,7 @@ def named(split: Split, given: Names | None = None, folder: Path | None = None, 
     file = next((folder / name for name in NAME_FILES if folder and (folder / name).is_file()), None)
     if given is None and file is not None:
         given, where = names_in(file, split.class_names), str(file)
-    own = without_codes(split.class_names) if codes else list(split.class_names)
+    own = without_codes(split.class_names) if codes else list(split.said)
     if isinstance(given, Mapping):
         # On a command line {1: grass} has a number for a key.
         mapping = {unicodedata.normalize("NFC", str(key)): str(name) for key, name in given.items()}

@@ -12,8 +12,9 @@ from itertools import groupby
 from operator import attrgetter
 from typing import Any, Literal, NamedTuple, get_args
 
-from kshot.data.catalogue import CATALOGUE, DatasetEntry, load_split
+from kshot.data.catalogue import CATALOGUE, load_split
 from kshot.data.digests import same_bytes
+from kshot.data.entries import DatasetEntry
 from kshot.data.images import FileImages, ImageSource
 from kshot.data.splits import TEST_SHARE, Row, Split, display_name, listed, words
 from kshot.errors import UserError, nearest_first
