@@ -192,7 +192,8 @@ def _check(given: argparse.Namespace) -> int:
         return report(given, {"name": given.given}, [checking.Finding("training refuses it", True, text=str(error))])
     images, sources = opened(split, entry, given.root)
     seen = looked_at(images, sources, given.workers)
-    used, few = checking.training(split, given.shots, given.seed)
+    only_tested = ({"text": f"No image is for training: {entry.protocols}."}, [])
+    used, few = only_tested if entry.parts else checking.training(split, given.shots, given.seed)
     found = [*checking.findings(images, seen), *few]
     if given.contact_sheet:
         sheet = checking.contact_sheet(checking.pictures(found, images, sources))
@@ -233,7 +234,8 @@ def report(
         few = sorted(classes, key=lambda row: int(row["train"]))[:10]
         show(f"The smallest of {len(classes)} classes", (row.values() for row in few), list(few[0]))
         print(known["training"]["text"])
-    print("Training would fail or leak: see the lines with '!'." if fails else "Training can begin.")
+    what = "Training" if "shots" in known.get("training", {"shots": 0}) else "Testing"
+    print(f"{what} would fail or leak: see the lines with '!'." if fails else f"{what} can begin.")
     return int(fails)
 
 
