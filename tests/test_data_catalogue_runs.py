@@ -3,6 +3,7 @@
 import dataclasses
 import gzip
 import hashlib
+import json
 import sys
 import urllib.parse
 from pathlib import Path, PurePosixPath
@@ -14,9 +15,10 @@ from test_data_command import checked, told
 from test_data_downloads import server  # noqa: F401  a fixture
 
 from kshot.adapters import LoRA
+from kshot.cli import main
 from kshot.data import FewShotDataModule
 from kshot.data.catalogue import CATALOGUE, load_split
-from kshot.data.splits import Row, split_bytes
+from kshot.data.splits import split_bytes
 from kshot.run import build, evaluate, fit, make_trainer
 
 DOMAINS = [name for name, entry in CATALOGUE.items() if entry.parts]
@@ -141,3 +143,15 @@ def test_every_layout(name, layout, capsys, tmp_path, backbone):
     assert checked(capsys, name, "--root", tmp_path, "--shots", 2) == {}
     if name not in DOMAINS:
         assert two_steps(backbone, name, tmp_path).class_names == names
+
+
+def test_all_domains_of_imagenet_at_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("imagenet", *DOMAINS):
+        write(tmp_path / "data", tiny_sets.file_set(name, CATALOGUE[name].layouts[0])[0])
+    words = ["--data.dataset", "imagenet", "--data.protocol", "domain-generalisation", "--data.shots", "2"]
+    words += ["--data.targets", "[imagenetv2, imagenet_sketch, imagenet_a, imagenet_r]", "--trainer.max_steps", "2"]
+    main(["fit", "--config", "clip_16shot.yaml", *words, "--trainer.enable_progress_bar", "false"])
+    (result,) = Path("runs").glob("*/*/result.json")
+    sizes = {"imagenet": 10, "imagenetv2": 50, "imagenet_sketch": 50, "imagenet_a": 20, "imagenet_r": 20}
+    assert json.loads(result.read_text())["test_images"] == sizes

@@ -38,6 +38,7 @@ FOLDERS = {
     "caltech256": {"001.ak47": "ak47", "101.head-phones": "head phones", "145.motorbikes-101": "motorbikes"},
 }
 PART_FOLDERS = {  # of those with parts
+    "voc2007": {"train": "train", "test": "test"},
     "imagenet": {"train": "train", "test": "val"},
     "imagenette": {"train": "train", "test": "val"},
     "country211": {"train": "train", "val": "valid", "test": "test"},

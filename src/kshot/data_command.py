@@ -192,8 +192,10 @@ def _check(given: argparse.Namespace) -> int:
         return report(given, {"name": given.given}, [checking.Finding("training refuses it", True, text=str(error))])
     images, sources = opened(split, entry, given.root)
     seen = looked_at(images, sources, given.workers)
-    only_tested = ({"text": f"No image is for training: {entry.protocols}."}, [])
-    used, few = only_tested if entry.parts else checking.training(split, given.shots, given.seed)
+    used: dict[str, Any] = {"text": f"No image is for training: {entry.protocols}."}
+    few: list[checking.Finding] = []
+    if not entry.parts:
+        used, few = checking.training(split, given.shots, given.seed)
     found = [*checking.findings(images, seen), *few]
     if given.contact_sheet:
         sheet = checking.contact_sheet(checking.pictures(found, images, sources))

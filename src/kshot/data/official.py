@@ -42,8 +42,8 @@ def split_from_lists(
         columns = [content.decode("utf-8", "replace").splitlines() for content in contents]
         if len({len(column) for column in columns}) > 1:
             raise UserError(f"{base}: {' and '.join(files)} have different numbers of lines")
-        for number, cells in enumerate(zip(*columns, strict=True), 1):
-            text = " ".join(cells).strip()
+        texts = (" ".join(cells).strip() for cells in zip(*columns, strict=True))
+        for number, text in [(number, text) for number, text in enumerate(texts, 1) if text]:
             match = re.fullmatch(line, text)
             where = f"{base / files[0]}, line {number}"
             if match is None:
