@@ -4,6 +4,7 @@ import hashlib
 import inspect
 import re
 import struct
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +83,14 @@ class TestTables:
             entry_of(table | {"licnce": "MIT"})
         with pytest.raises(TypeError, match="md6"):
             entry_of(table | {"archives": [{"urls": ["http://x/y"], "gives": ["y"], "md6": "0"}]})
+
+    def test_the_example_of_the_documentation_is_one(self):
+        text = (Path(__file__).parents[1] / "docs" / "datasets.md").read_text()
+        (example,) = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
+        ((name, table),) = tomllib.loads(example).items()
+        assert entry_of(table).archives[0].places(Path("data")) == [Path("data/leaves")]
+        assert name not in CATALOGUE
+        assert f"{len(CATALOGUE)} of them" in (Path(__file__).parents[1] / "README.md").read_text()
 
     def test_what_papers_use_is_there(self):
         coop = "imagenet caltech101 oxford_pets stanford_cars oxford_flowers food101 fgvc_aircraft sun397 dtd eurosat"

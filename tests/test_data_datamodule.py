@@ -53,6 +53,7 @@ class TestInit:
             "val_shots": 4,
             "seed": 3,
             "digest": module.draw.digest,
+            "source": "digits.json",
             "source_sha256": info["source_sha256"],
             "images_sha256": None,
             "counts": {"train": 40, "val": 40, "test": 539},

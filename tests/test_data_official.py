@@ -124,7 +124,8 @@ class TestSplitsBesideImages:
         entry = CATALOGUE[name]
         write(tmp_path, tiny_sets.file_set(name, entry.layouts[0])[0])
         with caplog.at_level("INFO", "kshot"):
-            FewShotDataModule(name, str(tmp_path), shots=2)
+            data = FewShotDataModule(name, str(tmp_path), shots=2)
+        assert data.split_info()["source"] == " + ".join(file for files in entry.lists.values() for file in files)
         (line,) = [message for message in caplog.messages if "another split than CoOp's" in message]
         assert line.startswith(f"{name}: there is no {entry.split}")
 

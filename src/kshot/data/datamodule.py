@@ -298,6 +298,7 @@ class FewShotDataModule(LightningDataModule):
             "protocol": self.protocol,
             "targets": {name: sha256 for name, sha256 in sources.items() if name != self.dataset_name},
             **{key: getattr(self.draw, key) for key in ("sampler", "shots", "val_shots", "seed", "digest")},
+            "source": self._source.file,
             "source_sha256": self._source.sha256,
             "images_sha256": images,
             "counts": {"train": len(self.draw.train), "val": len(self.draw.val), "test": test},

@@ -84,12 +84,13 @@ def as_in_source(target: Split, class_names: Sequence[str]) -> list[str]:
 
 
 class Source(NamedTuple):
-    """A data set that was read: its id and digest, what is known about it, and the arguments of ``load_split``.
+    """A data set that was read: its id, list and digest, what is known about it, and the arguments of ``load_split``.
 
     Among these is the listing of a folder, so that it is listed once; the rows for testing are forgotten all the same.
     """
 
     name: str
+    file: str
     sha256: str
     entry: DatasetEntry
     arguments: dict[str, Any]
@@ -105,7 +106,8 @@ def read_source(dataset: str, **arguments: Any) -> tuple[Split, Source]:
     split, entry = load_split(dataset, **arguments)
     for note in split.notes:
         logger.info(note)
-    return split, Source(split.name, split.sha256, entry, arguments | {"dataset": dataset, "listing": split.listing})
+    arguments |= {"dataset": dataset, "listing": split.listing}
+    return split, Source(split.name, split.file, split.sha256, entry, arguments)
 
 
 class HeldOut(NamedTuple):
