@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from kshot.data.catalogue import CATALOGUE
-from kshot.data.entries import Archive
+from kshot.data.entries import Archive, is_there
 from kshot.data.splits import check_path
 from kshot.errors import UserError, first_line
 from kshot.files import amount, make_folder
@@ -39,12 +39,7 @@ def found_at(name: str, root: Path) -> str:
     if entry.kind == "arrays" and entry.archives:
         places = [place for archive in entry.archives for place in archive.places(root)]
         return str(places[0].parent) if all(map(is_there, places)) else ""
-    return next((str(folder) for folder in (root / layout for layout in entry.layouts) if is_there(folder)), "")
-
-
-def is_there(place: Path) -> bool:
-    """Whether a file, or a folder with something in it, is there; what is hidden does not count."""
-    return place.is_file() or (place.is_dir() and any(not path.name.startswith(".") for path in place.iterdir()))
+    return str(entry.folder_there(root) or "")
 
 
 def download(name: str, root: Path, progress: Progress) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
 from operator import itemgetter
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import numpy as np
@@ -121,7 +121,11 @@ class DatasetEntry:
     @property
     def layouts(self) -> list[str]:
         """Folders below the data root that may have the images: CoOp's, then torchvision's."""
-        return [f"{self.folder}/{self.image_root}", *self.aliases]
+        return [PurePosixPath(self.folder, self.image_root).as_posix(), *self.aliases]
+
+    def folder_there(self, root: Path) -> Path | None:
+        """The first of these that has something in it."""
+        return next(filter(is_there, (root / below for below in self.layouts)), None)
 
     @property
     def protocols(self) -> str:
@@ -158,7 +162,7 @@ class DatasetEntry:
         """Reads what says the parts from below the root; None where nothing does."""
         folders = [root / below for below in self.layouts]
         if self.kind == "folders":
-            folder = next((each for each in folders if each.is_dir() and any(each.iterdir())), None)
+            folder = self.folder_there(root)
             return self._split_of_folders(name, folder, root, listing) if folder else None
         places = [place / f"{self.split}{packed}" for place in (root / self.folder, *folders) for packed in ("", ".gz")]
         file = next(filter(Path.is_file, places), None) if self.split else None
@@ -271,6 +275,11 @@ class DatasetEntry:
                 raise UserError(f"{name} could not be downloaded to {where} from {self.url}: {reason}") from None
             offer = ", or with --data.download true" if self._fetches else ""
             raise UserError(f"no {name} in {where}: it comes from {self.url}{offer} ({reason})") from None
+
+
+def is_there(place: Path) -> bool:
+    """Whether a file, or a folder with something in it, is there; what is hidden does not count."""
+    return place.is_file() or (place.is_dir() and any(not path.name.startswith(".") for path in place.iterdir()))
 
 
 def _picture_of_sample(sample: tuple[Any, int]) -> Image.Image:
