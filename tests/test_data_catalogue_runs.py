@@ -145,6 +145,17 @@ def test_every_layout(name, layout, capsys, tmp_path, backbone):
         assert two_steps(backbone, name, tmp_path).class_names == names
 
 
+@pytest.mark.parametrize("name", [name for name in ARRAYS if not CATALOGUE[name].archives])
+def test_arrays_that_are_got_by_hand(name, capsys, tmp_path, backbone):
+    files, names = tiny_sets.array_set(name)
+    write(tmp_path, files)
+    known = told(capsys, "info", name, "--root", tmp_path)
+    assert known["here"] == str(tmp_path / CATALOGUE[name].layouts[0])
+    assert (known["classes"], known["missing"]) == (len(names), "")
+    assert checked(capsys, name, "--root", tmp_path, "--shots", 2).keys() <= {"grey"}
+    trained(backbone, name, tmp_path, names)
+
+
 def test_all_domains_of_imagenet_at_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("imagenet", *DOMAINS):
