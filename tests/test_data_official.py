@@ -216,8 +216,10 @@ class TestImageNet:
         code, out = ended(capsys, "check", "imagenet_r", "--root", tmp_path)
         assert code == 1
         assert "Testing would fail" in out
-        with pytest.raises(UserError, match="no training images"):
-            FewShotDataModule("imagenet_r", str(tmp_path), shots=2, allow_fewer=True)
+        with pytest.raises(UserError, match=r"no training images, so it may only be among data\.targets"):
+            FewShotDataModule("imagenet_r", str(tmp_path), shots=2)
+        first = told(capsys, "info", "imagenet_r", "--root", tmp_path)["table"][0]
+        assert first == {"label": 0, "class": "n01531178", "prompt": "goldfinch", "train": 0, "val": 0, "test": 10}
 
 
 def test_labels_follow_the_order_of_names():

@@ -236,10 +236,13 @@ def findings(images: Sequence[tuple[str, Row]], seen: Sequence[Seen]) -> list[Fi
 
 
 def class_table(split: Split) -> list[dict[str, Any]]:
-    """Counts the images of every class by part."""
+    """Counts the images of every class by part, and says what prompts call it where that is not its name."""
     counts = {part: Counter(row.label for row in getattr(split, part)) for part in PARTS}
-    names = enumerate(split.class_names)
-    return [{"label": i, "class": name} | {part: counts[part][i] for part in PARTS} for i, name in names]
+    rows = []
+    for label, (name, said) in enumerate(zip(split.class_names, split.said, strict=True)):
+        prompt = {"prompt": said} if split.prompt_names else {}
+        rows.append({"label": label, "class": name} | prompt | {part: counts[part][label] for part in PARTS})
+    return rows
 
 
 def training(split: Split, shots: int, seed: int) -> tuple[dict[str, Any], list[Finding]]:

@@ -129,6 +129,8 @@ class FewShotDataModule(LightningDataModule):
         where: dict[str, Any] = {"root": root, "download": download}
         split, self._source = protocols.read_source(dataset, class_names=class_names, test_share=test_share, **where)
         self.dataset_name, self._passed_over = split.name, dict(split.left_out)
+        if not split.train:
+            raise UserError(f"{split.name}: there are no training images, so it may only be among data.targets")
         protocols.point_out_numbers(dataset, split, "give --data.class_names")
         sentences = [template] if isinstance(template, str) else template or [self._source.entry.template]
         self.templates = list(check_templates(sentences))

@@ -190,7 +190,7 @@ class DatasetEntry:
         return self._missing(f"{name}: no list of its images", wanted, [each.parent for each in folders]) + to_get
 
     def _split_of_folders(self, name: str, folder: Path, root: Path, listing: Any) -> Split:
-        split = replace(split_from_folder(folder, None if self.parts else TEST_SHARE, listing), name=name)
+        split = replace(split_from_folder(folder, None if self.parts else TEST_SHARE, listing), name=name, file=name)
         if self.parts:
             notes = tuple(note for note in split.notes if "none for testing" not in note)
             split = replace(split, train=(), test=split.train, notes=(*notes, f"{name}: all images are for testing"))
