@@ -1,21 +1,24 @@
 """Heads in closed form, against scikit-learn, direct formulas in float64, and refits without an image."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import towers
+from scipy.optimize import minimize_scalar
 from sklearn import kernel_ridge, linear_model
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from test_classifiers import NAMES, TASK, made, shots_of
 
 from kshot.classifiers import GDA, ClassMeanText, KernelRidge, NearestClassMean, Ridge, Shots, Task
 from kshot.classifiers.blend import TEXT_WEIGHTS, beats_chance
-from kshot.classifiers.gda import gaussians, precise
+from kshot.classifiers.gda import Gaussians, precise
 from kshot.classifiers.kernel_ridge import dealt, factor, inverted
 from kshot.classifiers.ridge import decompose
 from kshot.errors import UserError
-from kshot.judging import folds_of, out_of_fold, worth
+from kshot.judging import accuracy, best_of, best_scale, log_loss
 
 BLENDS = (Ridge, GDA, KernelRidge)
 LABEL = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2, 1, 0, 2])
@@ -93,15 +96,14 @@ class TestRidge:
     def test_the_strength_is_the_best_for_images_left_out(self):
         shots = Shots(unit_features(LABEL, width=24, spread=2.0).float(), LABEL)
         chosen = fitted(Ridge, shots, 3, text=False)
-        found = {}
-        for strength in (0.01, 0.03, 0.1, 0.3, 1.0):
-            problem = decompose(F.normalize(shots.features.double(), dim=-1), LABEL, 3)
-            found[strength] = worth(problem.left_out(strength), LABEL)
-        best = max(found, key=lambda s: found[s][:2])
+        problem = decompose(F.normalize(shots.features.double(), dim=-1), LABEL, 3)
+        found = {strength: problem.left_out(strength) for strength in (0.01, 0.03, 0.1, 0.3, 1.0)}
+        worth = {s: (accuracy(z, LABEL), -log_loss(z, LABEL)) for s, z in found.items()}
+        best = max(worth, key=worth.__getitem__)
         alone = fitted(Ridge, shots, 3, text=False, strength=best)
-        assert len({w[:2] for w in found.values()}) == 5
+        assert len(set(worth.values())) == 5
         assert torch.equal(chosen.weight, alone.weight)
-        assert float(chosen.scale) == pytest.approx(found[best].scale)
+        assert float(chosen.scale) == pytest.approx(best_scale(found[best], LABEL))
 
 
 class TestGDA:
@@ -109,7 +111,7 @@ class TestGDA:
         """Linear discriminant analysis whose shrinkage is that of the paper: the same up to one factor."""
         label, width = torch.arange(4).repeat(5), 7
         f = unit_features(label, 1, width)
-        ours = F.linear(f[0], *gaussians(f, label, 4))
+        ours = F.linear(f[0], *Gaussians.of(f, label, 4).solution())
         n = len(label)
         theirs = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=width / (width + n - 1))
         theirs.fit(f[0].numpy(), label.numpy())
@@ -120,7 +122,7 @@ class TestGDA:
 
     def test_equals_the_formula_with_unequal_classes_and_views(self):
         f, n, d = unit_features(LABEL), len(LABEL), 7
-        weight, bias = gaussians(f, LABEL, 3)
+        weight, bias = Gaussians.of(f, LABEL, 3).solution()
         means = torch.stack([f[:, c == LABEL].mean((0, 1)) for c in range(3)])
         cov = (
             sum(torch.outer(x - means[y], x - means[y]) for v in f for x, y in zip(v, LABEL, strict=True)) / 3 / (n - 1)
@@ -130,6 +132,23 @@ class TestGDA:
         expected += (LABEL.bincount().double() / n).log() - torch.einsum("cd,de,ce->c", means, precision, means) / 2
         found = F.linear(f[0], weight, bias)
         torch.testing.assert_close(found.softmax(-1), expected.softmax(-1), rtol=0, atol=1e-9)
+
+    @pytest.mark.parametrize("views", [1, 3])
+    @pytest.mark.parametrize("width", [7, 60])  # fewer and more features than rows
+    def test_leave_one_out_equals_refits(self, views, width):
+        f = unit_features(LABEL, views, width)
+        left_out = Gaussians.of(f, LABEL, 3).left_out()
+        for i in range(len(LABEL)):
+            others = torch.arange(len(LABEL)) != i
+            expected = F.linear(f[:, i], *Gaussians.of(f[:, others], LABEL[others], 3).solution()).mean(0)
+            centred = [z - z.mean() for z in (left_out[i], expected)]
+            torch.testing.assert_close(*centred, rtol=0, atol=1e-8)
+
+    def test_in_parts(self, monkeypatch):
+        shots = Gaussians.of(unit_features(LABEL), LABEL, 3)
+        expected = shots.left_out()
+        monkeypatch.setattr("kshot.classifiers.gda.AT_ONCE", 50)
+        torch.testing.assert_close(shots.left_out(), expected, rtol=0, atol=1e-9)
 
     def test_a_precision_is_that_of_the_whole_matrix(self):
         apart = torch.randn(5, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -298,36 +317,31 @@ class TestBlend:
 
 
 class TestJudging:
-    def test_folds_hold_every_class_evenly(self):
-        label = torch.tensor([0] * 8 + [1] * 5 + [2] * 4 + [3])
-        fold = folds_of(label)
-        table = torch.zeros(4, 4, dtype=torch.long)
-        table.index_put_((label, fold), torch.ones_like(label), accumulate=True)
-        assert (table.max(1).values - table.min(1).values).max() <= 1
-        assert folds_of(torch.tensor([0, 0, 1, 1])).unique().tolist() == [0, 1]
-        assert torch.equal(folds_of(label), fold)
-
-    def test_out_of_fold_logits_are_in_the_order_of_the_images(self):
-        fold = torch.tensor([1, 0, 2, 0])
-        rows = torch.arange(8.0).view(4, 2)
-        seen = []
-        found = out_of_fold(fold, lambda held_out: seen.append(int(held_out.sum())) or rows[held_out])
-        assert torch.equal(found, rows)
-        assert seen == [2, 1, 1]
-
     def test_a_temperature_is_that_of_the_least_log_loss(self):
         generator = torch.Generator().manual_seed(0)
-        z = torch.randn(4000, 5, generator=generator, dtype=torch.float64) * 2
+        z = torch.randn(400, 5, generator=generator, dtype=torch.float64) * 2
         label = torch.multinomial(z.softmax(-1), 1, generator=generator)[:, 0]
-        assert worth(z * 25, label).scale == pytest.approx(1 / 25, rel=0.15)
-        assert worth(z * 25, label).accuracy == float((z.argmax(-1) == label).double().mean())
-        assert worth(z * 25, label).negative_log_loss == pytest.approx(worth(z, label).negative_log_loss, rel=1e-3)
+        found = minimize_scalar(
+            lambda s: float(F.cross_entropy(z * 25 * math.exp(s), label, label_smoothing=1 / 402)), bounds=(-7, 7)
+        )
+        assert best_scale(z * 25, label) == pytest.approx(math.exp(found.x), rel=1e-3)
+        assert log_loss(z * 25, label) == pytest.approx(found.fun, rel=1e-6)
+        assert log_loss(z * 25, label) == pytest.approx(log_loss(z, label), rel=1e-6)
 
     def test_few_images_that_are_all_right_do_not_show_certainty(self):
         z = F.one_hot(torch.arange(4)).double()
-        few = (z * worth(z, torch.arange(4)).scale).softmax(-1)
-        more = (z * worth(z.repeat(25, 1), torch.arange(4).repeat(25)).scale).softmax(-1)
+        few = (z * best_scale(z, torch.arange(4))).softmax(-1)
+        more = (z * best_scale(z.repeat(25, 1), torch.arange(4).repeat(25))).softmax(-1)
         assert few.max() < 0.95 < more.max() < 1
+
+    def test_accuracy_decides_then_log_loss_then_the_order(self):
+        label = torch.arange(4)
+        right, sure = torch.eye(4, dtype=torch.float64), torch.eye(4, dtype=torch.float64)
+        wrong = right.roll(1, 0)
+        right[0] = torch.tensor([0.6, 0.5, 0, 0])
+        assert best_of([("wrong", wrong), ("right", right), ("sure", sure), ("again", 3 * sure)], label)[0] == "sure"
+        assert best_of([("sure", sure), ("right", right)], label)[0] == "sure"
+        assert torch.equal(best_of([("right", right), ("wrong", wrong)], label)[1], right)
 
     def test_chance(self):
         label = torch.arange(10)

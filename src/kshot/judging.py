@@ -1,68 +1,60 @@
-"""Choosing on the shots alone: folds, what held-out logits are worth, and the temperature that fits them."""
+"""Choosing on the shots alone: what logits of images that were held out are worth, and the temperature that fits."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+import math
+from collections.abc import Iterable
+from typing import TypeVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SCALES = torch.logspace(-3, 3, 121, dtype=torch.float64)  # inverse temperatures that are tried, steps of 12 %
+Setting = TypeVar("Setting")
+LEAST, MOST, HALVINGS = 1e-3, 1e3, 24  # inverse temperatures, and steps of the search, to 1 part in a million
 
 
-class Worth(NamedTuple):
-    """What held-out logits are worth; compares as accuracy first, then log loss.
-
-    Attributes:
-        accuracy: share that is right.
-        negative_log_loss: mean log probability of the smoothed labels at ``scale``.
-        scale: the inverse temperature at which that is largest.
-    """
-
-    accuracy: float
-    negative_log_loss: float
-    scale: float
-
-
-def folds_of(label: Tensor, most: int = 4) -> Tensor:
-    """A fold for each image, (N,): every class is dealt out evenly, in order, to as many folds as its images allow.
+def best_of(candidates: Iterable[tuple[Setting, Tensor]], label: Tensor) -> tuple[Setting, Tensor]:
+    """The setting whose held-out logits are best, with these: by accuracy, then log loss, then the first.
 
     Args:
-        label: (N,) class indices.
-        most: folds at most; there are two where the largest class has two images, and one where it has one.
+        candidates: settings with logits, (N, C); they are asked for one by one, and two are held.
+        label: (N,).
     """
-    fold = torch.zeros_like(label)
-    folds = min(most, int(label.bincount().max()))
-    for c in label.unique():
-        members = (label == c).nonzero()[:, 0]
-        fold[members] = (torch.arange(len(members), device=label.device) + int(c)) % folds
-    return fold
+    best: tuple[Setting, Tensor, float] | None = None
+    for setting, logits in candidates:
+        right = accuracy(logits, label)
+        if best is None or right > best[2] or (right == best[2] and log_loss(logits, label) < log_loss(best[1], label)):
+            best = setting, logits, right
+    assert best is not None, "there is a candidate"
+    return best[:2]
 
 
-def out_of_fold(fold: Tensor, logits_without: Callable[[Tensor], Tensor]) -> Tensor:
-    """Logits of each image, (N, C), by a classifier that was fitted on the other folds.
+def accuracy(logits: Tensor, label: Tensor) -> float:
+    """The share that is right of logits, (N, C)."""
+    return float((logits.argmax(-1) == label).double().mean())
 
-    Args:
-        fold: (N,) as :func:`folds_of` gives them.
-        logits_without: gets which images are held out, (N,) bool, and gives their logits.
+
+def log_loss(logits: Tensor, label: Tensor) -> float:
+    """The cross-entropy of :func:`smoothed` labels at the best temperature: without one, size alone would decide."""
+    return float(F.cross_entropy(logits * best_scale(logits, label), label, label_smoothing=smoothing(label)))
+
+
+def smoothing(label: Tensor) -> float:
+    """1 / (N + 2), as in Platt's scaling (1999): N images that are all right do not show certainty."""
+    return 1 / (len(label) + 2)
+
+
+def best_scale(logits: Tensor, label: Tensor) -> float:
+    """The inverse temperature of the least log loss of logits, (N, C), from 0.001 to 1,000.
+
+    The loss is convex in it: its slope, ``E_p[z] - z_y``, decides which half of the interval of logarithms to keep.
     """
-    parts = {int(f): logits_without(fold == f) for f in fold.unique()}
-    found = next(iter(parts.values())).new_empty(len(fold), next(iter(parts.values())).shape[1])
-    for f, logits in parts.items():
-        found[fold == f] = logits
-    return found
-
-
-def worth(logits: Tensor, label: Tensor) -> Worth:
-    """Judges held-out logits, (N, C), by their labels, (N,).
-
-    A temperature is fitted first: without one, logits of another size would win or lose by that alone. Labels are
-    smoothed by 1 / (N + 2), as in Platt's scaling (1999): N images that are all right do not show certainty.
-    """
-    logits, smooth = logits.double(), 1 / (len(label) + 2)
-    losses = torch.stack([F.cross_entropy(logits * s, label, label_smoothing=smooth) for s in SCALES.to(logits.device)])
-    best = int(losses.argmin())
-    accuracy = (logits.argmax(-1) == label).double().mean()
-    return Worth(float(accuracy), -float(losses[best]), float(SCALES[best]))
+    target = F.one_hot(label, logits.shape[1]).to(logits)
+    target.mul_(1 - smoothing(label)).add_(smoothing(label) / logits.shape[1])
+    wanted = (target * logits).sum()
+    low, high = math.log(LEAST), math.log(MOST)
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        rising = ((logits * math.exp(middle)).softmax(-1) * logits).sum() > wanted
+        low, high = (low, middle) if rising else (middle, high)
+    return math.exp((low + high) / 2)

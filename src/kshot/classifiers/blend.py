@@ -13,7 +13,7 @@ from kshot.backbones.language import VisionLanguageBackbone, require_text
 from kshot.classifiers.base import Classifier, Shots, Task, exact
 from kshot.classifiers.zero_shot import TextPrompt
 from kshot.errors import UserError
-from kshot.judging import worth
+from kshot.judging import accuracy, best_of, best_scale
 
 TEXT_WEIGHTS = (0.0, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0)
 UNJUDGED = 10.0  # scale of the image part where each class has one image, so that nothing can be held out
@@ -92,12 +92,11 @@ class LinearBlend(Classifier):
             scale, text_weight = UNJUDGED, 0.0 if text is None else float(beats_chance(text, label))
         else:
             image, truth = held_out[judged], label[judged]
-            scale = worth(image, truth).scale
-            text_weight = 0.0
+            scale, text_weight = best_scale(image, truth), 0.0
             if text is not None:
-                blends = {omega: worth(scale * image + omega * text[judged], truth) for omega in TEXT_WEIGHTS}
-                text_weight = max(blends, key=lambda omega: blends[omega][:2])
-                scale, text_weight = (x * blends[text_weight].scale for x in (scale, text_weight))
+                blends = ((omega, scale * image + omega * text[judged]) for omega in TEXT_WEIGHTS)
+                text_weight, blend = best_of(blends, truth)
+                scale, text_weight = (x * best_scale(blend, truth) for x in (scale, text_weight))
         self.weight.copy_(weight)
         self.bias.copy_(bias)
         self.scale.fill_(scale)
@@ -140,5 +139,4 @@ def judgeable(label: Tensor) -> Tensor:
 def beats_chance(logits: Tensor, label: Tensor) -> bool:
     """Whether logits, (N, C), are right more often than a guess is, by more than two standard deviations."""
     chance, n = 1 / logits.shape[1], len(label)
-    right = float((logits.argmax(-1) == label).double().mean())
-    return right > chance + 2 * math.sqrt(chance * (1 - chance) / n)
+    return accuracy(logits, label) > chance + 2 * math.sqrt(chance * (1 - chance) / n)

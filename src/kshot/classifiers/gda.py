@@ -1,6 +1,9 @@
 """GDA: Gaussians with one covariance, a closed form beside the text (Wang et al. 2024, arXiv:2402.04087)."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -9,10 +12,9 @@ from torch import Tensor
 from kshot.backbones.base import Backbone
 from kshot.classifiers.base import Shots, Task, exact
 from kshot.classifiers.blend import LinearBlend
-from kshot.classifiers.ridge import ridge
+from kshot.classifiers.ridge import AT_ONCE, ridge
 from kshot.errors import require
 from kshot.holding import Holder
-from kshot.judging import folds_of, out_of_fold
 
 COPIES = 16  # of a new class's text among the images that stand for it
 NEVER = -1e9  # the bias of a class without images
@@ -23,8 +25,8 @@ class GDA(LinearBlend, Holder):
 
     ``P = D ((N - 1) S + tr(S) I)⁻¹`` is an empirical Bayes estimate of the precision, S the covariance within classes
     over all recorded views, with the divisor N - 1, N the number of images. What the paper tunes on validation images,
-    the weight beside the text, is decided on folds of the shots. Where each class has one image, or all of a class are
-    equal, there is no covariance within, and :class:`~kshot.classifiers.Ridge` takes its place.
+    the weight beside the text, is decided on images left out one by one. Where each class has one image, or all of a
+    class are equal, there is no covariance within, and :class:`~kshot.classifiers.Ridge` takes its place.
 
     Where a class is new, all are served as new ones, which have no images: the μ of one is the mean of the
     ``neighbours`` training features nearest to its text and of 16 copies of that text, and P the mean over the classes
@@ -58,16 +60,10 @@ class GDA(LinearBlend, Holder):
 
     def solve(self, features: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         classes = len(self.task.class_names)
-        answer = gaussians(features, label, classes)
-        if answer is None:
+        shots = Gaussians.of(features, label, classes)
+        if shots.sizes.max() < 2 or shots.trace < 1e-12 * len(label):
             return ridge(features, label, classes, None)
-
-        def without(held_out: Tensor) -> Tensor:
-            shots = features[:, ~held_out], label[~held_out], classes
-            weight, bias = gaussians(*shots) or ridge(*shots, None)[:2]
-            return F.linear(features[:, held_out], weight, bias).mean(0)
-
-        return *answer, out_of_fold(folds_of(label), without)
+        return *shots.solution(), shots.left_out()
 
     @torch.inference_mode(False)  # a state may be loaded over the rows later
     @torch.no_grad()
@@ -103,29 +99,94 @@ class GDA(LinearBlend, Holder):
         return torch.cat([weight, biases(mean, weight, mean.new_full((len(mean),), 1 / len(mean)))[:, None]], 1)
 
 
-def gaussians(features: Tensor, label: Tensor, classes: int) -> tuple[Tensor, Tensor] | None:
-    """W, (C, D), and b, (C,), from unit-length features, (V, N, D); None without a covariance within classes."""
-    views, images, width = features.shape
-    member = F.one_hot(label, classes).to(features)
-    count = member.sum(0)
-    mean = member.T @ features.mean(0) / count.clamp(min=1)[:, None]
-    apart = (features - mean[label]).flatten(0, 1)
-    scatter = apart.T @ apart / views  # (N - 1) S
-    trace = scatter.trace() / max(images - 1, 1)
-    if int(count.max()) < 2 or trace < 1e-12:
-        return None
-    weight = width * torch.linalg.solve(scatter + trace * torch.eye(width, dtype=scatter.dtype), mean.T).T
-    bias = biases(mean, weight, count / images)
-    weight, bias = (
-        weight - weight.mean(0),
-        bias - bias.mean(),
-    )  # what all classes share decides nothing, and costs digits
-    return weight, torch.where(count > 0, bias, NEVER)
+class Gaussians(NamedTuple):
+    """The shots in a basis in which the scatter within classes is diagonal.
+
+    Attributes:
+        label: (N,).
+        basis: Q, (D, R), orthonormal; the shots lie in its span.
+        rows: the shots, (V, N, R).
+        mean: μ, (C, R).
+        sizes: n, (C,).
+        spread: the diagonal of (N - 1) S, (R,).
+    """
+
+    label: Tensor
+    basis: Tensor
+    rows: Tensor
+    mean: Tensor
+    sizes: Tensor
+    spread: Tensor
+
+    @classmethod
+    def of(cls, features: Tensor, label: Tensor, classes: int) -> Gaussians:
+        """Takes unit-length features, (V, N, D), in float64, with their labels, (N,)."""
+        views, images, width = features.shape
+        member = F.one_hot(label, classes).to(features)
+        count = member.sum(0)
+        basis = torch.eye(width, dtype=features.dtype)
+        if views * images < width:
+            basis = torch.linalg.qr(features.flatten(0, 1).T).Q
+        rows = features @ basis
+        mean = member.T @ rows.mean(0) / count.clamp(min=1)[:, None]
+        apart = (rows - mean[label]).flatten(0, 1)
+        spread, turn = torch.linalg.eigh(apart.T @ apart / views)
+        return cls(label, basis @ turn, rows @ turn, mean @ turn, count, spread.clamp(min=0))
+
+    @property
+    def trace(self) -> Tensor:
+        """tr((N - 1) S)."""
+        return self.spread.sum()
+
+    def solution(self) -> tuple[Tensor, Tensor]:
+        """W, (C, D), and b, (C,)."""
+        width, images = len(self.basis), len(self.label)
+        weight = width * self.mean / (self.spread + self.trace / (images - 1))
+        bias = biases(self.mean, weight, self.sizes / images)
+        weight, bias = (
+            weight - weight.mean(0),
+            bias - bias.mean(),
+        )  # what classes share decides nothing and costs digits
+        return weight @ self.basis.T, torch.where(self.sizes > 0, bias, NEVER)
+
+    def left_out(self) -> Tensor:
+        """Logits, (N, C), of each image by the solution without it, the mean over its views.
+
+        Without image i of class c, with deviations ``d_v`` from the mean of its n images and their mean m over views,
+        ``(N - 1) S`` loses ``Σ_v d_v d_vᵀ / V + m mᵀ / (n - 1)`` and ``μ_c`` loses ``m / (n - 1)``. What is left is
+        inverted by the Woodbury identity, in which the trace, another for each image, is a shift of the diagonal.
+        """
+        views, images, _ = self.rows.shape
+        found = self.rows.new_empty(images, len(self.mean))
+        step = max(1, AT_ONCE // ((views + 1) * (len(self.mean) + self.rows.shape[2])))
+        for some in torch.arange(images).split(step):
+            label, x = self.label[some], self.rows[:, some].transpose(0, 1)  # (n, V, R)
+            others = (self.sizes[label] - 1).clamp(min=1)[:, None]
+            apart = x - self.mean[label, None]
+            shift = apart.mean(1) / others
+            lost = torch.cat([apart / views**0.5, (shift * others.sqrt())[:, None]], 1)  # A, (n, V + 1, R)
+            trace = (self.trace - lost.square().sum((1, 2))).clamp(min=1e-12) / max(images - 2, 1)
+            inverse = 1 / (self.spread + trace[:, None])  # (n, R)
+            scaled = lost * inverse[:, None]
+            inside = torch.eye(views + 1, dtype=x.dtype) - scaled @ lost.mT
+            query = x.mean(1)
+            query = query * inverse + (torch.linalg.solve(inside, scaled @ query[..., None]).mT @ scaled)[:, 0]
+            own = self.mean[label] - shift  # the mean without the image, (n, R)
+            fading, own_fading = scaled @ self.mean.T, scaled @ own[..., None]  # (n, V + 1, C or 1)
+            square = inverse @ self.mean.square().T + (fading * torch.linalg.solve(inside, fading)).sum(1)
+            own_square = (inverse * own.square()).sum(1, keepdim=True)
+            own_square += (own_fading * torch.linalg.solve(inside, own_fading)).sum(1)
+            score = query @ self.mean.T - square / 2
+            score.scatter_(1, label[:, None], (query * own).sum(1, keepdim=True) - own_square / 2)
+            count = self.sizes - F.one_hot(label, len(self.sizes))
+            prior = torch.where(count > 0, (count / (images - 1)).clamp(min=1e-12).log(), NEVER)
+            found[some] = len(self.basis) * score + prior
+        return found
 
 
 def biases(mean: Tensor, weight: Tensor, prior: Tensor) -> Tensor:
     """b, (C,), from μ and W, (C, D), and π, (C,)."""
-    return prior.clamp(min=1e-12).log() - (mean * weight).sum(1) / 2
+    return prior.clamp(min=1e-12).log() - (mean * weight).sum(-1) / 2
 
 
 def precise(mean: Tensor, apart: Tensor, shrinkage: Tensor) -> Tensor:

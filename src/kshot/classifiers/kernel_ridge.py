@@ -1,7 +1,7 @@
 """ProKeR: kernel ridge regression on what the text leaves (Bendou et al. 2025, arXiv:2501.11175)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import product
 
 import torch
@@ -12,7 +12,7 @@ from kshot.backbones.base import Backbone
 from kshot.classifiers.base import Classifier, Shots, Task, exact
 from kshot.classifiers.blend import UNJUDGED, beats_chance, judgeable, of_text, prompt_for, shots_of
 from kshot.errors import require
-from kshot.judging import worth
+from kshot.judging import best_of, best_scale
 
 SHARPNESS = (1.0, 3.0, 10.0)
 STRENGTHS = (0.01, 0.1, 1.0)
@@ -100,15 +100,16 @@ class KernelRidge(Classifier):
         if judged.any():
             texts = [True] if self.text else list(start)
             betas, lambdas = ([v] if v else o for v, o in ((self.sharpness, SHARPNESS), (self.strength, STRENGTHS)))
-            found = {}
-            for beta, strength in product(betas, lambdas):
-                inverse = inverted(x[some], beta, strength)
-                for text in texts:
-                    residual = inverse @ (y - start[text])[some] / inverse.diagonal()[:, None]
-                    left = (y[some] - residual)[judged]
-                    found[beta, strength, text] = worth(left, label[some][judged])
-            beta, strength, text = max(found, key=lambda setting: found[setting][:2])
-            scale = found[beta, strength, text].scale
+
+            def left_out() -> Iterator[tuple[tuple[float, float, bool], Tensor]]:
+                for beta, strength in product(betas, lambdas):
+                    inverse = inverted(x[some], beta, strength)
+                    for text in texts:
+                        residual = inverse @ (y - start[text])[some] / inverse.diagonal()[:, None]
+                        yield (beta, strength, text), (y[some] - residual)[judged]
+
+            (beta, strength, text), logits = best_of(left_out(), label[some][judged])
+            scale = best_scale(logits, label[some][judged])
         else:
             beta, strength, scale = self.sharpness or ALONE[0], self.strength or ALONE[1], UNJUDGED
             text = self.prompt is not None and (bool(self.text) or beats_chance(start[True], label))

@@ -12,7 +12,7 @@ from kshot.backbones.base import Backbone
 from kshot.classifiers.base import Task
 from kshot.classifiers.blend import LinearBlend, judgeable
 from kshot.errors import require
-from kshot.judging import Worth, worth
+from kshot.judging import best_of
 
 STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0)
 ALONE = 0.1  # the strength where nothing can be judged
@@ -58,14 +58,9 @@ def ridge(
     judged = judgeable(label)
     if not judged.any():
         return *problem.solution(strength or ALONE), None
-    best: tuple[Worth, float, Tensor] | None = None
-    for each in STRENGTHS if strength is None else (strength,):
-        held_out = problem.left_out(each)
-        found = worth(held_out[judged], label[judged])
-        if best is None or found[:2] > best[0][:2]:
-            best = found, each, held_out
-    assert best is not None
-    return *problem.solution(best[1]), best[2]
+    tried = STRENGTHS if strength is None else (strength,)
+    chosen, _ = best_of(((each, problem.left_out(each)[judged]) for each in tried), label[judged])
+    return *problem.solution(chosen), problem.left_out(chosen)
 
 
 class Problem(NamedTuple):
