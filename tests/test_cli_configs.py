@@ -44,7 +44,17 @@ def test_every_experiment_runs_with_a_small_backbone(config, tmp_path):
     assert list(tmp_path.iterdir()) == []  # a fast_dev_run leaves nothing behind
 
 
-WITHOUT_GRADIENT = {"zero_shot", "class_mean", "tip_adapter", "lp_plus_plus", "linear_probe_lbfgs"}
+WITHOUT_GRADIENT = {
+    "zero_shot",
+    "class_mean",
+    "tip_adapter",
+    "lp_plus_plus",
+    "linear_probe_lbfgs",
+    "class_mean_text",
+    "gda",
+    "kernel_ridge",
+    "ridge",
+}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -81,7 +91,7 @@ def test_every_weight_tuning_method_layers_over_an_image_backbone(method, head, 
     assert result["trainable_parameters"] > 0
 
 
-NO_TEXT_NEEDED = {"class_mean", "linear_probe", "linear_probe_lbfgs", "vpt"}
+NO_TEXT_NEEDED = {"class_mean", "gda", "kernel_ridge", "linear_probe", "linear_probe_lbfgs", "ridge", "vpt"}
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m not in WEIGHT_TUNING])

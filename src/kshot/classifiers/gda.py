@@ -1,0 +1,196 @@
+"""GDA: Gaussians with one covariance, a closed form beside the text (Wang et al. 2024, arXiv:2402.04087)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kshot.backbones.base import Backbone
+from kshot.classifiers.base import Shots, Task, exact
+from kshot.classifiers.blend import LinearBlend
+from kshot.classifiers.ridge import AT_ONCE, ridge
+from kshot.errors import require
+from kshot.holding import Holder
+
+COPIES = 16  # of a new class's text among the images that stand for it
+NEVER = -1e9  # the bias of a class without images
+
+
+class GDA(LinearBlend, Holder):
+    """``w_c = P μ_c`` and ``b_c = log π_c - μ_cᵀ P μ_c / 2``, of unit-length features (section 3.1 of the paper).
+
+    ``P = D ((N - 1) S + tr(S) I)⁻¹`` is an empirical Bayes estimate of the precision, S the covariance within classes
+    over all recorded views, with the divisor N - 1, N the number of images. What the paper tunes on validation images,
+    the weight beside the text, is decided on images left out one by one. Where each class has one image, or all of a
+    class are equal, there is no covariance within, and :class:`~kshot.classifiers.Ridge` takes its place.
+
+    Where a class is new, all are served as new ones, which have no images: the μ of one is the mean of the
+    ``neighbours`` training features nearest to its text and of 16 copies of that text, and P the mean over the classes
+    of the precisions of these neighbours around the text (section 3.3, and the authors' code).
+
+    Args:
+        neighbours: training features that stand for a new class.
+        text: as :class:`LinearBlend`.
+        templates: as :class:`LinearBlend`.
+
+    Attributes:
+        rows: unit-length features of the shots, (V · N, D), by which new classes are served; none without text.
+        held: W and b of the present classes, (C, D + 1), while they are held.
+    """
+
+    rows: Tensor
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        task: Task,
+        neighbours: int = 64,
+        text: bool | None = None,
+        templates: Sequence[str] | str | None = None,
+    ) -> None:
+        super().__init__(backbone, task, text, templates)
+        require("GDA", "neighbours", neighbours, neighbours >= 2, "be at least 2")
+        self.neighbours, self.fitted = neighbours, {name: c for c, name in enumerate(task.class_names)}
+        self.bound = LinearBlend.bound if self.prompt is None else ""
+        self.register_buffer("rows", torch.zeros(0, backbone.feature_dim))
+
+    def solve(self, features: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        classes = len(self.task.class_names)
+        shots = Gaussians.of(features, label, classes)
+        if shots.sizes.max() < 2 or shots.trace < 1e-12 * len(label):
+            return ridge(features, label, classes, None)
+        return *shots.solution(), shots.left_out()
+
+    @torch.inference_mode(False)  # a state may be loaded over the rows later
+    @torch.no_grad()
+    def fit(self, train: Shots, val: Shots | None) -> None:
+        super().fit(train, val)
+        if self.prompt is not None:
+            self.rows = F.normalize(train.every_view[0].to(self.rows), dim=-1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        found = self.hold() if self.held is None else self.held
+        return self.blended(features, found[:, :-1], found[:, -1])
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def set_class_names(self, class_names: Sequence[str], templates: Sequence[str] | None = None) -> None:
+        super().set_class_names(class_names, templates)
+        if self.held is not None:
+            self.held = self.hold()
+
+    def hold(self) -> Tensor:
+        """W and b of the present classes, (C, D + 1): what was fitted, or from their text where any is new."""
+        if all(name in self.fitted for name in self.task.class_names):
+            order = [self.fitted[name] for name in self.task.class_names]
+            return torch.cat([self.weight, self.bias[:, None]], 1)[order]
+        assert self.prompt is not None, "bound otherwise"
+        rows, text = exact(self.rows, self.prompt.text_features(self.rows))
+        text = F.normalize(text, dim=-1)
+        near = rows[(text @ rows.T).topk(min(self.neighbours, len(rows))).indices]  # (C, K, D)
+        mean = (near.sum(1) + COPIES * text) / (near.shape[1] + COPIES)
+        apart = near - text[:, None]
+        shrinkage = apart.square().sum((1, 2)) / (near.shape[1] - 1)
+        weight = torch.stack([precise(mean, a, s) for a, s in zip(apart, shrinkage, strict=True)]).mean(0)
+        return torch.cat([weight, biases(mean, weight, mean.new_full((len(mean),), 1 / len(mean)))[:, None]], 1)
+
+
+class Gaussians(NamedTuple):
+    """The shots in a basis in which the scatter within classes is diagonal.
+
+    Attributes:
+        label: (N,).
+        basis: Q, (D, R), orthonormal; the shots lie in its span.
+        rows: the shots, (V, N, R).
+        mean: μ, (C, R).
+        sizes: n, (C,).
+        spread: the diagonal of (N - 1) S, (R,).
+    """
+
+    label: Tensor
+    basis: Tensor
+    rows: Tensor
+    mean: Tensor
+    sizes: Tensor
+    spread: Tensor
+
+    @classmethod
+    def of(cls, features: Tensor, label: Tensor, classes: int) -> Gaussians:
+        """Takes unit-length features, (V, N, D), in float64, with their labels, (N,)."""
+        views, images, width = features.shape
+        member = F.one_hot(label, classes).to(features)
+        count = member.sum(0)
+        basis = torch.eye(width, dtype=features.dtype)
+        if views * images < width:
+            basis = torch.linalg.qr(features.flatten(0, 1).T).Q
+        rows = features @ basis
+        mean = member.T @ rows.mean(0) / count.clamp(min=1)[:, None]
+        apart = (rows - mean[label]).flatten(0, 1)
+        spread, turn = torch.linalg.eigh(apart.T @ apart / views)
+        return cls(label, basis @ turn, rows @ turn, mean @ turn, count, spread.clamp(min=0))
+
+    @property
+    def trace(self) -> Tensor:
+        """tr((N - 1) S)."""
+        return self.spread.sum()
+
+    def solution(self) -> tuple[Tensor, Tensor]:
+        """W, (C, D), and b, (C,)."""
+        width, images = len(self.basis), len(self.label)
+        weight = width * self.mean / (self.spread + self.trace / (images - 1))
+        bias = biases(self.mean, weight, self.sizes / images)
+        weight, bias = (
+            weight - weight.mean(0),
+            bias - bias.mean(),
+        )  # what classes share decides nothing and costs digits
+        return weight @ self.basis.T, torch.where(self.sizes > 0, bias, NEVER)
+
+    def left_out(self) -> Tensor:
+        """Logits, (N, C), of each image by the solution without it, the mean over its views.
+
+        Without image i of class c, with deviations ``d_v`` from the mean of its n images and their mean m over views,
+        ``(N - 1) S`` loses ``Σ_v d_v d_vᵀ / V + m mᵀ / (n - 1)`` and ``μ_c`` loses ``m / (n - 1)``. What is left is
+        inverted by the Woodbury identity, in which the trace, another for each image, is a shift of the diagonal.
+        """
+        views, images, _ = self.rows.shape
+        found = self.rows.new_empty(images, len(self.mean))
+        step = max(1, AT_ONCE // ((views + 1) * (len(self.mean) + self.rows.shape[2])))
+        for some in torch.arange(images).split(step):
+            label, x = self.label[some], self.rows[:, some].transpose(0, 1)  # (n, V, R)
+            others = (self.sizes[label] - 1).clamp(min=1)[:, None]
+            apart = x - self.mean[label, None]
+            shift = apart.mean(1) / others
+            lost = torch.cat([apart / views**0.5, (shift * others.sqrt())[:, None]], 1)  # A, (n, V + 1, R)
+            trace = (self.trace - lost.square().sum((1, 2))).clamp(min=1e-12) / max(images - 2, 1)
+            inverse = 1 / (self.spread + trace[:, None])  # (n, R)
+            scaled = lost * inverse[:, None]
+            inside = torch.eye(views + 1, dtype=x.dtype) - scaled @ lost.mT
+            query = x.mean(1)
+            query = query * inverse + (torch.linalg.solve(inside, scaled @ query[..., None]).mT @ scaled)[:, 0]
+            own = self.mean[label] - shift  # the mean without the image, (n, R)
+            fading, own_fading = scaled @ self.mean.T, scaled @ own[..., None]  # (n, V + 1, C or 1)
+            square = inverse @ self.mean.square().T + (fading * torch.linalg.solve(inside, fading)).sum(1)
+            own_square = (inverse * own.square()).sum(1, keepdim=True)
+            own_square += (own_fading * torch.linalg.solve(inside, own_fading)).sum(1)
+            score = query @ self.mean.T - square / 2
+            score.scatter_(1, label[:, None], (query * own).sum(1, keepdim=True) - own_square / 2)
+            count = self.sizes - F.one_hot(label, len(self.sizes))
+            prior = torch.where(count > 0, (count / (images - 1)).clamp(min=1e-12).log(), NEVER)
+            found[some] = len(self.basis) * score + prior
+        return found
+
+
+def biases(mean: Tensor, weight: Tensor, prior: Tensor) -> Tensor:
+    """b, (C,), from μ and W, (C, D), and π, (C,)."""
+    return prior.clamp(min=1e-12).log() - (mean * weight).sum(-1) / 2
+
+
+def precise(mean: Tensor, apart: Tensor, shrinkage: Tensor) -> Tensor:
+    """``μ D (AᵀA + s I)⁻¹``, (C, D), from μ, (C, D), and A, (K, D), by the inverse of a K x K matrix alone."""
+    inner = apart @ apart.T + shrinkage * torch.eye(len(apart), dtype=apart.dtype, device=apart.device)
+    inside: Tensor = torch.linalg.solve(inner, apart @ mean.T)
+    return mean.shape[1] / shrinkage * (mean - inside.T @ apart)

@@ -1,0 +1,60 @@
+"""Choosing on the shots alone: what logits of images that were held out are worth, and the temperature that fits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import TypeVar
+
+import torch.nn.functional as F
+from torch import Tensor
+
+Setting = TypeVar("Setting")
+LEAST, MOST, HALVINGS = 1e-3, 1e3, 24  # inverse temperatures, and steps of the search, to 1 part in a million
+
+
+def best_of(candidates: Iterable[tuple[Setting, Tensor]], label: Tensor) -> tuple[Setting, Tensor]:
+    """The setting whose held-out logits are best, with these: by accuracy, then log loss, then the first.
+
+    Args:
+        candidates: settings with logits, (N, C); they are asked for one by one, and two are held.
+        label: (N,).
+    """
+    best: tuple[Setting, Tensor, float] | None = None
+    for setting, logits in candidates:
+        right = accuracy(logits, label)
+        if best is None or right > best[2] or (right == best[2] and log_loss(logits, label) < log_loss(best[1], label)):
+            best = setting, logits, right
+    assert best is not None, "there is a candidate"
+    return best[:2]
+
+
+def accuracy(logits: Tensor, label: Tensor) -> float:
+    """The share that is right of logits, (N, C)."""
+    return float((logits.argmax(-1) == label).double().mean())
+
+
+def log_loss(logits: Tensor, label: Tensor) -> float:
+    """The cross-entropy of :func:`smoothed` labels at the best temperature: without one, size alone would decide."""
+    return float(F.cross_entropy(logits * best_scale(logits, label), label, label_smoothing=smoothing(label)))
+
+
+def smoothing(label: Tensor) -> float:
+    """1 / (N + 2), as in Platt's scaling (1999): N images that are all right do not show certainty."""
+    return 1 / (len(label) + 2)
+
+
+def best_scale(logits: Tensor, label: Tensor) -> float:
+    """The inverse temperature of the least log loss of logits, (N, C), from 0.001 to 1,000.
+
+    The loss is convex in it: its slope, ``E_p[z] - z_y``, decides which half of the interval of logarithms to keep.
+    """
+    target = F.one_hot(label, logits.shape[1]).to(logits)
+    target.mul_(1 - smoothing(label)).add_(smoothing(label) / logits.shape[1])
+    wanted = (target * logits).sum()
+    low, high = math.log(LEAST), math.log(MOST)
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        rising = ((logits * math.exp(middle)).softmax(-1) * logits).sum() > wanted
+        low, high = (low, middle) if rising else (middle, high)
+    return math.exp((low + high) / 2)
