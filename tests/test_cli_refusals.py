@@ -163,3 +163,11 @@ def test_a_pickle_is_not_executed(capsys, tmp_path):
     line = refused(capsys, ["test", *FIT[1:], "--ckpt_path", str(tmp_path / "evil.ckpt")])
     assert "something else than tensors and plain values" in line
     assert not (tmp_path / "harm").exists()
+
+
+def test_a_mistake_in_a_config_names_its_file(tmp_path, capsys):
+    file = tmp_path / "mine.yaml"
+    file.write_text("model: {init_args: {no_such: 1}}")
+    said = "FewShotModule has no option 'no_such'. There are: "
+    assert refused(capsys, [*FIT, "--config", str(file)]).startswith(f"error: {file}: {said}")
+    assert refused(capsys, [*FIT, "--model.no_such", "1"]).startswith(f"error: {said}")
