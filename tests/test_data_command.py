@@ -383,7 +383,7 @@ class TestSplit:
         assert Path("old.json").read_text() == "{}"
         assert not Path("new.json").exists()
 
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     @given(st.data())
     def test_division(self, data):
         sizes = data.draw(st.lists(st.integers(6, 30), min_size=1, max_size=5))
