@@ -18,14 +18,18 @@ from typing import Any
 import torch
 import torch._dynamo  # which the first optimizer of a process imports, for a second
 
-import kshot.adapters
-import kshot.classifiers
-from kshot.adapters import Adapter, FullTuning
-from kshot.backbones import OpenClip
-from kshot.classifiers import Classifier, CoOp, DePT, LinearProbe, PromptSRC, TextPrompt
-from kshot.data import CropFlip, FewShotDataModule
-from kshot.features import FeatureStore
-from kshot.run import build, evaluate, fit, make_trainer
+from kshot.lean import load_lightning
+
+load_lightning()
+
+import kshot.adapters  # noqa: E402
+import kshot.classifiers  # noqa: E402
+from kshot.adapters import Adapter, FullTuning  # noqa: E402
+from kshot.backbones import OpenClip  # noqa: E402
+from kshot.classifiers import Classifier, CoOp, DePT, LinearProbe, PromptSRC, TextPrompt  # noqa: E402
+from kshot.data import CropFlip, FewShotDataModule  # noqa: E402
+from kshot.features import FeatureStore  # noqa: E402
+from kshot.run import build, evaluate, fit, make_trainer  # noqa: E402
 
 ADAPTER_SETTINGS: dict[str, dict[str, Any]] = {
     "AdaLoRA": {"initial_rank": 3, "target_rank": 2, "initial_steps": 1, "final_steps": 1, "every": 1},

@@ -149,7 +149,7 @@ def test_predict_labels_a_folder_and_a_list(fitted, tmp_path):
 
 
 def test_a_resumed_run_ends_with_the_same_bits(tmp_path, monkeypatch):
-    options = ["--trainer.max_epochs", "4", "--run.save_every", "0", "--data.shots", "8", *UNTESTED]
+    options = ["--trainer.max_epochs", "4", "--run.save_every", "0", "--data.batch_size", "8", *UNTESTED]
     options += ["--model.adapter.dropout", "0.3"]
     whole = fit(tmp_path / "whole", *options)
     start = FewShotModule.on_train_epoch_start
@@ -180,7 +180,7 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path, monkeypatch):
 def test_methods_with_phases_resume_to_the_same_bits(method, cut_at, tmp_path, monkeypatch):
     """AdaLoRA before and after its ranks are fixed; AutoLoRA after its search, which is not repeated."""
     options = ["--config", f"methods/{method}.yaml", "--trainer.max_epochs", "6", "--run.save_every", "0"]
-    options += ["--data.shots", "8"] + ["--model.adapter.search_steps", "10"] * (method == "autolora")
+    options += ["--data.batch_size", "8"] + ["--model.adapter.search_steps", "3"] * (method == "autolora")
     whole = fit(tmp_path / "whole", *options)
     start = FewShotModule.on_train_epoch_start
 
