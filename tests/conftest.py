@@ -19,7 +19,11 @@ def pytest_xdist_auto_num_workers(config):
     return 0 if 0 < len(files) <= 3 else None
 
 
-LONG = ("test_several_devices", "test_run", "test_cli", "test_benchmarks", "test_cli_configs", "test_ends", "test_docs")
+LONG = (
+    *("test_cli_configs", "test_cli", "test_adapters", "test_ends", "test_several_devices", "test_run"),
+    *("test_classifiers", "test_adapter_state", "test_benchmarks", "test_cli_refusals", "test_data_command"),
+    *("test_hostile", "test_mistakes", "test_layouts", "test_docs", "test_data_hostile", "test_imports"),
+)
 
 
 def pytest_collection_modifyitems(items):

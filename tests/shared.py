@@ -1,4 +1,4 @@
-"""Fixtures of all tests: an own cache, the same random state for each, and tiny models that are written once a session."""
+"""Fixtures of all tests: an own cache, the same random state for each, tiny models that are written once a session."""
 
 import socket
 import sys
