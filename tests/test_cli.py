@@ -1,7 +1,9 @@
 """The command line end to end, in-process: fit → test → resume → predict, and its processes and help."""
 
 import csv
+import io
 import json
+import logging
 import sys
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from command_line import (
 from processes import finished
 from safetensors.torch import load_file
 
+from kshot import commands
 from kshot.cli import main
 from kshot.module import FewShotModule
 
@@ -299,6 +302,25 @@ STOPPING = json.dumps([{"class_path": "EarlyStopping", "init_args": {"monitor": 
 def test_validation_in_training_waits_until_something_is_decided_by_it(options, epochs, tmp_path):
     rows = list(csv.DictReader((fit(tmp_path, *options, *UNTESTED) / "metrics.csv").open()))
     assert sum(bool(row.get("val/acc")) for row in rows) == epochs
+
+
+def test_the_log_is_written_for_the_length_of_a_run_and_left_as_it_was(monkeypatch, capsys):
+    log, own = logging.getLogger("kshot"), logging.StreamHandler(io.StringIO())
+    monkeypatch.setattr(log, "handlers", [own])
+    read = commands.read_command_line
+
+    def tells(*given):
+        log.info("told")
+        return read(*given)
+
+    monkeypatch.setattr(commands, "read_command_line", tells)
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            main([*FIT, "--print_config"])
+        log.info("nobody asked")
+        assert capsys.readouterr().err == "told\n"
+        assert log.handlers == [own]
+    assert own.stream.getvalue() == 2 * "told\n"
 
 
 def test_the_words_of_the_process_are_left_alone(tmp_path, monkeypatch):
