@@ -18,16 +18,20 @@ METHODS = [name for name in CONFIGS if name.startswith("methods/")]
 EXPERIMENTS = [name for name in CONFIGS if not name.startswith("methods/")]
 QUICK = ["--trainer.max_epochs", "2", "--trainer.enable_progress_bar", "false", "--data.shots", "2"]
 QUICK += ["--data.views", "2"]  # recorded crops of the ten
-QUICK += ["--data.eval_batch_size", "64", "--trainer.limit_test_batches", "1"]  # of the 539 test scans
-WHOLE = ["--trainer.limit_test_batches", "1.0"]
+QUICK += ["--data.eval_batch_size", "16", "--trainer.limit_test_batches", "1"]  # of the 539 test scans
+WHOLE = ["--trainer.limit_test_batches", "1.0", "--data.eval_batch_size", "64"]
 UNTESTED = ["--run.test", "false"]
 FIT = ["fit", "--config", "clip_16shot.yaml"]
 
 
 def fit(root: Path, *options: str) -> Path:
-    """Runs a short fit of the default config and returns its directory."""
+    """Runs a short fit of the default config and returns its directory.
+
+    Configs that the options begin with come first: a method has a number of epochs of its own.
+    """
     before = set(root.glob("*/*"))
-    main(["fit", "--config", "clip_16shot.yaml", *QUICK, "--run.root", str(root), *options])
+    configs = next((i for i in range(0, len(options), 2) if options[i] != "--config"), len(options))
+    main([*FIT, *options[:configs], *QUICK, "--run.root", str(root), *options[configs:]])
     (new,) = set(root.glob("*/*")) - before
     return new
 

@@ -11,21 +11,29 @@ import inspect
 import json
 import os
 import sys
+import tempfile
 import warnings
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch._dynamo  # which the first optimizer of a process imports, for a second
 
-import kshot.adapters
-import kshot.classifiers
-from kshot.adapters import Adapter, FullTuning
-from kshot.backbones import OpenClip
-from kshot.classifiers import Classifier, CoOp, DePT, LinearProbe, PromptSRC, TextPrompt
-from kshot.data import CropFlip, FewShotDataModule
-from kshot.features import FeatureStore
-from kshot.run import build, evaluate, fit, make_trainer
+from kshot.lean import load_lightning
+
+load_lightning()
+
+import towers  # noqa: E402
+
+import kshot.adapters  # noqa: E402
+import kshot.classifiers  # noqa: E402
+from kshot.adapters import Adapter, FullTuning  # noqa: E402
+from kshot.backbones import Backbone  # noqa: E402
+from kshot.classifiers import Classifier, CoOp, DePT, LinearProbe, PromptSRC, TextPrompt  # noqa: E402
+from kshot.data import CropFlip, FewShotDataModule  # noqa: E402
+from kshot.features import FeatureStore  # noqa: E402
+from kshot.run import build, evaluate, fit, make_trainer  # noqa: E402
 
 ADAPTER_SETTINGS: dict[str, dict[str, Any]] = {
     "AdaLoRA": {"initial_rank": 3, "target_rank": 2, "initial_steps": 1, "final_steps": 1, "every": 1},
@@ -50,7 +58,7 @@ def cases() -> dict[str, dict[str, Any]]:
     """Settings of every method by name, adapters in both towers, and some that combine."""
     found: dict[str, dict[str, Any]] = {}
     for kind in exported(kshot.adapters, Adapter):
-        targets = ["*.ln_?.*"] if kind is FullTuning else ["image.5.*", "text.0.[qv]"]
+        targets = ["*.ln_?.*"] if kind is FullTuning else ["image.1.*", "text.0.[qv]"]
         found[kind.__name__] = {"adapter": kind(**ADAPTER_SETTINGS.get(kind.__name__, {})), "targets": targets}
     for head in exported(kshot.classifiers, Classifier):
         found[head.__name__] = {"classifier": partial(head, **HEAD_SETTINGS.get(head.__name__, {}))}
@@ -66,7 +74,7 @@ def data_for() -> FewShotDataModule:
     return FewShotDataModule("digits", shots=2, batch_size=8, eval_batch_size=16, augment=CropFlip(flip=0.0), views=2)
 
 
-def figures(backbone: OpenClip, data: FewShotDataModule, settings: dict[str, Any], store: Any = None) -> dict[str, Any]:
+def figures(backbone: Backbone, data: FewShotDataModule, settings: dict[str, Any], store: Any = None) -> dict[str, Any]:
     """One short run, tested on 16 images."""
     optimizer = partial(torch.optim.AdamW, lr=2e-3)
     module = build(backbone, data, optimizer=optimizer, **settings)
@@ -95,7 +103,7 @@ def in_child(work: Any) -> Any:
     return json.loads(text) if text else None
 
 
-def all_in_one(backbone: OpenClip) -> dict[str, Any]:
+def all_in_one(backbone: Backbone) -> dict[str, Any]:
     data = data_for()
     store = FeatureStore(backbone)
     before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
@@ -111,12 +119,14 @@ def all_in_one(backbone: OpenClip) -> dict[str, Any]:
 def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    backbone = OpenClip("kshot:glyph_clip")
-    shared = in_child(lambda: all_in_one(backbone))
-    fresh = {
-        name: in_child(lambda settings=settings: figures(backbone, data_for(), settings))
-        for name, settings in cases().items()
-    }
+    with tempfile.TemporaryDirectory() as folder:
+        towers.use_folder(Path(folder))
+        backbone = towers.build("clip")
+        shared = in_child(lambda: all_in_one(backbone))
+        fresh = {
+            name: in_child(lambda settings=settings: figures(backbone, data_for(), settings))
+            for name, settings in cases().items()
+        }
     json.dump({name: {"fresh": fresh[name], "shared": (shared or {}).get(name)} for name in fresh}, sys.stdout)
 
 

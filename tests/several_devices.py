@@ -14,11 +14,15 @@ from typing import Any
 
 import torch
 
-from kshot.adapters import AdaLoRA, LoRA, RandLoRA
-from kshot.backbones import OpenClip
-from kshot.classifiers import CoOp, PromptSRC
-from kshot.data import CropFlip, FewShotDataModule
-from kshot.run import Tested, build, evaluate, fit, make_trainer
+from kshot.lean import load_lightning
+
+load_lightning()
+
+from kshot.adapters import AdaLoRA, LoRA, RandLoRA  # noqa: E402
+from kshot.backbones import OpenClip  # noqa: E402
+from kshot.classifiers import CoOp, PromptSRC  # noqa: E402
+from kshot.data import CropFlip, FewShotDataModule  # noqa: E402
+from kshot.run import Tested, build, evaluate, fit, make_trainer  # noqa: E402
 
 BATCH = 12  # of all processes together; 20 shots leave a short last batch, which is dropped
 SLOTS = ["image.4.*", "text.1.[qv]"]

@@ -37,7 +37,7 @@ def test_every_experiment_runs_with_a_small_backbone(config, tmp_path):
     main(
         [
             *["fit", "--config", config, *overrides, "--data.dataset", "digits", "--data.num_workers", "0"],
-            *["--data.shots", "2"],
+            *["--data.shots", "2", "--data.batch_size", "8", "--data.eval_batch_size", "8"],
             *["--trainer.fast_dev_run", "true", "--trainer.precision", "32-true", "--run.root", str(tmp_path)],
         ]
     )
@@ -98,6 +98,7 @@ NO_TEXT_NEEDED = {"class_mean", "gda", "kernel_ridge", "linear_probe", "linear_p
 def test_every_other_method_runs_on_an_image_backbone_or_says_why_not(method, tmp_path, capsys):
     arguments = ["fit", "--config", "dinov2_vits14_16shot.yaml", "--config", method, *QUICK, *TINY_VIT]
     arguments += ["--model.backbone.image_size", "null", "--run.root", str(tmp_path), "--trainer.max_epochs", "1"]
+    arguments += ["--data.eval_batch_size", "64"]  # of which an untrained backbone tells some
     if Path(method).stem in NO_TEXT_NEEDED:
         main(arguments)
         (directory,) = tmp_path.glob("*/*")

@@ -199,6 +199,19 @@ def test_digits_images():
         assert np.abs(pixels[..., 1] / 255 - digits.images[int(row.path)] / 16).max() < 0.5 / 255 + 1e-9
 
 
+def test_digits_are_read_once_and_cannot_be_changed(monkeypatch):
+    read, loadtxt = [], np.loadtxt
+    monkeypatch.setattr(np, "loadtxt", lambda *given, **how: read.append(given) or loadtxt(*given, **how))
+    catalogue._digits.cache_clear()
+    sources = [CATALOGUE["digits"].images("data", part, []) for part in PARTS]
+    for source in sources:
+        source.close()
+        source.open("0")
+    assert len(read) == 1
+    with pytest.raises(ValueError, match="read-only"):
+        sources[0].items[0][:] = 0
+
+
 def write_idx(path, values):
     values = np.asarray(values, dtype=np.uint8)
     header = struct.pack(f">I{values.ndim}I", 0x800 + values.ndim, *values.shape)

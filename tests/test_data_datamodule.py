@@ -5,7 +5,8 @@ import json
 import os
 import pickle
 import re
-import time
+from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from data_fixtures import (
     trainer,
 )
 from lightning.pytorch.callbacks import Callback
+from PIL import Image
 
 from kshot.backbones import Preprocessing
 from kshot.data import Batch, CropFlip, FewShotDataModule
@@ -336,17 +338,30 @@ class TestCheckTestFiles:
         with pytest.raises(UserError, match="pets has changed since"):
             module.check_test_files()
 
-    def test_it_is_cheap(self, tmp_path):
-        folder = tmp_path / "many"
-        for part in ("train", "test"):
+    def test_it_is_cheap(self, tmp_path, monkeypatch):
+        """A look at the entry of each test image; read are those of the size of a drawn one."""
+        folder, stat, read = tmp_path / "many", Path.stat, Path.open
+        for part, sizes in (("train", (2, 2)), ("test", (2, *range(3, 22)))):
             for c in "ab":
                 (folder / part / c).mkdir(parents=True)
-                for i in range(2500):
-                    (folder / part / c / f"{i}.png").write_bytes(b"x")
+                for i, size in enumerate(sizes):
+                    (folder / part / c / f"{i}.png").write_bytes(c.encode() * size)
         module = FewShotDataModule(str(folder), shots=1, image_size=8)
-        start = time.process_time()
+        looked, opened = Counter(), Counter()
+
+        def count(seen, call, file, *given, **options):
+            if file.parent.parent == folder / "test":
+                seen[file] += 1
+            return call(file, *given, **options)
+
+        monkeypatch.setattr(Path, "stat", lambda *given, **options: count(looked, stat, *given, **options))
+        monkeypatch.setattr(Path, "open", lambda *given, **options: count(opened, read, *given, **options))
+        monkeypatch.setattr(Image, "open", lambda *_, **__: pytest.fail("decoded"))
         module.check_test_files()
-        assert time.process_time() - start < 1
+        assert len(looked) == 40
+        assert looked.total() <= 3 * 40
+        assert set(opened) == {folder / "test" / c / "0.png" for c in "ab"}
+        assert max(opened.values()) <= 2
 
 
 def list_file(root):

@@ -235,10 +235,10 @@ def test_a_missing_test_image_is_told_before_anything_is_trained(tmp_path, capsy
 def test_a_test_that_is_cut_short_says_so(whole, tmp_path, capsys):
     main(["test", "--config", str(whole / "config.yaml"), "--ckpt_path", str(whole / "tuned.safetensors"),
           "--run.root", str(tmp_path), "--trainer.limit_test_batches", "1"])  # fmt: skip
-    assert "64 of 539 images of test" in capsys.readouterr().out
+    assert "16 of 539 images of test" in capsys.readouterr().out
     (directory,) = tmp_path.glob("*/*")
     result = json.loads((directory / "result.json").read_text())
-    assert (result["tested"], result["test_images"]) == ({"test": 64}, {"test": 539})
+    assert (result["tested"], result["test_images"]) == ({"test": 16}, {"test": 539})
 
 
 def test_unreadable_images_are_left_out_with_a_word(tmp_path, capsys):

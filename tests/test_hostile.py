@@ -32,5 +32,5 @@ def test_a_hostile_file(name, tmp_path, monkeypatch, capsys):
         assert len(lines) == 1
         assert lines[0].startswith("error: ")
         assert not (work / "runs").exists()
-    assert seconds < (20 if name in HARMLESS else 5)  # a harmless one is a whole run
+    assert seconds < 30  # about one is usual: what it can cost are minutes
     assert grown < 500_000

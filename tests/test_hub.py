@@ -2,7 +2,6 @@
 
 import logging
 import socket
-import time
 
 import pytest
 import timm
@@ -18,14 +17,18 @@ from kshot.errors import UserError
 
 @pytest.fixture
 def no_network(monkeypatch, tmp_path):
-    def refuse(*_, **__):
-        raise OSError("Name or service not known")
+    asked = []
+
+    def refuse(address, *_, **__):
+        asked.append(address)
+        raise socket.gaierror("Name or service not known")
 
     for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(socket, "create_connection", refuse)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    return asked
 
 
 @pytest.mark.parametrize(
@@ -37,14 +40,13 @@ def no_network(monkeypatch, tmp_path):
     ],
 )
 def test_a_hub_out_of_reach(build, setting, no_network):
-    start = time.perf_counter()
     with pytest.raises(UserError) as error:
         build()
     message = str(error.value)
     assert "\n" not in message
     assert "HF_HUB_CACHE" in message
     assert setting in message
-    assert time.perf_counter() - start < 20  # the libraries' own retries take most of a minute
+    assert len(no_network) == 1, "the libraries' own retries take most of a minute"
 
 
 @pytest.mark.usefixtures("no_network")
@@ -110,8 +112,6 @@ def test_a_run_on_local_weights_opens_no_connection_and_asks_no_name(tmp_path, m
     assert asked == []
 
 
-def test_a_name_that_nobody_answers_for_is_not_waited_for(monkeypatch):
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(30) or [])
-    start = time.perf_counter()
+def test_a_name_that_nobody_answers_for_is_not_waited_for(unanswered):
     assert not answers("https://huggingface.co", timeout=0.2)
-    assert time.perf_counter() - start < 5
+    assert not unanswered

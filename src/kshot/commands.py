@@ -10,8 +10,8 @@ import shlex
 import sys
 import time
 import warnings
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,21 @@ TRAINER_DEFAULTS = DEFAULTS | {
 }
 
 
+@contextmanager
+def told_to_stderr() -> Iterator[None]:
+    """Writes what kshot tells, from INFO on, to the standard error that there is now, until the end of the block."""
+    log, handler = logging.getLogger("kshot"), logging.StreamHandler()
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+
+
+@told_to_stderr()
 def run(arguments: Sequence[str], started: float | None = None) -> FewShotCLI:
     """Runs the words after ``python main.py``, in a process that began ``started``, and returns what it built.
 
@@ -117,10 +132,6 @@ def settle_chatter() -> None:
         ".*LightningCLI's args parameter is intended.*",  # the words are read here, and sys.argv is left to launchers
     ):
         warnings.filterwarnings("ignore", message=message)
-    log = logging.getLogger("kshot")
-    others = [handler for handler in log.handlers if type(handler) is not logging.StreamHandler]
-    log.handlers = [*others, logging.StreamHandler()]  # of the standard error that there is now
-    log.setLevel(logging.INFO)
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning 2.6 calls what jsonargparse 5 drops
 
 

@@ -20,7 +20,7 @@ from huggingface_hub import constants
 
 from kshot.adapters import LoRA
 from kshot.backbones import OpenClip
-from kshot.commands import settle_chatter
+from kshot.commands import settle_chatter, told_to_stderr
 from kshot.data.datamodule import FewShotDataModule
 from kshot.errors import UserError, first_line
 from kshot.files import amount, cache_folder, memory_of_machine
@@ -31,6 +31,7 @@ HUBS = (constants.ENDPOINT, "https://openaipublic.azureedge.net", "https://githu
 PATIENCE = 4.0  # seconds for all hubs together, looking up their names included
 
 
+@told_to_stderr()
 def run_doctor(arguments: Sequence[str] = ()) -> int:
     """Prints what it finds, with ``--json`` as JSON; returns 0, or 1 when the small run failed.
 

@@ -4,7 +4,7 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from operator import itemgetter
 from pathlib import Path, PurePosixPath
@@ -293,12 +293,18 @@ def _transposed(picture: Any, item: Any) -> Image.Image:
     return image.transpose(Image.Transpose.TRANSPOSE)
 
 
+@cache
 def _digits() -> Any:
-    """The images, (1797, 8, 8), as ``sklearn.datasets.load_digits`` gives them, which would load all of SciPy."""
+    """The images, (1797, 8, 8), as ``sklearn.datasets.load_digits`` gives them, which would load all of SciPy.
+
+    Their text takes a moment to read, and every part of a run asks for them; they are kept, and cannot be written.
+    """
     package = find_spec("sklearn")
     assert package is not None, "scikit-learn is a dependency"
     file = Path((package.submodule_search_locations or [""])[0], "datasets", "data", "digits.csv.gz")
-    return np.loadtxt(file, delimiter=",")[:, :-1].reshape(-1, 8, 8)
+    images = np.loadtxt(file, delimiter=",")[:, :-1].reshape(-1, 8, 8)
+    images.setflags(write=False)
+    return images
 
 
 def _grey_levels_16(values: np.ndarray) -> Image.Image:

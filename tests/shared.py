@@ -1,0 +1,93 @@
+"""Fixtures of all tests: an own cache, the same random state for each, tiny models that are written once a session."""
+
+import socket
+import sys
+import threading
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+
+from kshot.lean import load_lightning
+
+load_lightning()
+
+import command_line  # noqa: E402
+import towers  # noqa: E402
+
+from kshot.backbones import OpenClip  # noqa: E402
+from kshot.data import FewShotDataModule  # noqa: E402
+
+torch.set_num_threads(1)
+hypothesis.settings.register_profile("kshot", deadline=None)  # a busy machine is no fault
+hypothesis.settings.load_profile("kshot")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _tower_folder(tmp_path_factory):
+    """Where the tiny models of :mod:`towers` are written."""
+    towers.use_folder(tmp_path_factory.mktemp("towers"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    """No test reads or writes the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KSHOT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    """Every test starts from the same global random state, and with nothing compiled."""
+    torch.manual_seed(0)
+    if "torch._dynamo" in sys.modules:  # it gives up on code that many tests compiled before
+        torch.compiler.reset()
+
+
+@pytest.fixture
+def unanswered(monkeypatch):
+    """Names that are asked for are answered when the test is over, as without a network; holds those answered before.
+
+    The threads that asked end with the test.
+    """
+    over, asked, early, before = threading.Event(), [], [], threading.enumerate()
+
+    def getaddrinfo(host, *_, **__):
+        asked.append(host)
+        if not over.wait(30):
+            early.append(host)
+        raise socket.gaierror("Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    yield early
+    over.set()
+    for thread in set(threading.enumerate()) - set(before):
+        thread.join()
+    assert asked
+
+
+@pytest.fixture(scope="module")
+def glyph_clip() -> OpenClip:
+    """The small CLIP that comes with kshot."""
+    return OpenClip("kshot:glyph_clip")
+
+
+@pytest.fixture
+def backbone(glyph_clip):
+    """The same, with nothing attached when the test begins, nor when the next one does."""
+    yield glyph_clip
+    glyph_clip.detach()
+
+
+@pytest.fixture
+def data() -> FewShotDataModule:
+    """Two shots of each digit, 20 images, and 539 test scans."""
+    return FewShotDataModule("digits", shots=2)
+
+
+@pytest.fixture(scope="session")
+def fitted(tmp_path_factory) -> Path:
+    """The directory of a short run of the default config, tested on all scans; nobody writes into it."""
+    return command_line.fit(tmp_path_factory.mktemp("runs"), *command_line.WHOLE)
