@@ -202,7 +202,7 @@ def test_digits_images():
 def test_digits_are_read_once_and_cannot_be_changed(monkeypatch):
     read, loadtxt = [], np.loadtxt
     monkeypatch.setattr(np, "loadtxt", lambda *given, **how: read.append(given) or loadtxt(*given, **how))
-    catalogue._digits.cache_clear()
+    entries._digits.cache_clear()
     sources = [CATALOGUE["digits"].images("data", part, []) for part in PARTS]
     for source in sources:
         source.close()
