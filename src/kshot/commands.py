@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
-import os
 import shlex
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -25,8 +22,8 @@ from kshot import __version__, record
 from kshot.callbacks import Progress, ResumeFile
 from kshot.checkpoint import HEADER, AtomicCheckpoints, packed, write_tensors
 from kshot.config import CommandLine, Tree, read_command_line
-from kshot.data.datamodule import FewShotDataModule
-from kshot.data.loading import lost_worker
+from kshot.data.prediction import PredictionData, changed_classes, of_run, white_in
+from kshot.data.splits import listed as listed_names
 from kshot.errors import UserError, first_line
 from kshot.files import make_folder, write_text
 from kshot.foreign import released_tensors
@@ -38,8 +35,8 @@ from kshot.prepare import check_classes
 from kshot.record import RunOptions
 from kshot.run import DEFAULTS, evaluate, finish, fit
 from kshot.settings import LINKED, OPTIONS, add_options, help_text, settings
+from kshot.surroundings import RESUME_FROM, mistake_behind, settle_chatter, with_resume
 
-RESUME_FROM = ("checkpoints", "last.ckpt")  # in a run directory
 TRAINER_DEFAULTS = DEFAULTS | {
     "logger": False,
     "enable_model_summary": False,
@@ -78,66 +75,22 @@ def run(arguments: Sequence[str], started: float | None = None) -> FewShotCLI:
     return cli
 
 
-def mistake_behind(error: BaseException) -> UserError | None:
-    """What a user can put right, where a library told of it in its own way."""
-    if isinstance(error, MisconfigurationException):
-        return UserError(f"trainer: {first_line(error)}")
-    return lost_worker(error) if isinstance(error, RuntimeError) else None  # torch tells by a signal, at any moment
-
-
-def with_resume(arguments: Sequence[str]) -> list[str]:
-    """The words of a command line with ``--resume RUN`` written out: the run's own config, and its file to resume from.
-
-    Raises:
-        UserError: it is no run that can be resumed.
-    """
-    words = [part for word in arguments for part in (word.split("=", 1) if word.startswith("--resume=") else [word])]
-    if "--resume" not in words[1:]:
-        return words
-    at = words.index("--resume")
-    if words[0] != "fit" or at + 1 == len(words):
-        raise UserError("--resume belongs to fit, and takes the directory of a run: fit --resume runs/clip_16shot/001.")
-    config, file = Path(words[at + 1], "config.yaml"), Path(words[at + 1], *RESUME_FROM)
-    for path in (config, file):
-        if not path.is_file():
-            raise UserError(f"--resume {words[at + 1]}: there is no {path}, from which a run could go on.")
-    return ["fit", "--config", str(config), *words[1:at], *words[at + 2 :], "--ckpt_path", str(file)]
-
-
-def settle_chatter() -> None:
-    """Silences messages that tell a user nothing to act on."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    for message in (
-        ".*Total length of .list. across ranks is zero.*",  # a data set without validation images
-        ".*does not have many workers.*",  # a few images in memory need none
-        ".*this fit will run with no optimizer.*",  # what has a closed form needs none
-        ".*LeafSpec.*",  # Lightning 2.6 on newer torch
-        ".*module.s. in eval mode.*",  # frozen towers are meant to be
-        ".*LightningCLI's args parameter is intended.*",  # the words are read here, and sys.argv is left to launchers
-    ):
-        warnings.filterwarnings("ignore", message=message)
-    log = logging.getLogger("kshot")
-    others = [handler for handler in log.handlers if type(handler) is not logging.StreamHandler]
-    log.handlers = [*others, logging.StreamHandler()]  # of the standard error that there is now
-    log.setLevel(logging.INFO)
-    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning 2.6 calls what jsonargparse 5 drops
-
-
 class FewShotCLI(LightningCLI):
     """Builds data, model and trainer of a command line's settings, and runs its command."""
 
     model: FewShotModule
-    datamodule: FewShotDataModule
+    datamodule: Any  # a FewShotDataModule, or PredictionData where a run is alone
     trainer: Trainer
 
     def __init__(self, line: CommandLine, tree: Tree, started: float) -> None:
         self.line = line
         self.directory: Path | None = None
         self.lock = ExitStack()  # of the directory
+        self.files = AtomicCheckpoints()
+        self.alone: PredictionData | None = None  # of a run that needs its data set no more
         super().__init__(
             FewShotModule,
-            FewShotDataModule,
+            PredictionData,
             subclass_mode_model=True,
             subclass_mode_data=True,
             seed_everything_default=1,
@@ -163,9 +116,20 @@ class FewShotCLI(LightningCLI):
             raise SystemExit(0)
 
     def instantiate_classes(self) -> None:
-        """Builds data, model and trainer, and gives the data the preprocessing of the backbone."""
-        super().instantiate_classes()
+        """Builds data, model and trainer, and gives the data the preprocessing of the backbone.
+
+        What is to predict takes its classes from the checkpoint, and needs no data set.
+        """
+        config, path = self.config.clone(), self.config["ckpt_path"]
+        if self.line.command == "predict" and path is not None:
+            header = self.files.look_at(path).get(HEADER, {})
+            self.alone = of_run(header, config["data"]["init_args"])
+        if self.alone is not None:
+            config["data"] = self.alone  # an object in the place of settings is taken as it is
+        self.config_init = self.parser.instantiate_classes(config)
+        self.datamodule, self.model = self.config_init["data"], self.config_init["model"]
         self.datamodule.use_preprocessing(self.model.backbone.preprocessing)
+        self.trainer = self.instantiate_trainer()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The configured trainer with safe checkpoint files, which validates where something is decided by it."""
@@ -181,7 +145,7 @@ class FewShotCLI(LightningCLI):
             decided = decided or watches(self.model.schedule_factory)
             if self.line.command == "fit" and not decided:
                 kwargs["limit_val_batches"] = 0
-        plugins = [*listed(given["plugins"]), AtomicCheckpoints()]
+        plugins = [*listed(given["plugins"]), self.files]
         try:
             return super().instantiate_trainer(callbacks=callbacks, plugins=plugins, **kwargs)
         except (MisconfigurationException, ValueError, ModuleNotFoundError) as error:
@@ -233,7 +197,9 @@ class FewShotCLI(LightningCLI):
                 )
             return None
         if command != "fit":  # which looks at it itself
-            self.model.on_load_checkpoint(AtomicCheckpoints().load_checkpoint(path))
+            checkpoint = self.files.look_at(path)
+            self.model.on_load_checkpoint(checkpoint)
+            self.datamodule.found_white = white_in(checkpoint.get(HEADER, {})) or self.datamodule.found_white
         return str(path)
 
     # -------------------------------------------------------------------------------------------- the commands
@@ -305,6 +271,8 @@ class FewShotCLI(LightningCLI):
         if self.trainer.world_size > 1:
             raise UserError("predict writes one file, and runs on one device: --trainer.devices 1.")
         path = self.check_checkpoint()
+        if self.alone is not None:
+            self.tell_changed_classes(self.alone.class_names)
         data.images = [images] if isinstance(images, str) else list(images)
         data.setup("predict")
         if out and Path(out).exists():
@@ -317,6 +285,17 @@ class FewShotCLI(LightningCLI):
             file, top_k = Path(out or self.directory / "predictions.csv"), self.config["top_k"]
             record.write_predictions(file, data.predict_paths, flat, data.class_names, top_k)
             print(f"{len(data.predict_paths)} images labelled: {file}")
+
+    def tell_changed_classes(self, names: Sequence[str]) -> None:
+        """Adds a note where the classes of the data set are no longer those of the run, by whose names it predicts."""
+        settings, path = self.config["data"]["init_args"], Path(self.config["ckpt_path"])
+        folders = path.parent.parent if path.parts[-2:] == RESUME_FROM else path.parent
+        changed = changed_classes(settings, names, folders / "split.json")
+        if changed:
+            self.line.notes.append(
+                f"{settings['dataset']} has changed since the run was trained: {changed}. Predicted are the classes of "
+                f"the run: {listed_names(names)}."
+            )
 
     def run_import(self) -> None:
         """Turns a file that CoOp or CLIP-LoRA released into a checkpoint of the config's model, which it must fit."""
