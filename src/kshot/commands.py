@@ -23,8 +23,10 @@ from kshot.callbacks import Progress, ResumeFile
 from kshot.checkpoint import HEADER, AtomicCheckpoints, packed, write_tensors
 from kshot.config import CommandLine, Tree, read_command_line
 from kshot.data.prediction import PredictionData, changed_classes, of_run, white_in
+from kshot.data.splits import TEST_SHARE
 from kshot.data.splits import listed as listed_names
 from kshot.errors import UserError, first_line
+from kshot.evaluate import Tested
 from kshot.files import make_folder, write_text
 from kshot.foreign import released_tensors
 from kshot.header import header_of
@@ -206,22 +208,30 @@ class FewShotCLI(LightningCLI):
 
     def run_fit(self) -> None:
         """Trains, saves what was learnt, tests it and reports."""
-        if self.options.test:
+        tests = self.options.test and self.datamodule.test_share is not None
+        if tests:
             check_classes(self.model, self.datamodule)
             self.datamodule.check_test_files()
+        elif self.options.test:
+            self.line.notes.append(
+                "data.test_share is null: all images are for training, and none is left to test on. The same run with "
+                f"--data.test_share {TEST_SHARE} estimates the accuracy."
+            )
         path, clock, run = self.check_checkpoint(), time.time(), (self.model, self.datamodule, self.trainer)
         fit(*run, ckpt_path=path, on_prepared=self.open_directory, finishing=False)
         self.seconds["fit"] = time.time() - clock
-        unrounded = self.finish()
+        unrounded = self.finish(tests)
         if self.directory is not None:
             write_tensors(self.directory / "tuned.safetensors", packed(self.model), header_of(self.model))
-        if self.options.test:
+        if tests:
             self.test(None, unrounded)
+        elif self.options.test:
+            self.report(Tested())
 
-    def finish(self) -> float | None:
-        """Makes the module what its small file holds; the accuracy before, where that changed a number."""
+    def finish(self, tests: bool) -> float | None:
+        """Makes the module what its small file holds; the accuracy before, where that changed a number and is asked."""
         before = copy.deepcopy(self.model.tuned_state())
-        if not finish(self.model) or not self.options.test:
+        if not finish(self.model) or not tests:
             return None
         stored = copy.deepcopy(self.model.tuned_state())
         self.model.load_state_dict(before, strict=False)
@@ -237,10 +247,14 @@ class FewShotCLI(LightningCLI):
         self.test(path)
 
     def test(self, path: str | None, unrounded: float | None = None) -> None:
-        """Tests, writes result.json and per_class.csv, and prints the table."""
+        """Tests and reports."""
         clock = time.time()
         tested = evaluate(self.model, self.datamodule, self.trainer, ckpt_path=path)
         self.seconds["test"] = time.time() - clock
+        self.report(tested, unrounded)
+
+    def report(self, tested: Tested, unrounded: float | None = None) -> None:
+        """Writes result.json and, of what was tested, per_class.csv, and prints the table."""
         if self.directory is None:
             return
         result = record.result(self.model, self.datamodule, self.trainer, tested, self.directory)
@@ -250,8 +264,9 @@ class FewShotCLI(LightningCLI):
             "seconds": {name: round(s, 3) for name, s in self.seconds.items()},
         }
         write_text(self.directory / "result.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")
-        names = {each.name: each.class_names for each in self.datamodule.test_sets}
-        record.write_per_class(self.directory / "per_class.csv", names, tested.per_class)
+        if tested.sets:
+            names = {each.name: each.class_names for each in self.datamodule.test_sets}
+            record.write_per_class(self.directory / "per_class.csv", names, tested.per_class)
         record.print_result(result, self.directory)
 
     def run_validate(self) -> None:

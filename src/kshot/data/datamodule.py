@@ -54,7 +54,7 @@ class FewShotDataModule(PredictionData):
         views: number of views that repeat over the epochs; null for a new view in each epoch.
         template: sentence for a class name, with {} for the name, or several; null for the data set's own.
         class_names: names in label order instead of the data set's own, or some by folder. Targets keep theirs.
-        test_share: of a class, for testing, in a folder or list without parts; null for none, with run.test false.
+        test_share: of a class, for testing, in a folder or list without parts; null for none.
         manifest: file with the images to use instead of drawing them; shots, split_seed and sampler of the draw are
             then the manifest's.
         allow_fewer: take all images of a class that has fewer than shots.
@@ -117,7 +117,7 @@ class FewShotDataModule(PredictionData):
         )
         protocols.check_protocol(protocol, targets)
         self.protocol, self.root, self.batch_size = protocol, root, batch_size
-        self.augment, self.views, self.download = augment, views, download
+        self.augment, self.views, self.download, self.test_share = augment, views, download, test_share
         check_least(self, "batch_size", "views")
 
         where: dict[str, Any] = {"root": root, "download": download}

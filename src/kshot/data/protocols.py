@@ -166,7 +166,7 @@ def reopened(held: Sequence[HeldOut]) -> Iterator[tuple[HeldOut, ImageSource, tu
             raise UserError(f"{source.name} has changed since the training images were drawn")
         if not split.test:
             all_trained = source.arguments.get("test_share", TEST_SHARE) is None
-            advice = ", as data.test_share is null: add --run.test false" if all_trained else ""
+            advice = ", as data.test_share is null: all are for training" if all_trained else ""
             raise UserError(f"{source.name}: there are no test images{advice}")
         images = entry.images(source.arguments["root"], "test", split.test, source.arguments["download"])
         for each in group:
