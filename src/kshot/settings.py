@@ -94,7 +94,7 @@ MEANT = {  # an option, and what else people call it: other libraries' names, an
     "data.num_workers": "workers n_workers loader_workers jobs",
     "data.augment": "augmentation aug transform transforms augmentations",
     "data.template": "templates prompt prompts prompt_template",
-    "data.test_share": "test_split test_size holdout test_fraction",
+    "data.test_share": "data.test test_split test_size holdout test_fraction",
     "data.class_names": "classes classnames labels",
     "trainer.max_epochs": "epochs epoch num_epochs n_epochs num_train_epochs max_epoch",
     "trainer.max_steps": "steps iterations iters num_steps max_iters n_iters max_iterations",
@@ -199,7 +199,11 @@ def no_option(error: UnknownOptionError, places: Places, tree: Tree) -> str:
     called |= {word: option for option, words in MEANT.items() for word in words.split()}
     word, like = plain(last), beside if level else called | beside
     near = difflib.get_close_matches(word, like, n=1)
-    likely = beside.get(word) or (None if owners else called.get(word) or (like[near[0]] if near else None))
+    likely = (
+        beside.get(word)
+        or called.get(plain(error.name))
+        or (None if owners else called.get(word) or (like[near[0]] if near else None))
+    )
     if owners and not likely:
         return f"{refused} It is one of {', '.join(owners[:4])}: choose by --{level}."
     if not likely:
