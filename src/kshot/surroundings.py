@@ -59,4 +59,9 @@ def settle_chatter() -> None:
     others = [handler for handler in log.handlers if type(handler) is not logging.StreamHandler]
     log.handlers = [*others, logging.StreamHandler()]  # of the standard error that there is now
     log.setLevel(logging.INFO)
+    root = logging.getLogger()
+    if not root.handlers:  # or a library that logs without a name makes one, by which kshot's words come twice
+        root.addHandler(logging.StreamHandler())
+        root.handlers[0].setLevel(logging.WARNING)
+        root.handlers[0].addFilter(lambda record: record.name.partition(".")[0] != "kshot")
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning 2.6 calls what jsonargparse 5 drops
