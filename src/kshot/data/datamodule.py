@@ -12,7 +12,14 @@ from torch.utils.data import DataLoader
 from kshot.data import protocols
 from kshot.data.images import CLIPS, Decoding, decoding_of, faults_of, white_of
 from kshot.data.loading import EpochSampler, endless, halves, share
-from kshot.data.manifest import manifest_bytes, read_manifest, with_images, write_manifest
+from kshot.data.manifest import (
+    first_changed,
+    manifest_bytes,
+    manifest_images,
+    read_manifest,
+    with_images,
+    write_manifest,
+)
 from kshot.data.parts import Batch, Part
 from kshot.data.prediction import PredictionData, check_least
 from kshot.data.sampling import draw
@@ -55,8 +62,8 @@ class FewShotDataModule(PredictionData):
         template: sentence for a class name, with {} for the name, or several; null for the data set's own.
         class_names: names in label order instead of the data set's own, or some by folder. Targets keep theirs.
         test_share: of a class, for testing, in a folder or list without parts; null for none.
-        manifest: file with the images to use instead of drawing them; shots, split_seed and sampler of the draw are
-            then the manifest's.
+        manifest: file with the images to use instead of drawing them, to the byte where it has their digests; shots,
+            split_seed and sampler of the draw are then the manifest's.
         allow_fewer: take all images of a class that has fewer than shots.
         skip_unreadable: leave out images that cannot be read instead of stopping.
         download: fetch what is missing, where torchvision can.
@@ -128,6 +135,7 @@ class FewShotDataModule(PredictionData):
         self.templates = list(check_templates(sentences))
         drawn = read_manifest(manifest, split) if manifest else draw(split, shots, split_seed, sampler, allow_fewer)
         self._drawn, self._manifest = drawn, manifest_bytes(split, drawn)
+        self._given, self._digests_before = manifest, manifest_images(manifest) if manifest else {}
         # Classes are left out after drawing from all of them: a run on half of them has the images of the whole run.
         trained = next(iter(protocols.class_groups(protocol, split).values()))
         train, val = (protocols.restrict(rows, trained) for rows in (drawn.train, drawn.val))
@@ -279,6 +287,11 @@ class FewShotDataModule(PredictionData):
         images = self._source.entry.images(self.root, part, rows, self.download)
         paths = [row.path for row in (self._drawn.train if part == "train" else self._drawn.val)]
         self.image_digests |= dict(zip(paths, images.digests(paths), strict=True))
+        changed = first_changed(self._digests_before, self.image_digests)
+        if changed is not None:
+            raise UserError(
+                f"{changed} is another image than {self._given} was drawn with: put that one back, or draw anew."
+            )
         return self._open(images, rows, part, self._source, **views)
 
     def _decoding(self, source: protocols.Source | None) -> Decoding:
