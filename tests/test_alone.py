@@ -173,6 +173,13 @@ def test_a_checkpoint_is_read_once(weights, run, monkeypatch):
     assert read == [run / weights]
 
 
+def test_a_file_to_resume_from_is_read_once(run, monkeypatch):
+    read: list[Path] = []
+    monkeypatch.setattr("kshot.checkpoint.check_seal", lambda file: read.append(file) or check_seal(file))
+    main(["fit", "--resume", str(run), "--trainer.max_epochs", "3"])
+    assert read == [run / "checkpoints" / "last.ckpt"]
+
+
 @pytest.mark.parametrize("depth", [0, 1])
 def test_other_class_folders_are_pointed_out_and_the_run_keeps_its_names(depth, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from data_fixtures import split_of
+from data_fixtures import parted_folder, save_image, split_of
 
+from kshot.data import FewShotDataModule
 from kshot.data.catalogue import load_split
 from kshot.data.manifest import (
     first_changed,
@@ -249,6 +250,6 @@ def test_another_image_under_the_same_path_is_refused_by_its_name(tmp_path):
         before = file.read_bytes()
         save_image(file, seed=999)
         changed = FewShotDataModule(str(root), shots=2, image_size=8, manifest=str(tmp_path / "split.json"))
-        with pytest.raises(UserError, match=f"{part}/.* is another image than the manifest .*split.json says"):
+        with pytest.raises(UserError, match=f"{part}/.* is another image than .*split.json was drawn with"):
             changed.setup("fit")
         file.write_bytes(before)

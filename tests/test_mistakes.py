@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_cli import TINY_VIT, refused
+from test_cli import FIT, TINY_VIT, refused
 
 from kshot.cli import main
 from kshot.config import read_command_line
