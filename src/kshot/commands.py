@@ -122,7 +122,7 @@ class FewShotCLI(LightningCLI):
 
         What is to predict takes its classes from the checkpoint, and needs no data set.
         """
-        config, path = self.config.clone(), self.config["ckpt_path"]
+        config, path = self.config.clone(), self.config.get("ckpt_path")  # which import has not
         if self.line.command == "predict" and path is not None:
             header = self.files.look_at(path).get(HEADER, {})
             self.alone = of_run(header, config["data"]["init_args"])
