@@ -27,10 +27,10 @@ from torch.optim import SGD
 
 from kshot.backbones import Backbone
 from kshot.classifiers import CoOp
-from kshot.commands import settle_chatter
 from kshot.data.datamodule import FewShotDataModule
 from kshot.data.parts import Batch
 from kshot.run import build, fit, make_trainer
+from kshot.surroundings import settle_chatter
 
 TARGET = 5.0
 NAMES = ("ant", "boat", "clock", "drum", "eagle", "fork", "grape", "hat", "iron", "jar")

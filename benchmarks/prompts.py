@@ -63,11 +63,11 @@ from torch import Tensor, nn
 
 from kshot.backbones import OpenClip
 from kshot.classifiers import CoCoOp, CoOp, PromptSRC, Task
-from kshot.commands import settle_chatter
 from kshot.data.datamodule import FewShotDataModule
 from kshot.data.transforms import CropFlip
 from kshot.holding import stored_as
 from kshot.run import build, fit, make_trainer
+from kshot.surroundings import settle_chatter
 
 PARTS = ("coop", "cocoop", "promptsrc", "memory", "many")
 AGREE = 1e-5

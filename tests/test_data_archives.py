@@ -6,10 +6,12 @@ import tarfile
 import threading
 import zipfile
 
+import numpy as np
 import pytest
 import torch
 from data_fixtures import image_folder
 from messy import messy
+from PIL import Image
 
 from kshot.data import FewShotDataModule, archives
 from kshot.data.archives import ArchiveImages, Member, list_archive
@@ -61,6 +63,22 @@ def test_an_archive_is_as_its_folder(tmp_path, photos, name):
         first, second = (data.part(part).images([(i, 0) for i in range(4)]) for data in (packed, plain))
         assert torch.equal(first, second)
     assert packed.dataset_name == name.partition(".")[0]
+
+
+@pytest.mark.parametrize("name", PACKERS)
+def test_deep_images_are_as_bright_as_in_their_folder(tmp_path, photos, name):
+    for i, file in enumerate(sorted(photos.rglob("*.png"))):
+        values = np.random.default_rng(i).integers(0, 4000, (8, 8), dtype=np.uint16)
+        Image.fromarray(values).save(file)
+    packed, plain = opened(PACKERS[name](photos, tmp_path / name)), opened(photos)
+    for data in (packed, plain):
+        data.setup("fit")
+        data.setup("test")
+        assert data.split_info()["white"] == 4095
+    for part in ("train", "val", "test"):
+        first, second = (data.part(part).images([(i, 0) for i in range(4)]) for data in (packed, plain))
+        assert torch.equal(first, second)
+    assert first.max() > 200
 
 
 @pytest.mark.parametrize("name", ["deflated.zip", "x.tar"])

@@ -60,6 +60,7 @@ class TestInit:
             "images_sha256": None,
             "counts": {"train": 40, "val": 40, "test": 539},
             "left_out": {},
+            "white": 65535.0,
         }
         json.dumps(info)
 

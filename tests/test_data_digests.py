@@ -198,22 +198,3 @@ class TestCache:
         os.mkfifo(tmp_path / "pipe")
         (tmp_path / "loop").symlink_to("loop")
         assert file_digests([tmp_path / "pipe", tmp_path / "loop", tmp_path / "a\0b", tmp_path]) == [""] * 4
-
-
-class TestCopies:
-    def test_equal_bytes_are_found_whatever_the_names(self, tmp_path):
-        same = bytes(3000)
-        contents = {"a": same, "b": same[:-1] + b"x", "c": b"short", "x": same, "y": same[:-1] + b"y", "z": b"short"}
-        for name, content in contents.items():
-            (tmp_path / name).write_bytes(content)
-        (tmp_path / "folder").mkdir()
-        ours = [tmp_path / name for name in ("x", "y", "z", "none", "folder")]
-        theirs = [tmp_path / name for name in ("c", "b", "a", "gone")]
-        found = [(file.name, other.name) for file, other in module.same_bytes(ours, theirs)]
-        assert found == [("x", "a"), ("z", "c")]
-
-    def test_only_files_of_the_same_size_are_read(self, tmp_path, monkeypatch):
-        for name, size in (("a", 10), ("b", 11), ("c", 12)):
-            (tmp_path / name).write_bytes(bytes(size))
-        monkeypatch.setattr(module, "_beginning", None)
-        assert module.same_bytes([tmp_path / "a", tmp_path / "b"], [tmp_path / "c"]) == []

@@ -15,7 +15,8 @@ from data_fixtures import image_folder, save_image, split_file
 from PIL import Image
 
 from kshot.data import FewShotDataModule
-from kshot.data.catalogue import DatasetEntry, load_split
+from kshot.data.catalogue import load_split
+from kshot.data.entries import DatasetEntry
 from kshot.data.images import FileImages, fault
 from kshot.data.manifest import read_manifest
 from kshot.data.readers import image_files, images_below

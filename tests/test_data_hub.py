@@ -1,6 +1,7 @@
 """Data sets of the Hugging Face hub, with a stand-in for its library, which is not installed for the tests."""
 
 import io
+import logging
 import pickle
 import sys
 from types import ModuleType, SimpleNamespace
@@ -10,7 +11,7 @@ import pytest
 import torch
 from PIL import Image as Pillow
 
-from kshot.data import FewShotDataModule
+from kshot.data import FewShotDataModule, protocols
 from kshot.data.catalogue import load_split
 from kshot.errors import UserError
 
@@ -170,3 +171,31 @@ def test_without_the_library(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=r"hf:me/pets is read by the library datasets: pip install 'kshot\[hf\]'"):
         opened("me/pets")
+
+
+def test_copies_in_a_data_set_of_the_hub(caplog, monkeypatch):
+    train, test = part(6), part(6, first=90)
+    test.columns["img"][4] = train.columns["img"][1]
+    monkeypatch.setitem(SETS, "me/copied", {"train": train, "test": test})
+    with caplog.at_level(logging.INFO, "kshot"):
+        FewShotDataModule("hf:me/copied", shots=3, image_size=8).check_test_files()
+    assert "1 of 6 test images have the same bytes" in caplog.text
+    assert "hf:me/copied/test/4 is hf:me/copied/train/1" in caplog.text
+    caplog.clear()
+    monkeypatch.setattr(protocols, "MOST_READ", 4)
+    with caplog.at_level(logging.INFO, "kshot"):
+        FewShotDataModule("hf:me/copied", shots=3, image_size=8).check_test_files()
+    assert "of 6 test images only 4 are compared with those that were drawn" in caplog.text
+    assert "same bytes" not in caplog.text
+
+
+def test_deep_images_get_the_white_of_the_training_images(monkeypatch):
+    train = part(6)
+    for i, image in enumerate(train.columns["img"]):
+        stored = io.BytesIO()
+        Pillow.fromarray(np.full((14, 20), 4000 - i, np.uint16)).save(stored, "PNG")
+        image["bytes"] = stored.getvalue()
+    monkeypatch.setitem(SETS, "me/scans", {"train": train, "test": part(4)})
+    data = opened("me/scans")
+    data.setup("fit")
+    assert data.part("train").decoding.white == 4095

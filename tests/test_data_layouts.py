@@ -9,6 +9,7 @@ import unicodedata
 from pathlib import Path
 
 import pytest
+from command_line import refused
 from data_fixtures import image_folder, save_image, split_file
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -291,7 +292,7 @@ class TestShare:
         data = opened(tmp_path, shots=16, test_share=None)
         assert data.split_info()["counts"] == {"train": 32, "val": 0, "test": 0}
         assert "all 32 images are for training, and none for testing" in said.text
-        with pytest.raises(UserError, match=r"no test images, as data.test_share is null: add --run.test false"):
+        with pytest.raises(UserError, match=r"no test images, as data.test_share is null: all are for training"):
             data.check_test_files()
 
     def test_another_share(self, tmp_path):
@@ -443,10 +444,21 @@ def test_the_command_line_trains_on_all_images(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     command = ["fit", "--config", "clip_16shot.yaml", "--config", "methods/class_mean.yaml", "--data.dataset", "set"]
     command += ["--data.shots", "4", "--data.test_share", "null", "--trainer.enable_progress_bar", "false"]
-    with pytest.raises(SystemExit):
-        main(command)
-    assert "data.test_share is null: add --run.test false" in capsys.readouterr().err
-    main([*command, "--run.test", "false"])
+    main(command)
     (directory,) = (tmp_path / "runs").glob("*/*")
     assert (directory / "tuned.safetensors").is_file()
+    assert not (directory / "per_class.csv").exists()
     assert json.loads((directory / "split.json").read_text())["counts"] == {"train": 8, "val": 0, "test": 0}
+    result = json.loads((directory / "result.json").read_text())
+    assert (result["acc"], result["test_sets"], result["per_class"]) == (None, {}, None)
+    said = capsys.readouterr()
+    (note,) = result["notes"]
+    assert note in said.err
+    assert "The same run with --data.test_share 0.3 estimates the accuracy." in note
+    assert "not tested: all images are for training" in said.out
+    main([*command, "--run.test", "false"])
+    assert "estimates the accuracy" not in capsys.readouterr().err
+    assert sorted(each.name for each in (tmp_path / "runs").glob("*/*")) == ["001", "002"]
+    test = ["test", "--config", str(directory / "config.yaml"), "--ckpt_path", str(directory / "tuned.safetensors")]
+    assert "no test images, as data.test_share is null" in refused(capsys, test)
+    assert "In full: --data.test_share." in refused(capsys, [*command[:3], "--data.test", "null"])

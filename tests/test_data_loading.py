@@ -308,7 +308,7 @@ class TestLightning:
         """Lightning builds prediction loaders anew."""
         for i in range(7):
             save_image(tmp_path / f"{i}.png", seed=i)
-        monkeypatch.setattr("kshot.data.datamodule.share", lambda part, _: (rank, devices))
+        monkeypatch.setattr("kshot.data.prediction.share", lambda part, _: (rank, devices))
         module = digits(eval_batch_size=2)
         module.images = [str(tmp_path)]
         batches = trainer(tmp_path, 1).predict(Positions(), datamodule=module)

@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from data_fixtures import split_of
+from data_fixtures import parted_folder, save_image, split_of
 
+from kshot.data import FewShotDataModule
 from kshot.data.catalogue import load_split
 from kshot.data.manifest import (
     first_changed,
@@ -234,3 +235,21 @@ def test_non_ascii_is_escaped():
     content = manifest_bytes(split, draw(split, 1))
     assert b"\\u00e9.png" in content
     assert draw(split, 1).digest == "sha256:" + hashlib.sha256("train\té.png\t0\n".encode()).hexdigest()
+
+
+def test_another_image_under_the_same_path_is_refused_by_its_name(tmp_path):
+    root = parted_folder(tmp_path / "pets", {"a": 3, "b": 3})
+    first = FewShotDataModule(str(root), shots=2, image_size=8)
+    first.setup("fit")
+    first.write_manifest(tmp_path / "split.json")
+    again = FewShotDataModule(str(root), shots=2, image_size=8, manifest=str(tmp_path / "split.json"))
+    again.setup("fit")
+    assert again.image_digests == first.image_digests
+    for part, rows in (("train", first.draw.train), ("val", first.draw.val)):
+        file = root / rows[-1].path
+        before = file.read_bytes()
+        save_image(file, seed=999)
+        changed = FewShotDataModule(str(root), shots=2, image_size=8, manifest=str(tmp_path / "split.json"))
+        with pytest.raises(UserError, match=f"{part}/.* is another image than .*split.json was drawn with"):
+            changed.setup("fit")
+        file.write_bytes(before)

@@ -9,7 +9,8 @@ from data_fixtures import parted_folder, save_image, split_file, split_of
 
 from kshot import data
 from kshot.data import Batch, CropFlip, FewShotDataModule
-from kshot.data.catalogue import CATALOGUE, DatasetEntry, load_split
+from kshot.data.catalogue import CATALOGUE, load_split
+from kshot.data.entries import DatasetEntry
 from kshot.data.protocols import as_in_source, check_protocol, class_groups, restrict
 from kshot.data.splits import Row
 from kshot.errors import UserError

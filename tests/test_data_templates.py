@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from kshot.data.catalogue import DatasetEntry
+from kshot.data.entries import DatasetEntry
 from kshot.errors import UserError
 from kshot.templates import DEFAULT_TEMPLATE, IMAGENET_7, check_templates, named_templates
 

@@ -4,13 +4,17 @@ import csv
 import json
 import pkgutil
 import re
+import shlex
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from messy import scans
 from processes import finished
 
 from kshot.cli import main
+from kshot.data.catalogue import load_split
 
 ROOT = Path(__file__).parents[1]
 
@@ -76,6 +80,57 @@ def test_the_table_of_the_readme_can_be_made(tmp_path):
     rows = list(csv.DictReader((tmp_path / "rows.csv").open()))
     assert [row["seed"] for row in rows] == ["1", "2"]
     assert re.search(r"\| class_mean \| \d\d\.\d ± \d+\.\d \| 0 \|", done.stdout)
+
+
+def shown_after(command: str) -> tuple[list[str], list[str]]:
+    """The words of a command in README.md after ``python main.py``, and the indented lines that it shows below."""
+    blocks = re.findall(r"(?:^ {4}.*\n)+", (ROOT / "README.md").read_text(), re.MULTILINE)
+    (at,) = [i for i, block in enumerate(blocks) if block.startswith(f"    python main.py {command}")]
+    return shlex.split(blocks[at])[2:], [line.removeprefix("    ") for line in blocks[at + 1].splitlines()]
+
+
+@pytest.fixture(scope="module")
+def folder_of_the_readme(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("readme")
+    scans(root / "photos")
+    return root
+
+
+def test_the_readme_shows_what_check_and_split_say(folder_of_the_readme, monkeypatch, capsys):
+    monkeypatch.chdir(folder_of_the_readme)
+    for command, code in (("data check photos/", 1), ("data split photos/ --out", 0)):
+        words, lines = shown_after(command)
+        with pytest.raises(SystemExit) as end:
+            main(words)
+        assert end.value.code == code
+        assert [line.rstrip() for line in capsys.readouterr().out.splitlines()] == lines
+    assert load_split("split.json")[0].class_names == ("three", "five", "eight", "nine")
+
+
+@pytest.mark.slow  # as the README's first command
+def test_the_readme_shows_the_accuracy_on_the_divided_folder(folder_of_the_readme, monkeypatch, capsys):
+    monkeypatch.chdir(folder_of_the_readme)
+    with suppress(SystemExit):  # it may be there
+        main(["data", "split", "photos/", "--out", "split.json"])
+    words, lines = shown_after("fit --config clip_16shot.yaml --data.dataset split.json --data.template")
+    capsys.readouterr()
+    main([*words, "--trainer.enable_progress_bar", "false"])
+    said = capsys.readouterr()
+    assert "same bytes" not in said.err
+    assert lines[0] in said.out
+    for line in lines[2:]:
+        name, value = line.split("│")[1:3]
+        found = re.search(rf"│{name}│ +([0-9.]+)%", said.out)
+        assert abs(float(found[1]) - float(value.strip().rstrip("%"))) < 4, "two of 56 images, on any machine"
+
+
+def test_a_run_on_the_messy_folder_warns_of_copies_once(folder_of_the_readme, tmp_path):
+    command = [sys.executable, str(ROOT / "main.py"), "fit", "--config", "clip_16shot.yaml", "--data.dataset", "photos"]
+    command += ["--config", "methods/class_mean.yaml", "--data.views", "1", "--data.shots", "4"]
+    command += ["--data.skip_unreadable", "true", "--run.root", str(tmp_path), "--trainer.limit_test_batches", "1"]
+    done = finished([*command, "--data.eval_batch_size", "8"], cwd=folder_of_the_readme)
+    assert done.stderr.count("test images have the same bytes as one that was drawn") == 1
+    assert done.stderr.count("class names of photos") == 1
 
 
 def test_links_in_the_pages_lead_somewhere():

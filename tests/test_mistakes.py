@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_cli import TINY_VIT, refused
+from test_cli import FIT, TINY_VIT, refused
 
 from kshot.cli import main
 from kshot.config import read_command_line
@@ -410,3 +410,15 @@ def test_torchs_schedules_run_from_the_command_line(schedule, tmp_path):
 def test_a_template_with_signs_that_mean_something_elsewhere_is_a_template(tmp_path):
     main(["fit", *BASE, "--data.template", "100%s {}", "--run.root", str(tmp_path)])
     assert len(list(tmp_path.glob("*/*/tuned.safetensors"))) == 1
+
+
+def test_nodes_are_not_waited_for_unless_something_started_them(capsys, monkeypatch):
+    command = [*FIT, "--trainer.num_nodes", "2"]
+    assert "nothing says where the others are, for which this one would wait" in refused(capsys, command)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    assert settings(read_command_line(command, list(OPTIONS)))
+
+
+def test_a_callback_whose_default_is_no_plain_word_can_be_kept_in_a_config():
+    _, tree = settings(read_command_line([*FIT, "--trainer.callbacks", "Timer"], list(OPTIONS)))
+    assert tree["trainer"]["callbacks"]["init_args"] == {"interval": "step"}

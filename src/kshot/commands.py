@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
-import os
 import shlex
 import sys
 import time
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +22,11 @@ from kshot import __version__, record
 from kshot.callbacks import Progress, ResumeFile
 from kshot.checkpoint import HEADER, AtomicCheckpoints, packed, write_tensors
 from kshot.config import CommandLine, Tree, read_command_line
-from kshot.data.datamodule import FewShotDataModule
-from kshot.data.loading import lost_worker
+from kshot.data.prediction import PredictionData, changed_classes, of_run, white_in
+from kshot.data.splits import TEST_SHARE
+from kshot.data.splits import listed as listed_names
 from kshot.errors import UserError, first_line
+from kshot.evaluate import Tested
 from kshot.files import make_folder, write_text
 from kshot.foreign import released_tensors
 from kshot.header import header_of
@@ -38,27 +37,13 @@ from kshot.prepare import check_classes
 from kshot.record import RunOptions
 from kshot.run import DEFAULTS, evaluate, finish, fit
 from kshot.settings import LINKED, OPTIONS, add_options, help_text, settings
+from kshot.surroundings import RESUME_FROM, mistake_behind, settle_chatter, told_to_stderr, with_resume
 
-RESUME_FROM = ("checkpoints", "last.ckpt")  # in a run directory
 TRAINER_DEFAULTS = DEFAULTS | {
     "logger": False,
     "enable_model_summary": False,
     "check_val_every_n_epoch": 0,  # 0: in training only where something is decided by it
 }
-
-
-@contextmanager
-def told_to_stderr() -> Iterator[None]:
-    """Writes what kshot tells, from INFO on, to the standard error that there is now, until the end of the block."""
-    log, handler = logging.getLogger("kshot"), logging.StreamHandler()
-    level = log.level
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        log.removeHandler(handler)
-        log.setLevel(level)
 
 
 @told_to_stderr()
@@ -93,62 +78,22 @@ def run(arguments: Sequence[str], started: float | None = None) -> FewShotCLI:
     return cli
 
 
-def mistake_behind(error: BaseException) -> UserError | None:
-    """What a user can put right, where a library told of it in its own way."""
-    if isinstance(error, MisconfigurationException):
-        return UserError(f"trainer: {first_line(error)}")
-    return lost_worker(error) if isinstance(error, RuntimeError) else None  # torch tells by a signal, at any moment
-
-
-def with_resume(arguments: Sequence[str]) -> list[str]:
-    """The words of a command line with ``--resume RUN`` written out: the run's own config, and its file to resume from.
-
-    Raises:
-        UserError: it is no run that can be resumed.
-    """
-    words = [part for word in arguments for part in (word.split("=", 1) if word.startswith("--resume=") else [word])]
-    if "--resume" not in words[1:]:
-        return words
-    at = words.index("--resume")
-    if words[0] != "fit" or at + 1 == len(words):
-        raise UserError("--resume belongs to fit, and takes the directory of a run: fit --resume runs/clip_16shot/001.")
-    config, file = Path(words[at + 1], "config.yaml"), Path(words[at + 1], *RESUME_FROM)
-    for path in (config, file):
-        if not path.is_file():
-            raise UserError(f"--resume {words[at + 1]}: there is no {path}, from which a run could go on.")
-    return ["fit", "--config", str(config), *words[1:at], *words[at + 2 :], "--ckpt_path", str(file)]
-
-
-def settle_chatter() -> None:
-    """Silences messages that tell a user nothing to act on."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    for message in (
-        ".*Total length of .list. across ranks is zero.*",  # a data set without validation images
-        ".*does not have many workers.*",  # a few images in memory need none
-        ".*this fit will run with no optimizer.*",  # what has a closed form needs none
-        ".*LeafSpec.*",  # Lightning 2.6 on newer torch
-        ".*module.s. in eval mode.*",  # frozen towers are meant to be
-        ".*LightningCLI's args parameter is intended.*",  # the words are read here, and sys.argv is left to launchers
-    ):
-        warnings.filterwarnings("ignore", message=message)
-    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning 2.6 calls what jsonargparse 5 drops
-
-
 class FewShotCLI(LightningCLI):
     """Builds data, model and trainer of a command line's settings, and runs its command."""
 
     model: FewShotModule
-    datamodule: FewShotDataModule
+    datamodule: Any  # a FewShotDataModule, or PredictionData where a run is alone
     trainer: Trainer
 
     def __init__(self, line: CommandLine, tree: Tree, started: float) -> None:
         self.line = line
         self.directory: Path | None = None
         self.lock = ExitStack()  # of the directory
+        self.files = AtomicCheckpoints()
+        self.alone: PredictionData | None = None  # of a run that needs its data set no more
         super().__init__(
             FewShotModule,
-            FewShotDataModule,
+            PredictionData,
             subclass_mode_model=True,
             subclass_mode_data=True,
             seed_everything_default=1,
@@ -174,9 +119,20 @@ class FewShotCLI(LightningCLI):
             raise SystemExit(0)
 
     def instantiate_classes(self) -> None:
-        """Builds data, model and trainer, and gives the data the preprocessing of the backbone."""
-        super().instantiate_classes()
+        """Builds data, model and trainer, and gives the data the preprocessing of the backbone.
+
+        What is to predict takes its classes from the checkpoint, and needs no data set.
+        """
+        config, path = self.config.clone(), self.config.get("ckpt_path")  # which import has not
+        if self.line.command == "predict" and path is not None:
+            header = self.files.look_at(path).get(HEADER, {})
+            self.alone = of_run(header, config["data"]["init_args"])
+        if self.alone is not None:
+            config["data"] = self.alone  # an object in the place of settings is taken as it is
+        self.config_init = self.parser.instantiate_classes(config)
+        self.datamodule, self.model = self.config_init["data"], self.config_init["model"]
         self.datamodule.use_preprocessing(self.model.backbone.preprocessing)
+        self.trainer = self.instantiate_trainer()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The configured trainer with safe checkpoint files, which validates where something is decided by it."""
@@ -192,7 +148,7 @@ class FewShotCLI(LightningCLI):
             decided = decided or watches(self.model.schedule_factory)
             if self.line.command == "fit" and not decided:
                 kwargs["limit_val_batches"] = 0
-        plugins = [*listed(given["plugins"]), AtomicCheckpoints()]
+        plugins = [*listed(given["plugins"]), self.files]
         try:
             return super().instantiate_trainer(callbacks=callbacks, plugins=plugins, **kwargs)
         except (MisconfigurationException, ValueError, ModuleNotFoundError) as error:
@@ -244,29 +200,39 @@ class FewShotCLI(LightningCLI):
                 )
             return None
         if command != "fit":  # which looks at it itself
-            self.model.on_load_checkpoint(AtomicCheckpoints().load_checkpoint(path))
+            checkpoint = self.files.look_at(path)
+            self.model.on_load_checkpoint(checkpoint)
+            self.datamodule.found_white = white_in(checkpoint.get(HEADER, {})) or self.datamodule.found_white
         return str(path)
 
     # -------------------------------------------------------------------------------------------- the commands
 
     def run_fit(self) -> None:
         """Trains, saves what was learnt, tests it and reports."""
-        if self.options.test:
+        tests = self.options.test and self.datamodule.test_share is not None
+        if tests:
             check_classes(self.model, self.datamodule)
             self.datamodule.check_test_files()
+        elif self.options.test:
+            self.line.notes.append(
+                "data.test_share is null: all images are for training, and none is left to test on. The same run with "
+                f"--data.test_share {TEST_SHARE} estimates the accuracy."
+            )
         path, clock, run = self.check_checkpoint(), time.time(), (self.model, self.datamodule, self.trainer)
         fit(*run, ckpt_path=path, on_prepared=self.open_directory, finishing=False)
         self.seconds["fit"] = time.time() - clock
-        unrounded = self.finish()
+        unrounded = self.finish(tests)
         if self.directory is not None:
             write_tensors(self.directory / "tuned.safetensors", packed(self.model), header_of(self.model))
-        if self.options.test:
+        if tests:
             self.test(None, unrounded)
+        elif self.options.test:
+            self.report(Tested())
 
-    def finish(self) -> float | None:
-        """Makes the module what its small file holds; the accuracy before, where that changed a number."""
+    def finish(self, tests: bool) -> float | None:
+        """Makes the module what its small file holds; the accuracy before, where that changed a number and is asked."""
         before = copy.deepcopy(self.model.tuned_state())
-        if not finish(self.model) or not self.options.test:
+        if not finish(self.model) or not tests:
             return None
         stored = copy.deepcopy(self.model.tuned_state())
         self.model.load_state_dict(before, strict=False)
@@ -282,10 +248,14 @@ class FewShotCLI(LightningCLI):
         self.test(path)
 
     def test(self, path: str | None, unrounded: float | None = None) -> None:
-        """Tests, writes result.json and per_class.csv, and prints the table."""
+        """Tests and reports."""
         clock = time.time()
         tested = evaluate(self.model, self.datamodule, self.trainer, ckpt_path=path)
         self.seconds["test"] = time.time() - clock
+        self.report(tested, unrounded)
+
+    def report(self, tested: Tested, unrounded: float | None = None) -> None:
+        """Writes result.json and, of what was tested, per_class.csv, and prints the table."""
         if self.directory is None:
             return
         result = record.result(self.model, self.datamodule, self.trainer, tested, self.directory)
@@ -295,8 +265,9 @@ class FewShotCLI(LightningCLI):
             "seconds": {name: round(s, 3) for name, s in self.seconds.items()},
         }
         write_text(self.directory / "result.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")
-        names = {each.name: each.class_names for each in self.datamodule.test_sets}
-        record.write_per_class(self.directory / "per_class.csv", names, tested.per_class)
+        if tested.sets:
+            names = {each.name: each.class_names for each in self.datamodule.test_sets}
+            record.write_per_class(self.directory / "per_class.csv", names, tested.per_class)
         record.print_result(result, self.directory)
 
     def run_validate(self) -> None:
@@ -316,6 +287,8 @@ class FewShotCLI(LightningCLI):
         if self.trainer.world_size > 1:
             raise UserError("predict writes one file, and runs on one device: --trainer.devices 1.")
         path = self.check_checkpoint()
+        if self.alone is not None:
+            self.tell_changed_classes(self.alone.class_names)
         data.images = [images] if isinstance(images, str) else list(images)
         data.setup("predict")
         if out and Path(out).exists():
@@ -328,6 +301,17 @@ class FewShotCLI(LightningCLI):
             file, top_k = Path(out or self.directory / "predictions.csv"), self.config["top_k"]
             record.write_predictions(file, data.predict_paths, flat, data.class_names, top_k)
             print(f"{len(data.predict_paths)} images labelled: {file}")
+
+    def tell_changed_classes(self, names: Sequence[str]) -> None:
+        """Adds a note where the classes of the data set are no longer those of the run, by whose names it predicts."""
+        settings, path = self.config["data"]["init_args"], Path(self.config["ckpt_path"])
+        folders = path.parent.parent if path.parts[-2:] == RESUME_FROM else path.parent
+        changed = changed_classes(settings, names, folders / "split.json")
+        if changed:
+            self.line.notes.append(
+                f"{settings['dataset']} has changed since the run was trained: {changed}. Predicted are the classes of "
+                f"the run: {listed_names(names)}."
+            )
 
     def run_import(self) -> None:
         """Turns a file that CoOp or CLIP-LoRA released into a checkpoint of the config's model, which it must fit."""

@@ -260,7 +260,8 @@ def _split(given: argparse.Namespace) -> None:
     split, entry = load_split(given.given, given.root)
     images, sources = opened(split, entry, given.root)
     images.sort(key=lambda image: (image[1].label, image[1].path))
-    rows = [row._replace(path=below(sources[part], row.path, given.out)) for part, row in images]
+    names = split.said  # as prompts say them: without numbers and codes, or what a classes.yaml says
+    rows = [Row(below(sources[part], row.path, given.out), row.label, names[row.label]) for part, row in images]
     seen = looked_at(images, sources, given.workers)
     good = [i for i, each in enumerate(seen) if not each.problem]
     alike = checking.alike_groups([seen[i] for i in good])

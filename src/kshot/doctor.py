@@ -20,12 +20,12 @@ from huggingface_hub import constants
 
 from kshot.adapters import LoRA
 from kshot.backbones import OpenClip
-from kshot.commands import settle_chatter, told_to_stderr
 from kshot.data.datamodule import FewShotDataModule
 from kshot.errors import UserError, first_line
 from kshot.files import amount, cache_folder, memory_of_machine
 from kshot.record import versions
 from kshot.run import build, evaluate, fit, make_trainer
+from kshot.surroundings import settle_chatter, told_to_stderr
 
 HUBS = (constants.ENDPOINT, "https://openaipublic.azureedge.net", "https://github.com")  # where weights come from
 PATIENCE = 4.0  # seconds for all hubs together, looking up their names included

@@ -150,8 +150,8 @@ def selection(draw: FewShotDraw) -> str:
 
 
 def result(module: Any, data: Any, trainer: Any, tested: Any, directory: Path) -> dict[str, Any]:
-    """What result.json tells of a FewShotModule that was tested on a FewShotDataModule: one row of every table."""
-    first = next(iter(tested.sets.values()))  # the classes trained on
+    """What result.json tells of a FewShotModule and its test on a FewShotDataModule: one row of every table."""
+    first: dict[str, float] = next(iter(tested.sets.values()), {})  # of the classes trained on; of none, where untested
     tuned = directory / "tuned.safetensors"
     rates = [group.get("initial_lr", group["lr"]) for o in trainer.optimizers for group in o.param_groups]
     adapter = None if module.adapter is None else module.adapter.settings()
@@ -166,7 +166,7 @@ def result(module: Any, data: Any, trainer: Any, tested: Any, directory: Path) -
         "split": data.split_info(),
         "seed": module.run_seed,
         "protocol": data.protocol,
-        **{name: first[name] for name in ("acc", "acc_class_mean", "f1_macro", "ece")},
+        **{name: first.get(name) for name in ("acc", "acc_class_mean", "f1_macro", "ece")},
         "zero_shot_acc": first.get("zero_shot_acc"),
         "test_sets": tested.sets,
         "tested": tested.counts,
@@ -174,7 +174,7 @@ def result(module: Any, data: Any, trainer: Any, tested: Any, directory: Path) -
         "left_out": tested.left_out,
         "summary": summary(data.protocol, tested.sets),
         "zero_shot_summary": summary(data.protocol, tested.sets, "zero_shot_acc"),
-        "per_class": "per_class.csv",
+        "per_class": "per_class.csv" if first else None,
         "selection": selection(data.draw) if "val" in module.classifier.needs else "none",
         "trainable_parameters": sum(p.numel() for p in module.parameters() if p.requires_grad),
         "total_parameters": sum(p.numel() for p in module.parameters()),
@@ -257,8 +257,12 @@ def table_rows(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         return f"{adapted:.1%}" + (f" (zero-shot {before:.1%})" if before is not None else "")
 
     zero_shot, peak = result["zero_shot_acc"], result["peak_memory_bytes"]
-    yield "zero-shot accuracy", "needs features that texts compare with" if zero_shot is None else f"{zero_shot:.1%}"
-    yield "adapted accuracy", f"{result['acc']:.1%}"
+    if result["acc"] is None:
+        yield "accuracy", "not tested: all images are for training"
+    else:
+        without = "needs features that texts compare with"
+        yield "zero-shot accuracy", without if zero_shot is None else f"{zero_shot:.1%}"
+        yield "adapted accuracy", f"{result['acc']:.1%}"
     if len(result["test_sets"]) > 1:
         for name, each in result["test_sets"].items():
             yield f"  {name}", shown(each["acc"], each.get("zero_shot_acc"))

@@ -98,7 +98,8 @@ def fit(
 
 def check_resume(path: Path, module: FewShotModule, data: FewShotDataModule, trainer: Trainer) -> None:
     """Raises UserError for a file that this run cannot go on from; names the image that has changed since it began."""
-    checkpoint = AtomicCheckpoints().load_checkpoint(path)
+    files = trainer.strategy.checkpoint_io
+    checkpoint = (files if isinstance(files, AtomicCheckpoints) else AtomicCheckpoints()).look_at(path)
     data.setup("fit")  # digests of images are known once they are read
     module.meet(data)
     manifest = path.parent.parent / "split.json"

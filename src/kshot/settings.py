@@ -11,21 +11,18 @@ import textwrap
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
+from enum import Enum
 from typing import Any
 
 from jsonargparse import ArgumentParser, set_parsing_settings
-from lightning.pytorch.accelerators import AcceleratorRegistry
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import Logger
-from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.trainer import Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim.lr_scheduler import LRScheduler
 
+from kshot.available import PARTS_OF_TRAINER, check, class_name
 from kshot.config import CommandLine, Tree
 from kshot.data.datamodule import FewShotDataModule
 from kshot.errors import UserError, nearest_first
-from kshot.layering import DURATION, UnknownOptionError, lay, lay_all, listed, options_below
+from kshot.layering import UnknownOptionError, lay, lay_all, listed, options_below
 from kshot.module import FewShotModule
 from kshot.optim import WHOLE_RUN
 from kshot.places import REQUIRED, Place, Places, arguments_of, named, place_of, subclasses
@@ -94,7 +91,7 @@ MEANT = {  # an option, and what else people call it: other libraries' names, an
     "data.num_workers": "workers n_workers loader_workers jobs",
     "data.augment": "augmentation aug transform transforms augmentations",
     "data.template": "templates prompt prompts prompt_template",
-    "data.test_share": "test_split test_size holdout test_fraction",
+    "data.test_share": "data.test test_split test_size holdout test_fraction",
     "data.class_names": "classes classnames labels",
     "trainer.max_epochs": "epochs epoch num_epochs n_epochs num_train_epochs max_epoch",
     "trainer.max_steps": "steps iterations iters num_steps max_iters n_iters max_iterations",
@@ -171,12 +168,18 @@ def laid(line: CommandLine) -> tuple[Places, Tree]:
         and "T_max" in arguments_of(named(schedule["class_path"], (LRScheduler,), "model.schedule"))[0]
     ):
         schedule["init_args"].setdefault("T_max", WHOLE_RUN)
+    for name, kind in PARTS_OF_TRAINER.items():
+        for spec in listed(tree["trainer"].get(name)):
+            if isinstance(spec, dict):
+                state_words(spec, kind)
     return places, tree
 
 
-def class_name(value: Tree) -> str:
-    """The last part of a class_path."""
-    return str(value["class_path"].rpartition(".")[2])
+def state_words(spec: Tree, kind: type) -> None:
+    """States the words that a class has as members of an Enum by default, which no config holds: Timer's interval."""
+    for name, place in arguments_of(named(spec["class_path"], (kind,), ""))[0].items():
+        if place.text and isinstance(place.default, Enum):
+            spec["init_args"].setdefault(name, place.default.value)
 
 
 def plain(name: str) -> str:
@@ -199,7 +202,11 @@ def no_option(error: UnknownOptionError, places: Places, tree: Tree) -> str:
     called |= {word: option for option, words in MEANT.items() for word in words.split()}
     word, like = plain(last), beside if level else called | beside
     near = difflib.get_close_matches(word, like, n=1)
-    likely = beside.get(word) or (None if owners else called.get(word) or (like[near[0]] if near else None))
+    likely = (
+        beside.get(word)
+        or called.get(plain(error.name))
+        or (None if owners else called.get(word) or (like[near[0]] if near else None))
+    )
     if owners and not likely:
         return f"{refused} It is one of {', '.join(owners[:4])}: choose by --{level}."
     if not likely:
@@ -222,44 +229,6 @@ def needed(places: Places, tree: Tree, line: CommandLine) -> str | None:
         )
         return f"{lacking} is missing: {why}, such as --config clip_16shot.yaml {shlex.join(words)}."
     return lacking and f"{lacking} is missing, and has no default: give --{lacking} a value."
-
-
-def check(model: Tree, trainer: Tree) -> None:
-    """Raises UserError for what is not there: accelerators, devices, strategies, callbacks, loggers, targets."""
-    registered = AcceleratorRegistry.available_accelerators()
-    able = ["auto", *(name for name in sorted(registered) if AcceleratorRegistry[name]["accelerator"].is_available())]
-    able += ["gpu"] if {"cuda", "mps"} & set(able) else []
-    chosen, strategy = trainer.get("accelerator", "auto"), trainer.get("strategy", "auto")
-    if isinstance(chosen, str) and chosen not in able:
-        raise UserError(f"trainer.accelerator is {chosen}, and on this machine it may be {' or '.join(able)}.")
-    known = ["auto", *StrategyRegistry.available_strategies()]
-    if isinstance(strategy, str) and strategy not in known:
-        raise UserError(f"trainer.strategy: there is no {strategy!r}. {nearest_first(strategy, known)}")
-    if isinstance(trainer.get("devices"), list) and "gpu" not in able:
-        raise UserError(f"trainer.devices is {trainer['devices']}, and only GPUs are numbered: give how many, or auto.")
-    duration = trainer.get("max_time")
-    if isinstance(duration, list) or (isinstance(duration, dict) and not set(duration) <= set(DURATION)):
-        raise UserError(f"trainer.max_time takes {', '.join(DURATION)}, and is given {duration}.")
-    if model.get("adapter") and model.get("targets", True) == []:
-        raise UserError(f"model.targets is empty, and {class_name(model['adapter'])} would change nothing: *.[qkv]?")
-    for name, kind in (("callbacks", Callback), ("logger", Logger)):
-        for each in listed(trainer.get(name)):
-            if isinstance(each, dict):
-                check_part(f"trainer.{name}", kind, each)
-
-
-def check_part(where: str, kind: type, spec: Tree) -> None:
-    """Builds a callback or a logger on trial; raises UserError with what it refuses, lacks, or watches in vain."""
-    monitor = spec["init_args"].get("monitor") or "val/acc"
-    if monitor != "val/acc" and not monitor.startswith("train/"):
-        raise UserError(f"{where}: {class_name(spec)} watches {monitor!r}; a run logs val/acc and train/loss.")
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--part", type=kind)
-    try:
-        parser.instantiate_classes(parser.parse_object({"part": spec}))
-    except (ImportError, TypeError, ValueError, MisconfigurationException) as error:
-        said = str(error).strip().splitlines()[-1].strip()
-        raise UserError(f"{where}: {class_name(spec)} cannot be made: {said:.300}") from error
 
 
 def add_options(parser: ArgumentParser, command: str) -> None:

@@ -10,6 +10,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +18,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from kshot.data.digests import digest_of
-from kshot.data.images import CLIPS, Decoding, UnreadableImageError, read_image
+from kshot.data.images import CLIPS, Decoding, UnreadableImageError, opened, read_image
 from kshot.data.listing import IMAGE_SUFFIXES, Listing, kind_of, reads_as_image, time_of, tool_made
 from kshot.data.splits import check_path
 from kshot.errors import UserError, first_line
@@ -28,6 +29,7 @@ COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.z
 MOST_MEMBERS = 2_000_000
 MOST_BYTES = 2**28  # of one image
 _BEGINNING = 2**16  # bytes, of which the format of an image can be told
+UNREADABLE = (OSError, ValueError, LookupError, zlib.error)  # what reading a stored file may raise
 _HEADER = 30  # bytes of a zip file's own header before a member, and before its name
 
 
@@ -64,11 +66,23 @@ class StoredImages(ABC):
         """Gives the image of a row by ``read_image``."""
         return read_image(self.called(path), draft, decoding, io.BytesIO(self.content(path)))
 
+    def raw(self, path: str) -> AbstractContextManager[Image.Image]:
+        """Opens the image of a row by ``opened``; raises UnreadableImageError at once where there is no file."""
+        return opened(self.called(path), io.BytesIO(self.content(path)))
+
+    def size(self, path: str) -> int:
+        """Gives the number of bytes; raises what it may where it cannot."""
+        return len(self.stored(path))
+
+    def beginning(self, path: str, count: int) -> bytes:
+        """Gives the first bytes; raises what it may where it cannot."""
+        return self.stored(path)[:count]
+
     def content(self, path: str) -> bytes:
         """Gives the file of an image; raises UnreadableImageError for one that is missing, too large or damaged."""
         try:
             return self.stored(path)
-        except (OSError, ValueError, LookupError, zlib.error) as error:
+        except UNREADABLE as error:
             reason = first_line(error)
             raise UnreadableImageError(f"cannot read the image {str(self.called(path))!r}: {reason}") from None
 
@@ -96,10 +110,21 @@ class ArchiveImages(StoredImages):
     def called(self, path: str) -> Path:
         return self.file / path
 
-    def stored(self, path: str) -> bytes:
+    def member(self, path: str) -> Member:
+        """Where an image lies; raises ValueError for one that there is not."""
         member = self.members.get(path)
         if member is None:
             raise ValueError("the archive has no such member")
+        return member
+
+    def size(self, path: str) -> int:
+        return self.member(path).size
+
+    def beginning(self, path: str, count: int) -> bytes:
+        return read_member(self.file, self.member(path), count)[:count]
+
+    def stored(self, path: str) -> bytes:
+        member = self.member(path)
         if max(member.size, member.stored) > MOST_BYTES:
             raise ValueError(f"more than {MOST_BYTES:,} bytes")
         content = read_member(self.file, member)

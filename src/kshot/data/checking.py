@@ -32,7 +32,7 @@ from PIL import Image, ImageDraw
 
 from kshot.data.images import FORMATS, FileImages, ImageSource, UnreadableImageError, fault, orientation, read_image
 from kshot.data.sampling import VAL_SHOTS, draw
-from kshot.data.splits import PARTS, Row, Split, listed
+from kshot.data.splits import PARTS, Row, Split, listed, part_sizes
 from kshot.errors import UserError, first_line
 
 BITS = 8  # that may differ in the hashes of near-duplicates
@@ -268,7 +268,7 @@ def divide(
     """Divides rows into train, val and test, class by class, with alike images in one part.
 
     Groups come first, the largest before the others, then single images; each goes where its classes still lack most.
-    The sizes of parts are those of :func:`~kshot.data.splits.stratify` as far as groups allow. Rows keep their order.
+    The sizes of parts are :func:`~kshot.data.splits.part_sizes` as far as groups allow. Rows keep their order.
 
     Args:
         rows: of all images; the division depends on their order and on the seed alone.
@@ -280,11 +280,8 @@ def divide(
         UserError: a class cannot have training and test images without a leak.
     """
     _, val, test = shares
-    lacking: dict[int, dict[str, int]] = {}
     names = {row.label: row.class_name for row in rows}
-    for label, n in Counter(row.label for row in rows).items():
-        sizes = {"val": n * val // 100, "test": max(1, (n * test + 50) // 100) if test else 0}
-        lacking[label] = {"train": n - sum(sizes.values()), **sizes}
+    lacking = {label: part_sizes(n, val, test) for label, n in Counter(row.label for row in rows).items()}
     grouped = {i for group in alike for i in group}
     units = [list(group) for group in alike] + [[i] for i in range(len(rows)) if i not in grouped]
     random.Random(f"divide/{seed}").shuffle(units)

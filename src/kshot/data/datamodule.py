@@ -3,21 +3,25 @@
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from kshot.backbones import Preprocessing
 from kshot.data import protocols
-from kshot.data.images import CLIPS, Decoding, FileImages, ImageSource, decoding_of, fault, faults_of, white_of
-from kshot.data.loading import EpochSampler, endless, halves, part_loader, share
-from kshot.data.manifest import manifest_bytes, read_manifest, with_images, write_manifest
+from kshot.data.images import CLIPS, Decoding, decoding_of, faults_of, white_of
+from kshot.data.loading import EpochSampler, endless, halves, share
+from kshot.data.manifest import (
+    first_changed,
+    manifest_bytes,
+    manifest_images,
+    read_manifest,
+    with_images,
+    write_manifest,
+)
 from kshot.data.parts import Batch, Part
-from kshot.data.readers import image_files
+from kshot.data.prediction import PredictionData, check_least
 from kshot.data.sampling import draw
 from kshot.data.splits import TEST_SHARE, Row
 from kshot.data.transforms import Augment
@@ -26,7 +30,7 @@ from kshot.files import write_atomically
 from kshot.templates import check_templates
 
 
-class FewShotDataModule(LightningDataModule):
+class FewShotDataModule(PredictionData):
     """The images of one few-shot run: k per class to train on, and whole test parts to judge by.
 
     Parts are called train, val, predict, and as ``test_parts`` says. On several devices each one sees its own share of
@@ -57,9 +61,9 @@ class FewShotDataModule(LightningDataModule):
         views: number of views that repeat over the epochs; null for a new view in each epoch.
         template: sentence for a class name, with {} for the name, or several; null for the data set's own.
         class_names: names in label order instead of the data set's own, or some by folder. Targets keep theirs.
-        test_share: of a class, for testing, in a folder or list without parts; null for none, with run.test false.
-        manifest: file with the images to use instead of drawing them; shots, split_seed and sampler of the draw are
-            then the manifest's.
+        test_share: of a class, for testing, in a folder or list without parts; null for none.
+        manifest: file with the images to use instead of drawing them, to the byte where it has their digests; shots,
+            split_seed and sampler of the draw are then the manifest's.
         allow_fewer: take all images of a class that has fewer than shots.
         skip_unreadable: leave out images that cannot be read instead of stopping.
         download: fetch what is missing, where torchvision can.
@@ -72,8 +76,7 @@ class FewShotDataModule(LightningDataModule):
         draw: training and validation rows of these classes; the digest is that of the draw over all classes.
         dataset_name: id of the data set.
         image_size: may be set until ``setup``.
-        images: files and folders for prediction, set before ``setup("predict")``.
-        predict_paths: the files that these are, in index order.
+        images, predict_paths: of :class:`~kshot.data.prediction.PredictionData`.
         image_digests: of the images drawn from all classes, digests of their bytes by path, once a part is open.
 
     Raises:
@@ -108,23 +111,21 @@ class FewShotDataModule(LightningDataModule):
         skip_unreadable: bool = False,
         download: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(
+            split_seed=split_seed,
+            eval_batch_size=eval_batch_size,
+            num_workers=num_workers,
+            image_size=image_size,
+            fit=fit,
+            exif=exif,
+            background=background,
+            white=white,
+            skip_unreadable=skip_unreadable,
+        )
         protocols.check_protocol(protocol, targets)
-        self.protocol, self.root, self.split_seed = protocol, root, split_seed
-        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
-        self.num_workers = num_workers
-        self.image_size = image_size
-        self.preprocessing = Preprocessing().fitted(fit)
-        self.fit, self.exif, self.background, self.white = fit, exif, background, white
-        decoding_of(True, exif, background, white)  # refuses what is no colour
-        self.augment = augment
-        self.views = views
-        self.skip_unreadable = skip_unreadable
-        self.download = download
-        for name in ("batch_size", "eval_batch_size", "image_size", "views", "num_workers"):
-            value, least = getattr(self, name), 0 if name == "num_workers" else 1
-            if value is not None and value < least:
-                raise UserError(f"{name} must be at least {least}, not {value}")
+        self.protocol, self.root, self.batch_size = protocol, root, batch_size
+        self.augment, self.views, self.download, self.test_share = augment, views, download, test_share
+        check_least(self, "batch_size", "views")
 
         where: dict[str, Any] = {"root": root, "download": download}
         split, self._source = protocols.read_source(dataset, class_names=class_names, test_share=test_share, **where)
@@ -136,6 +137,7 @@ class FewShotDataModule(LightningDataModule):
         self.templates = list(check_templates(sentences))
         drawn = read_manifest(manifest, split) if manifest else draw(split, shots, split_seed, sampler, allow_fewer)
         self._drawn, self._manifest = drawn, manifest_bytes(split, drawn)
+        self._given, self._digests_before = manifest, manifest_images(manifest) if manifest else {}
         # Classes are left out after drawing from all of them: a run on half of them has the images of the whole run.
         trained = next(iter(protocols.class_groups(protocol, split).values()))
         train, val = (protocols.restrict(rows, trained) for rows in (drawn.train, drawn.val))
@@ -143,6 +145,8 @@ class FewShotDataModule(LightningDataModule):
         if not train:
             raise UserError(f"{split.name}: there are no training images")
 
+        if self._source.catalogued:
+            self.found_white = CLIPS.white
         self._held_out = protocols.held_out(protocol, split, self._source, split.said, self.templates)
         for target in targets or ():
             self._held_out += protocols.held_out_target(protocol, target, self._held_out, **where)
@@ -150,20 +154,7 @@ class FewShotDataModule(LightningDataModule):
         self.test_parts = [held.part for held in self._held_out]
         self.class_names = list(self.test_sets[0].class_names)
 
-        self.images: list[str] = []
-        self.predict_paths: list[str] = []
         self.image_digests: dict[str, str] = {}
-        self._parts: dict[str, Part] = {}
-
-    def use_preprocessing(self, preprocessing: Preprocessing) -> None:
-        """Takes a backbone's; raises UserError for another size than was given, or when images are open by another."""
-        size = preprocessing.size
-        if self.image_size not in (None, size):
-            raise UserError(f"data.image_size is {self.image_size}, the backbone takes {size}: set it on the backbone.")
-        wanted = preprocessing.fitted(self.fit).pixels
-        if self._parts and self._pixels() != wanted:
-            raise UserError(f"images are open by {self._pixels()}, the backbone takes {wanted}: make new data.")
-        self.image_size, self.preprocessing = size, wanted
 
     def prepare_data(self) -> None:
         """Downloads image files, once per machine, where that was asked for."""
@@ -183,13 +174,7 @@ class FewShotDataModule(LightningDataModule):
         if stage == "test" and self.test_parts[0] not in self._parts:
             tests = list(protocols.reopened(self._held_out))
             self._parts |= {h.part: self._open(images, rows, h.part, h.source, lazy=True) for h, images, rows in tests}
-        if stage == "predict":
-            files = image_files(self.images)
-            wrong = None if self.skip_unreadable else next(filter(None, map(fault, files)), None)
-            if wrong:
-                raise UserError(wrong)
-            self._parts[stage] = self._open(FileImages(), [Row(str(f), -1, "") for f in files], stage, None, lazy=True)
-            self.predict_paths = self._parts[stage].paths
+        super().setup(stage)
 
     def teardown(self, stage: str) -> None:
         """Closes the test parts again after testing."""
@@ -209,13 +194,6 @@ class FewShotDataModule(LightningDataModule):
                 of = f"{count} of {len(rows)} test images of {held.source.name} cannot be read"
                 raise UserError(f"{of}, the first: {first}")
             protocols.point_out_copies(images, rows, self._source, (*self.draw.train, *self.draw.val))
-
-    def part(self, part: str) -> Part:
-        """Gives an open part; raises RuntimeError when it is closed."""
-        if part not in self._parts:
-            stage = {"train": "fit", "val": "validate"}.get(part, part.split("/")[0])
-            raise RuntimeError(f"the {part} part opens with setup({stage!r})")
-        return self._parts[part]
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Shuffles the training part by ``EpochSampler``."""
@@ -237,10 +215,6 @@ class FewShotDataModule(LightningDataModule):
         # Each is gone through once: the workers of one need not outlive it while the others are read.
         loaders: list[DataLoader[Batch]] = [self._judged(part) for part in self.test_parts]
         return loaders if len(loaders) > 1 else loaders[0]
-
-    def predict_dataloader(self) -> DataLoader[Batch]:
-        """Goes through ``predict_paths``; labels are -1."""
-        return self._judged("predict")
 
     def eval_order_dataloader(self, part: str, view: int = 0) -> DataLoader[Batch]:
         """Goes through one view of all images of a part in index order, on each device, for computing features."""
@@ -290,7 +264,7 @@ class FewShotDataModule(LightningDataModule):
         return {name: part.left_out for name, part in self._parts.items() if part.left_out}
 
     def split_info(self) -> dict[str, Any]:
-        """Says in plain data which images the run is about; ``images_sha256`` is None before ``setup("fit")``."""
+        """Says in plain data which images the run is about; before ``setup`` less ``images_sha256`` and ``white``."""
         digests = [self.image_digests.get(row.path) for row in (*self.draw.train, *self.draw.val)]
         images = None if None in digests else hashlib.sha256(" ".join(map(str, digests)).encode()).hexdigest()
         sources = {held.source.name: held.source.sha256 for held in self._held_out}
@@ -305,6 +279,7 @@ class FewShotDataModule(LightningDataModule):
             "images_sha256": images,
             "counts": {"train": len(self.draw.train), "val": len(self.draw.val), "test": test},
             "left_out": self._passed_over,
+            "white": self.white or self.found_white,
         }
 
     def write_manifest(self, path: str | Path) -> None:
@@ -315,35 +290,20 @@ class FewShotDataModule(LightningDataModule):
         images = self._source.entry.images(self.root, part, rows, self.download)
         paths = [row.path for row in (self._drawn.train if part == "train" else self._drawn.val)]
         self.image_digests |= dict(zip(paths, images.digests(paths), strict=True))
+        changed = first_changed(self._digests_before, self.image_digests)
+        if changed is not None:
+            raise UserError(
+                f"{changed} is another image than {self._given} was drawn with: put that one back, or draw anew."
+            )
         return self._open(images, rows, part, self._source, **views)
-
-    def _open(self, images: ImageSource, rows: Sequence[Row], part: str, source: Any, **settings: Any) -> Part:
-        settings |= {"decoding": self._decoding(source), "skip_unreadable": self.skip_unreadable}
-        return Part(images, rows, self._pixels(), name=part, **settings)
-
-    def _pixels(self) -> Preprocessing:
-        if self.image_size is None:
-            raise UserError("image_size is not set: give --data.image_size, or set it before setup")
-        return replace(self.preprocessing, size=self.image_size)
 
     def _decoding(self, source: protocols.Source | None) -> Decoding:
         own = source is None or not source.catalogued
-        white = self._white if own and not self._source.catalogued else CLIPS.white
+        if own and self.white is None and self.found_white is None:
+            self.found_white = white_of(self._source.entry, self.root, self.draw.train)
+        white = self.found_white if own else CLIPS.white
         return decoding_of(own, self.exif, self.background, self.white or white)
-
-    @cached_property
-    def _white(self) -> float | None:
-        return white_of(self._source.entry, self.root, self.draw.train)
 
     def _epochs(self, part: Part, positions: Sequence[int], rank: int = 0, devices: int = 1) -> DataLoader[Batch]:
         order = EpochSampler(positions, self.split_seed, self.train_views(), self.batch_size, rank, devices)
         return self._loader(part, self.batch_size, order, persistent=True)
-
-    def _judged(self, part: str, persistent: bool = False) -> DataLoader[Batch]:
-        opened = self.part(part)
-        rank, devices = share(opened, self.trainer)
-        keys = [(position, 0) for position in range(rank, len(opened), devices)]
-        return self._loader(opened, self.eval_batch_size, keys, persistent)
-
-    def _loader(self, part: Part, batch_size: int, keys: Any, persistent: bool = False) -> DataLoader[Batch]:
-        return part_loader(part, batch_size, keys, self.num_workers, self.split_seed, persistent)

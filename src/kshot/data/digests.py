@@ -38,37 +38,6 @@ def file_digests(files: Sequence[Path]) -> list[str]:
     return found
 
 
-def same_bytes(files: Sequence[Path], others: Sequence[Path]) -> list[tuple[Path, Path]]:
-    """Finds the files that have the bytes of one of the others, each with that one.
-
-    Only those of the same size and beginning are read. What cannot be read is like no other.
-    """
-    by_size: dict[int, list[Path]] = {}
-    for file in others:
-        with suppress(OSError, ValueError):
-            by_size.setdefault(file.stat().st_size, []).append(file)
-    beginnings: dict[int, dict[bytes, list[Path]]] = {}
-    found = []
-    for file in files:
-        with suppress(OSError, ValueError):
-            size = file.stat().st_size
-            if size not in by_size:
-                continue
-            if size not in beginnings:
-                beginnings[size] = {}
-                for other in by_size[size]:
-                    beginnings[size].setdefault(_beginning(other), []).append(other)
-            alike = beginnings[size].get(_beginning(file), [])
-            digest = _digest(file, {}) if alike else ""
-            found += [(file, other) for other in alike if _digest(other, {}) == digest != ""][:1]
-    return found
-
-
-def _beginning(file: Path) -> bytes:
-    with file.open("rb") as content:
-        return content.read(2**10)
-
-
 def _digest(file: Path, kept: dict[str, Any]) -> str:
     try:
         entry = file.stat()

@@ -6,7 +6,7 @@ import os
 import stat
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -137,6 +137,26 @@ class FileImages:
         """Gives the image of a row by ``read_image``."""
         return read_image(self.folder / path, draft, decoding)
 
+    def called(self, path: str) -> Path:
+        """What messages call an image."""
+        return self.folder / path
+
+    def raw(self, path: str) -> AbstractContextManager[Image.Image]:
+        """Opens the image of a row by ``opened``."""
+        return opened(self.folder / path)
+
+    def size(self, path: str) -> int:
+        """Gives the number of bytes; raises OSError or ValueError for what is no file."""
+        entry = (self.folder / path).stat()
+        if not stat.S_ISREG(entry.st_mode):  # a pipe would be waited for
+            raise ValueError("not a file")
+        return entry.st_size
+
+    def beginning(self, path: str, count: int) -> bytes:
+        """Gives the first bytes; raises OSError or ValueError where they cannot be read."""
+        with (self.folder / path).open("rb") as file:
+            return file.read(count)
+
     def digests(self, paths: Sequence[str]) -> list[str]:
         """Digests the files of rows by ``file_digests``."""
         return file_digests([self.folder / path for path in paths])
@@ -242,9 +262,9 @@ def white_of(entry: Any, root: str, rows: Sequence[Row]) -> float | None:
         images = entry.images(root, "train", rows)
     except UserError:  # a run may be tested, or predict, where the images that it was trained on are not
         return None
-    if not isinstance(images, FileImages):
+    if isinstance(images, ArrayImages):
         return CLIPS.white
-    read, largest = largest_value([images.folder / row.path for row in rows])
+    read, largest = largest_value(images, [row.path for row in rows])
     if largest is None:
         return CLIPS.white if read else None
     white = next((top for top in (1.0, *(2.0**bits - 1 for bits in DEPTHS)) if largest <= top), largest)
@@ -255,12 +275,15 @@ def white_of(entry: Any, root: str, rows: Sequence[Row]) -> float | None:
     return white
 
 
-def largest_value(files: Sequence[Path]) -> tuple[bool, float | None]:
-    """Whether any file that may have more than 8 bits can be read, and the largest value of those that have."""
-    doubtful = [file for file in files if file.suffix.lower() not in NEVER_DEEP]
+def largest_value(images: Any, paths: Sequence[str]) -> tuple[bool, float | None]:
+    """Whether any image that may have more than 8 bits can be read, and the largest value of those that have.
+
+    ``images`` are files, or files in something else, which ``raw`` opens.
+    """
+    doubtful = [path for path in paths if Path(path).suffix.lower() not in NEVER_DEEP]
     read, largest = not doubtful, None
-    for file in doubtful:
-        with suppress(UnreadableImageError), opened(file) as image:  # said where the image is asked for
+    for path in doubtful:
+        with suppress(UnreadableImageError), images.raw(path) as image:  # said where the image is asked for
             read = True
             if is_deep(image):
                 values = np.asarray(image, dtype=np.float64)

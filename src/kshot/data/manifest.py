@@ -72,6 +72,13 @@ def manifest_images(path: str | Path) -> dict[str, str]:
     return images
 
 
+def manifest_examples(path: Path) -> dict[str, str]:
+    """Reads a training image of each class by the class's name, in label order; raises UserError for no manifest."""
+    data = _parsed(path)
+    paths = {str(name): str(path) for path, _, name in reversed(data["train"])}
+    return {str(name): paths[str(name)] for name in data["classnames"] if str(name) in paths}
+
+
 def first_changed(before: Mapping[str, str], now: Mapping[str, str]) -> str | None:
     """Finds the first image, in the order of now, that had another digest before; None when there is none."""
     return next((path for path, digest in now.items() if before.get(path, digest) != digest), None)

@@ -186,20 +186,29 @@ def by_label(rows: Sequence[Row]) -> dict[int, list[int]]:
     return positions
 
 
+def part_sizes(count: int, val_percent: int, test_percent: int) -> dict[str, int]:
+    """Says how many of some images each part gets.
+
+    Validation gets its percentage rounded down, testing its own rounded, but at least 1 unless it is 0, and training
+    the rest, which may be none.
+    """
+    val = count * val_percent // 100
+    test = max(1, (count * test_percent + 50) // 100) if test_percent else 0
+    return {"train": count - val - test, "val": val, "test": test}
+
+
 def stratify(rows: Sequence[Row], percents: tuple[int, int]) -> dict[str, list[Row]]:
     """Splits rows class by class into train, val and test, given the percentages of validation and test.
 
-    Each class is shuffled by its own stream, so that its parts do not depend on which other classes there are. Sizes:
-    the percentage rounded down for validation; rounded, but at least 1 unless it is 0, for test; the rest for training.
-    The rows keep their order within a part. Raises UserError for a class with too few images to train and to test.
+    Each class is shuffled by its own stream, so that its parts do not depend on which other classes there are; sizes
+    are those of ``part_sizes``. The rows keep their order within a part. Raises UserError for a class with too few
+    images to train and to test.
     """
-    val_percent, test_percent = percents
     part_of: dict[int, str] = {}
     for positions in by_label(rows).values():
         class_name, n = rows[positions[0]].class_name, len(positions)
-        val = n * val_percent // 100
-        test = max(1, (n * test_percent + 50) // 100) if test_percent else 0
-        if n - val - test < 1:
+        train, val, test = part_sizes(n, *percents).values()
+        if train < 1:
             raise UserError(f"class {class_name!r} has {n} image, but a split into training and test needs at least 2")
         shuffled = random.Random(f"{STRATIFY_SEED}/{class_name}").sample(positions, n)
         part_of |= dict.fromkeys(shuffled[:val], "val") | dict.fromkeys(shuffled[val : val + test], "test")
