@@ -99,7 +99,8 @@ def fit(
 def check_resume(path: Path, module: FewShotModule, data: FewShotDataModule, trainer: Trainer) -> None:
     """Raises UserError for a file that this run cannot go on from; names the image that has changed since it began."""
     checkpoint = AtomicCheckpoints().load_checkpoint(path)
-    data.setup("fit")  # digests of images are known once they are read
+    data.trainer = trainer  # as it will be in the fit: images are not decoded before their features are looked for
+    data.setup("fit")  # which digests them
     module.meet(data)
     manifest = path.parent.parent / "split.json"
     changed = first_changed(manifest_images(manifest), data.image_digests) if manifest.is_file() else None

@@ -2,10 +2,10 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader
 from kshot.backbones import Preprocessing
 from kshot.data import protocols
 from kshot.data.images import CLIPS, Decoding, FileImages, ImageSource, decoding_of, fault, faults_of, white_of
-from kshot.data.loading import EpochSampler, endless, halves, part_loader, share
+from kshot.data.loading import EpochSampler, endless, halves, judged_keys, part_loader, share
 from kshot.data.manifest import manifest_bytes, read_manifest, with_images, write_manifest
-from kshot.data.parts import Batch, Part
+from kshot.data.parts import Batch, Key, Part
 from kshot.data.readers import image_files
 from kshot.data.sampling import draw
 from kshot.data.splits import TEST_SHARE, Row
@@ -62,6 +62,8 @@ class FewShotDataModule(LightningDataModule):
             then the manifest's.
         allow_fewer: take all images of a class that has fewer than shots.
         skip_unreadable: leave out images that cannot be read instead of stopping.
+        store_gb: most that features and decoded images of this and other runs may take on disk; 0 keeps none.
+        keep_decoded: keep decoded evaluation images as well, for image towers that train.
         download: fetch what is missing, where torchvision can.
 
     Attributes:
@@ -106,6 +108,8 @@ class FewShotDataModule(LightningDataModule):
         manifest: str | None = None,
         allow_fewer: bool = False,
         skip_unreadable: bool = False,
+        store_gb: float = 4.0,
+        keep_decoded: bool = False,
         download: bool = False,
     ) -> None:
         super().__init__()
@@ -119,8 +123,8 @@ class FewShotDataModule(LightningDataModule):
         decoding_of(True, exif, background, white)  # refuses what is no colour
         self.augment = augment
         self.views = views
-        self.skip_unreadable = skip_unreadable
-        self.download = download
+        self.skip_unreadable, self.download = skip_unreadable, download
+        self.store_bytes, self.keep_decoded = int(max(0, store_gb) * 1e9), keep_decoded
         for name in ("batch_size", "eval_batch_size", "image_size", "views", "num_workers"):
             value, least = getattr(self, name), 0 if name == "num_workers" else 1
             if value is not None and value < least:
@@ -171,6 +175,8 @@ class FewShotDataModule(LightningDataModule):
     def setup(self, stage: str) -> None:
         """Opens what a stage needs; a part that is open stays as it is. Training and validation images are decoded.
 
+        For a trainer they are when they are asked for: features of them may be there.
+
         Raises UserError when ``image_size`` is not set, or images are missing or unreadable.
         """
         if stage == "fit" and "train" not in self._parts:
@@ -187,7 +193,7 @@ class FewShotDataModule(LightningDataModule):
             if wrong:
                 raise UserError(wrong)
             self._parts[stage] = self._open(FileImages(), [Row(str(f), -1, "") for f in files], stage, None, lazy=True)
-            self.predict_paths = self._parts[stage].paths
+            self.predict_paths = self.part(stage).paths
 
     def teardown(self, stage: str) -> None:
         """Closes the test parts again after testing."""
@@ -209,7 +215,16 @@ class FewShotDataModule(LightningDataModule):
             protocols.point_out_copies(images, rows, self._source, (*self.draw.train, *self.draw.val))
 
     def part(self, part: str) -> Part:
-        """Gives an open part; raises RuntimeError when it is closed."""
+        """Gives an open part, once it is known which of its images can be read; raises RuntimeError when it is closed.
+
+        Raises UserError for an image that cannot be.
+        """
+        opened = self.opened(part)
+        opened.settle()
+        return opened
+
+    def opened(self, part: str) -> Part:
+        """Gives an open part as it is; raises RuntimeError when it is closed."""
         if part not in self._parts:
             stage = {"train": "fit", "val": "validate"}.get(part, part.split("/")[0])
             raise RuntimeError(f"the {part} part opens with setup({stage!r})")
@@ -242,42 +257,25 @@ class FewShotDataModule(LightningDataModule):
 
     def eval_order_dataloader(self, part: str, view: int = 0) -> DataLoader[Batch]:
         """Goes through one view of all images of a part in index order, on each device, for computing features."""
-        opened = self.part(part)
-        return self._loader(opened, self.eval_batch_size, [(position, view) for position in range(len(opened))])
+        return self.once_dataloader(part, [(position, view) for position in range(len(self.part(part)))])
+
+    def once_dataloader(self, part: str, keys: Sequence[Key]) -> DataLoader[Batch]:
+        """Goes through some views of images of a part, holding none of them; views of an image are best together."""
+        whole = self.eval_batch_size - self.eval_batch_size % len({view for _, view in keys})
+        return self._loader(self.part(part), whole or self.eval_batch_size, list(keys), once=True)
 
     def train_views(self) -> int:
         """Gives the number of different views of a training image: 1 without augmentation, 0 for endless."""
         return 1 if self.augment is None else self.views or 0
 
-    def keep_features(
-        self, part: str, features: Tensor | None = None, frozen: Tensor | None = None, free: bool = False
-    ) -> None:
+    def keep_features(self, part: str, *features: Tensor | None, **how: Any) -> None:
         """``Part.keep`` for features in the order of ``eval_order_dataloader``."""
-        self.part(part).keep(features, frozen, free)
+        self.part(part).keep(*features, **how)
 
     def forget_features(self) -> None:
         """Lets the batches of all parts carry images again, and nothing else."""
         for part in self._parts.values():
-            part.features = part.frozen = None
-
-    def part_key(self, part: str) -> str:
-        """Digests what decides the pixels of a part, view by view and in order, for keeping features by it.
-
-        The same key in one process means the same images, unless their files have changed meanwhile.
-        """
-        decides: list[Any] = [part, self._pixels(), self.skip_unreadable, str(Path(self.root).resolve())]
-        if part == "predict":
-            decides += [self._decoding(None), *self.part(part).paths]
-        else:
-            source = next((held.source for held in self._held_out if held.part == part), self._source)
-            decides += [self._decoding(source), source.name, source.sha256, source.entry]
-        if part in {"train", "val"}:
-            decides += self.draw.train if part == "train" else self.draw.val
-        if part == "train" and self.augment is not None:
-            kind = type(self.augment)
-            settings = asdict(cast(Any, self.augment))
-            decides += [kind.__module__, kind.__qualname__, settings, self.train_views(), self.split_seed]
-        return hashlib.sha256(repr(decides).encode()).hexdigest()[:16]
+            part.features = part.frozen = part.known = None
 
     def test_sizes(self) -> dict[str, int]:
         """Gives the number of images that could be read by name of the test set; there after ``setup("test")``."""
@@ -312,11 +310,17 @@ class FewShotDataModule(LightningDataModule):
         images = self._source.entry.images(self.root, part, rows, self.download)
         paths = [row.path for row in (self._drawn.train if part == "train" else self._drawn.val)]
         self.image_digests |= dict(zip(paths, images.digests(paths), strict=True))
-        return self._open(images, rows, part, self._source, **views)
+        digests = [self.image_digests[row.path] for row in rows]
+        return self._open(images, rows, part, self._source, digests=digests, **views)
 
     def _open(self, images: ImageSource, rows: Sequence[Row], part: str, source: Any, **settings: Any) -> Part:
-        settings |= {"decoding": self._decoding(source), "skip_unreadable": self.skip_unreadable}
-        return Part(images, rows, self._pixels(), name=part, **settings)
+        settings |= {"decoding": self._decoding(source), "skip_unreadable": self.skip_unreadable, "name": part}
+        opened = Part(images, rows, self._pixels(), wait=True, **settings)
+        if self.keep_decoded:
+            opened.keep_decoded(self.store_bytes)
+        if self.trainer is None:
+            opened.settle()
+        return opened
 
     def _pixels(self) -> Preprocessing:
         if self.image_size is None:
@@ -339,8 +343,8 @@ class FewShotDataModule(LightningDataModule):
     def _judged(self, part: str, persistent: bool = False) -> DataLoader[Batch]:
         opened = self.part(part)
         rank, devices = share(opened, self.trainer)
-        keys = [(position, 0) for position in range(rank, len(opened), devices)]
-        return self._loader(opened, self.eval_batch_size, keys, persistent)
+        keys = judged_keys(opened, range(rank, len(opened), devices), self.eval_batch_size, self.trainer)
+        return self._loader(opened, self.eval_batch_size, keys, persistent=persistent)
 
-    def _loader(self, part: Part, batch_size: int, keys: Any, persistent: bool = False) -> DataLoader[Batch]:
-        return part_loader(part, batch_size, keys, self.num_workers, self.split_seed, persistent)
+    def _loader(self, part: Part, batch_size: int, keys: Any, **how: Any) -> DataLoader[Batch]:
+        return part_loader(part, batch_size, keys, self.num_workers, self.split_seed, **how)
