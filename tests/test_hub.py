@@ -115,3 +115,11 @@ def test_a_name_that_nobody_answers_for_is_not_waited_for(monkeypatch):
     start = time.perf_counter()
     assert not answers("https://huggingface.co", timeout=0.2)
     assert time.perf_counter() - start < 5
+
+
+def test_lines_are_not_doubled_by_a_handler_that_a_library_adds(monkeypatch):
+    monkeypatch.setattr(logging.root, "handlers", [])
+    with quiet_loading(hub=False):
+        logging.info("which makes a handler")
+        assert logging.root.handlers
+    assert logging.root.handlers == []

@@ -101,7 +101,7 @@ class FeatureStore(Callback):
         store = Store("features", self.context(part, module, trainer), data.store_bytes)
         found = self._find(store, part, views)
         if not part.settled:
-            part.settle(found.known, hold=needs_pixels(module, data, name))
+            part.settle(found.known, hold=needs_pixels(module, data, trainer, name))
             if part.left_out:  # which moves the positions of others
                 found = self._find(store, part, views)
         count = sum(row is not None for rows in found.rows for row in rows)
@@ -168,16 +168,22 @@ def has_texts(backbone: Backbone) -> bool:
     return isinstance(backbone, VisionLanguageBackbone) and backbone.features == "default"
 
 
-def needs_pixels(module: Module, data: Data, part: str) -> bool:
+def needs_pixels(module: Module, data: Data, trainer: Trainer, part: str) -> bool:
     """Whether steps take images of a part again and again, which are decoded once and held for them."""
+    asked = module.takes_steps if part == "train" else part == "val" and judges(module, trainer)
     keeps = module.cache_features and module.has_frozen_images and (part != "train" or data.train_views())
-    return module.takes_steps and part in {"train", "val"} and not keeps
+    return asked and not keeps
 
 
 def starts_from_shots(module: Module, trainer: Trainer) -> bool:
     """Whether a fit begins with a classifier's own fit to the shots."""
     resumes = trainer.ckpt_path is not None
     return "shots" in module.classifier.needs and (closed_form(module.classifier) or not resumes)
+
+
+def judges(module: Module, trainer: Trainer) -> bool:
+    """Whether a fit with steps is judged by the validation shots, between them or after them."""
+    return module.takes_steps and ("val" in module.classifier.needs or trainer.limit_val_batches != 0)
 
 
 def kept_parts(module: Module, data: Data, trainer: Trainer) -> dict[str, bool]:
@@ -187,18 +193,26 @@ def kept_parts(module: Module, data: Data, trainer: Trainer) -> dict[str, bool]:
     frozen, found = module.has_frozen_images, {}
     if data.train_views() and (frozen or "teacher" in module.classifier.needs):  # 0: every epoch has its own views
         found["train"] = frozen
-    if frozen and data.draw.val and trainer.limit_val_batches != 0:
+    if frozen and data.draw.val and judges(module, trainer):
         found["val"] = frozen
     return found
 
 
 def look_up(module: Module, data: Data, trainer: Trainer) -> None:
-    """Looks for all features that a fit will take, before anything else asks for its images."""
-    parts = set(kept_parts(module, data, trainer))
+    """Looks for all features that a fit will take, before anything else asks for its images.
+
+    Images that it takes are known to be readable then, or raised.
+    """
+    featured = set(kept_parts(module, data, trainer))
     if starts_from_shots(module, trainer):
-        parts |= {"train", "val"} if data.draw.val else {"train"}
-    for part in sorted(parts):
-        of_run(trainer).find(module, data, trainer, part, views_of(data, part))
+        featured |= {"train", "val"}
+    for name in ("train", "val") if data.draw.val else ("train",):
+        part, steps = data.opened(name), needs_pixels(module, data, trainer, name)
+        part.idle = not steps
+        if name in featured:
+            of_run(trainer).find(module, data, trainer, name, views_of(data, name))
+        else:
+            part.settle([] if steps else [True] * len(part))  # nobody asks for those that no step takes
 
 
 def keep_features(module: Module, data: Data, trainer: Trainer) -> None:
@@ -243,7 +257,7 @@ def untouched_features(module: Module, data: Data, trainer: Trainer, part: str, 
     lacking = [(i, view) for i, row in enumerate(zip(*rows, strict=True)) for view in range(views) if row[view] is None]
     lacking = sorted(set().union(*shared(trainer, lacking)))
     mine = lacking[trainer.global_rank :: trainer.world_size]
-    if needs_pixels(module, data, part) and mine:
+    if needs_pixels(module, data, trainer, part) and mine:
         opened.load()
 
     def compute() -> list[tuple[list[Key], Tensor]]:

@@ -23,7 +23,7 @@ def quiet_loading(hub: bool) -> Iterator[None]:
     """
     from huggingface_hub import constants
 
-    disabled, offline = logging.root.manager.disable, constants.HF_HUB_OFFLINE
+    disabled, offline, handlers = logging.root.manager.disable, constants.HF_HUB_OFFLINE, list(logging.root.handlers)
     behind_proxy = any(name in os.environ for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"))
     constants.HF_HUB_OFFLINE = offline or (hub and not behind_proxy and not answers(constants.ENDPOINT))
     logging.disable(logging.ERROR)
@@ -32,6 +32,7 @@ def quiet_loading(hub: bool) -> Iterator[None]:
             yield
     finally:
         logging.disable(disabled)
+        logging.root.handlers[:] = handlers  # open_clip adds one, by which every later line would stand there twice
         constants.HF_HUB_OFFLINE = offline
 
 

@@ -276,6 +276,7 @@ class FewShotDataModule(LightningDataModule):
         """Lets the batches of all parts carry images again, and nothing else."""
         for part in self._parts.values():
             part.features = part.frozen = part.known = None
+            part.idle = False
 
     def test_sizes(self) -> dict[str, int]:
         """Gives the number of images that could be read by name of the test set; there after ``setup("test")``."""

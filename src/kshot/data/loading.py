@@ -62,11 +62,16 @@ class PartLoader(DataLoader[Batch]):
 
     def __iter__(self) -> Any:
         part = cast(Part, self.dataset)
-        if not part.opens_images:
+        if not opens_images(part, self.once):
             self.num_workers = 0
         elif not self.once:
             part.load()
         return _told(part.keeping(super().__iter__()))
+
+
+def opens_images(part: Part, once: bool) -> bool:
+    """Whether a data loader of a part opens images; one that goes through it ``once`` is there to do so."""
+    return part.opens_images and (once or not part.idle)
 
 
 def part_loader(
@@ -82,7 +87,7 @@ def part_loader(
 
     ``persistent`` processes outlive an epoch.
     """
-    workers = workers if part.opens_images else 0
+    workers = workers if opens_images(part, once) else 0
     batches = isinstance(keys, list) and bool(keys) and isinstance(keys[0], list)
     order = {"batch_sampler": keys} if batches else {"batch_size": batch_size, "sampler": keys}
     loader = PartLoader(

@@ -77,6 +77,7 @@ class Part(Dataset[Batch]):
         features: (V, N, D) for V views, once kept; loaders that exist already hand them out.
         frozen: the same for ``Batch.frozen``.
         known: (N,) bool, of which images both have rows; None for all.
+        idle: no step asks for images: features are to come, or there are no steps.
 
     Raises:
         UnreadableImageError: an image cannot be read; of a lazy part, when it is asked for.
@@ -102,6 +103,7 @@ class Part(Dataset[Batch]):
     features: Tensor | None = field(default=None, init=False)
     frozen: Tensor | None = field(default=None, init=False)
     known: Tensor | None = field(default=None, init=False)
+    idle: bool = field(default=False, init=False)
 
     def __post_init__(self, rows: Sequence[Row], wait: bool) -> None:
         self.paths = [row.path for row in rows]
