@@ -61,14 +61,20 @@ def main() -> None:
 
     runs = [run(), run()]
     at_one_moment()
-    if rank == 0:  # an image that the second device would encode
-        (folder / FewShotDataModule(str(folder), shots=3).draw.train[1].path).write_bytes(b"broken")
+    broken = folder / FewShotDataModule(str(folder), shots=3).draw.train[1].path
+    content = broken.read_bytes()
+    at_one_moment()
+    if rank == 0:
+        broken.write_bytes(b"broken")
     at_one_moment()
     mistake = ""
     try:
         run()
     except UserError as error:
         mistake = str(error)
+    at_one_moment()
+    if rank == 0:
+        broken.write_bytes(content)
     torch.save((runs, mistake), f"{out}{rank}.pt")
 
 
