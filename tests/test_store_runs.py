@@ -159,6 +159,16 @@ def test_a_tower_that_trains_is_encoded_anew_and_the_zero_shot_row_is_read(adapt
     assert first["sets"]["test"]["zero_shot_acc"] == frozen["sets"]["test"]["acc"]
 
 
+def test_rows_of_other_batches_differ_in_their_last_bits(backbone):
+    """As docs/store.md says."""
+    image = torch.randint(0, 256, (24, 3, backbone.image_size, backbone.image_size), dtype=torch.uint8)
+    with torch.no_grad():
+        whole = backbone.encode_image(image)
+        for size in (1, 3, 5, 16):
+            parts = torch.cat([backbone.encode_image(some) for some in image.split(size)])
+            assert (parts - whole).abs().max() <= 5e-6 * whole.abs().max()
+
+
 class TestNothingStale:
     """What decides features decides whether they are read."""
 
