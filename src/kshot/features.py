@@ -257,6 +257,8 @@ def untouched_features(module: Module, data: Data, trainer: Trainer, part: str, 
     lacking = [(i, view) for i, row in enumerate(zip(*rows, strict=True)) for view in range(views) if row[view] is None]
     lacking = sorted(set().union(*shared(trainer, lacking)))
     mine = lacking[trainer.global_rank :: trainer.world_size]
+    if len(lacking) > AT_ONCE:
+        logger.info("%s views of %s %s images are encoded, once.", f"{len(lacking):,}", f"{len(opened):,}", part)
     if needs_pixels(module, data, trainer, part) and mine:
         opened.load()
 

@@ -35,6 +35,7 @@ USED = 60  # seconds after which a file that is used again is noted as such
 ABANDONED = 3600  # seconds after which what a killed process was writing is deleted
 
 logger = logging.getLogger("kshot")
+_refused: set[str] = set()  # kinds of which this process has said that they cannot be kept
 
 
 class Store:
@@ -139,7 +140,9 @@ class Store:
                 file.unlink()
 
     def _refused(self, why: str) -> bool:
-        _say_once(f"store: {self.kind} are not kept for later runs: {why}")
+        if self.kind not in _refused:
+            _refused.add(self.kind)
+            logger.info("store: %s are not kept for later runs: %s", self.kind, why)
         return False
 
 
@@ -158,11 +161,6 @@ def _opened(file: str, inode: int, size: int, context: str) -> tuple[np.ndarray,
 def _check(file: str, inode: int, size: int) -> None:  # noqa: ARG001  tell files apart
     if not check_seal(Path(file)):
         raise ValueError("it has no digest")
-
-
-@lru_cache(maxsize=64)
-def _say_once(line: str) -> None:
-    logger.info("%s", line)
 
 
 def root_folder() -> Path | None:
@@ -203,6 +201,7 @@ def trim(most: int) -> None:
             file.unlink()
             freed += entry.st_size
     if freed:
+        _opened.cache_clear()  # a file that is mapped takes its room until it is let go
         logger.info("store: %s used longest ago are deleted, to stay below %s.", amount(freed), amount(most))
 
 
