@@ -275,8 +275,7 @@ class FewShotDataModule(LightningDataModule):
     def forget_features(self) -> None:
         """Lets the batches of all parts carry images again, and nothing else."""
         for part in self._parts.values():
-            part.features = part.frozen = part.known = None
-            part.idle = False
+            part.features, part.frozen, part.known, part.idle = None, None, None, False
 
     def test_sizes(self) -> dict[str, int]:
         """Gives the number of images that could be read by name of the test set; there after ``setup("test")``."""
