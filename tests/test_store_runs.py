@@ -456,7 +456,7 @@ def test_two_devices_share_what_is_to_be_encoded(root):
     (alone, _), mistake = torch.load(root.parent / "one0.pt")
     found = [torch.load(root.parent / f"two{rank}.pt") for rank in range(2)]
     first, second = zip(*(runs for runs, _ in found), strict=True)
-    assert [each["encoded"] for each in first] == [9 + 9, 9 + 9], "half of 18 views and of 18 test images each"
+    assert [each["encoded"] for each in first] == [10 + 9, 8 + 9], "5 and 4 images in two views, and 9 test images each"
     assert [each["encoded"] for each in second] == [0, 0]
     assert [mistake for _, mistake in found] == 2 * [mistake], "nobody waits for the one that met it"
     assert "cannot read the image" in mistake

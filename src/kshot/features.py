@@ -206,13 +206,17 @@ def look_up(module: Module, data: Data, trainer: Trainer) -> None:
     featured = set(kept_parts(module, data, trainer))
     if starts_from_shots(module, trainer):
         featured |= {"train", "val"}
-    for name in ("train", "val") if data.draw.val else ("train",):
-        part, steps = data.opened(name), needs_pixels(module, data, trainer, name)
-        part.idle = not steps
-        if name in featured:
-            of_run(trainer).find(module, data, trainer, name, views_of(data, name))
-        else:
-            part.settle([] if steps else [True] * len(part))  # nobody asks for those that no step takes
+
+    def settle() -> None:
+        for name in ("train", "val") if data.draw.val else ("train",):
+            part, steps = data.opened(name), needs_pixels(module, data, trainer, name)
+            part.idle = not steps
+            if name in featured:
+                of_run(trainer).find(module, data, trainer, name, views_of(data, name))
+            else:
+                part.settle([] if steps else [True] * len(part))  # nobody asks for those that no step takes
+
+    shared(trainer, settle)
 
 
 def keep_features(module: Module, data: Data, trainer: Trainer) -> None:
@@ -256,13 +260,14 @@ def untouched_features(module: Module, data: Data, trainer: Trainer, part: str, 
     opened, rows = data.part(part), found.rows
     lacking = [(i, view) for i, row in enumerate(zip(*rows, strict=True)) for view in range(views) if row[view] is None]
     lacking = sorted(set().union(*shared(trainer, lacking)))
-    mine = lacking[trainer.global_rank :: trainer.world_size]
+    own = set(sorted({position for position, _ in lacking})[trainer.global_rank :: trainer.world_size])
+    mine = [key for key in lacking if key[0] in own]
     if len(lacking) > AT_ONCE:
         logger.info("%s views of %s %s images are encoded, once.", f"{len(lacking):,}", f"{len(opened):,}", part)
-    if needs_pixels(module, data, trainer, part) and mine:
-        opened.load()
 
     def compute() -> list[tuple[list[Key], Tensor]]:
+        if needs_pixels(module, data, trainer, part) and mine:
+            opened.load()
         done = []
         at_once = AT_ONCE - AT_ONCE % views or views
         for start in range(0, len(mine), at_once):
