@@ -42,7 +42,7 @@ def run_method(method: str, seeds: list[int], extra: list[str], out: Path, label
         with tempfile.TemporaryDirectory() as folder:
             arguments = ["fit", "--config", "clip_16shot.yaml", "--config", f"methods/{method}.yaml"]
             arguments += ["--data.protocol", "base-to-new", "--data.split_seed", str(seed)]
-            arguments += ["--seed_everything", str(seed)]
+            arguments += ["--seed_everything", str(seed), "--data.store_gb", "0"]  # each run encodes for itself
             cli = run([*arguments, "--run.root", folder, "--trainer.enable_progress_bar", "false", *extra])
             result = json.loads((cli.directory / "result.json").read_text())
         base, new = result["test_sets"]["base"], result["test_sets"]["new"]

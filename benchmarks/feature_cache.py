@@ -82,7 +82,7 @@ def generate(folder: Path, shots: int, size: int) -> None:
 
 def timed(backbone: Backbone, dataset: str, shots: int, epochs: int, cached: bool) -> Clock:
     """One run; the backbone stays frozen, so that the next run finds it as it was."""
-    data = FewShotDataModule(dataset, shots=shots, batch_size=32)
+    data = FewShotDataModule(dataset, shots=shots, batch_size=32, store_gb=0)  # each run encodes for itself
     optimizer = partial(SGD, lr=2e-3, momentum=0.9, weight_decay=5e-4)
     coop = partial(CoOp, context_length=16)
     module = build(backbone, data, classifier=coop, optimizer=optimizer, cache_features=cached)

@@ -55,6 +55,7 @@ def run_method(config: str, method: str, cells: list[tuple[int, int]], extra: li
         with tempfile.TemporaryDirectory() as folder:
             arguments = ["fit", "--config", config, "--config", f"methods/{method}.yaml", "--data.shots", str(shots)]
             arguments += ["--data.split_seed", str(seed), "--seed_everything", str(seed), "--run.root", folder]
+            arguments += ["--data.store_gb", "0"]  # seconds are of runs that encode for themselves
             cli = run([*arguments, "--trainer.enable_progress_bar", "false", *extra])
             result = json.loads((cli.directory / "result.json").read_text())
         row = {name: result.get(name) for name in FIELDS}

@@ -70,8 +70,9 @@ def cases() -> dict[str, dict[str, Any]]:
     return found
 
 
-def data_for() -> FewShotDataModule:
-    return FewShotDataModule("digits", shots=2, batch_size=8, eval_batch_size=16, augment=CropFlip(flip=0.0), views=2)
+def data_for(**settings: Any) -> FewShotDataModule:
+    sizes = {"shots": 2, "batch_size": 8, "eval_batch_size": 16}
+    return FewShotDataModule("digits", **sizes, augment=CropFlip(flip=0.0), views=2, **settings)
 
 
 def figures(backbone: Backbone, data: FewShotDataModule, settings: dict[str, Any], store: Any = None) -> dict[str, Any]:
@@ -123,8 +124,8 @@ def main() -> None:
         towers.use_folder(Path(folder))
         backbone = towers.build("clip")
         shared = in_child(lambda: all_in_one(backbone))
-        fresh = {
-            name: in_child(lambda settings=settings: figures(backbone, data_for(), settings))
+        fresh = {  # in which nothing is shared
+            name: in_child(lambda settings=settings: figures(backbone, data_for(store_gb=0), settings))
             for name, settings in cases().items()
         }
     json.dump({name: {"fresh": fresh[name], "shared": (shared or {}).get(name)} for name in fresh}, sys.stdout)

@@ -156,3 +156,10 @@ def test_methods(run, tmp_path):
     run("few_shot", "--one-method", "--label", "methods_digits", "--shots", "16", *row)
     run("methods", "--cases", "digits", *row, "--page", str(page))
     assert "**digits**" in page.read_text().split("<!-- table -->")[1].split("<!-- end of table -->")[0]
+
+
+def test_data(run, tmp_path):
+    tiny = ["--files", "200", "--images", "200", "--model", "kshot:glyph_clip", "--workers", "0", "--rounds", "1"]
+    rows = run("data", *tiny, "--classes", "2", "--views", "2", "--out", str(tmp_path / "data.csv"))["data"]
+    assert [row["part"] for row in rows] == ["listing", "first pass", "second pass", "digest", "fit", "memory"]
+    assert all(positive(row, "kshot", "value") for row in rows if row["part"] in {"first pass", "second pass", "fit"})

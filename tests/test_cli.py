@@ -333,7 +333,7 @@ def test_the_words_of_the_process_are_left_alone(tmp_path, monkeypatch):
     assert seen == 2 * [words]
 
 
-def test_recorded_views_are_encoded_once_each(tmp_path, monkeypatch):
+def test_recorded_views_are_encoded_once_each(tmp_path, tmp_path_factory, monkeypatch):
     from kshot.backbones import OpenClip
 
     encoded, encode = [], OpenClip.encode_normalised
@@ -343,6 +343,7 @@ def test_recorded_views_are_encoded_once_each(tmp_path, monkeypatch):
         return encode(self, image)
 
     monkeypatch.setattr(OpenClip, "encode_normalised", count)
+    monkeypatch.setenv("KSHOT_CACHE", str(tmp_path_factory.mktemp("cache")))
     options = ["--config", "methods/coop.yaml", "--trainer.max_epochs", "6", "--data.augment", "CropFlip"]
     fit(tmp_path, *options, "--data.views", "3", *UNTESTED)
     assert sum(encoded) == 3 * 20 + 2  # three views of 20 shots, 2 images of the step that is tried

@@ -1,5 +1,6 @@
 """Features that batches carry instead of images or beside them, and the key that they are kept by."""
 
+import json
 import pickle
 
 import pytest
@@ -188,7 +189,9 @@ class TestImageSize:
         assert module.image_size == 16
 
 
-class TestPartKey:
+class TestKeys:
+    """What tells rows of features apart: the context of a part, and a key of each image and view."""
+
     @pytest.fixture
     def root(self, tmp_path):
         parted_folder(tmp_path / "pets", {"a": 3, "b": 2, "c": 4})
@@ -199,103 +202,79 @@ class TestPartKey:
         known = {"shots": 2, "image_size": 8, "augment": CropFlip(), "views": 2}
         return FewShotDataModule(dataset, **known | {"root": str(root)} | settings)
 
+    def rows(self, module, name, view=0):
+        """Context, and key by path."""
+        module.setup("test" if name.startswith("test") else "fit")
+        part = module.part(name)
+        return json.dumps(part.context(), sort_keys=True), dict(zip(part.paths, part.row_keys(view), strict=True))
+
     @pytest.mark.parametrize("part", ["train", "val", "test"])
-    def test_equal_ones_agree_before_and_after_opening(self, root, part):
-        first, second = self.module(root), self.module(root)
-        key = first.part_key(part)
-        assert int(key, 16) >= 0
-        assert len(key) == 16
-        assert second.part_key(part) == key
-        second.setup("fit")
-        second.setup("test")
-        assert second.part_key(part) == key
+    def test_equal_ones_agree_whatever_decides_no_pixel(self, root, part):
+        expected = self.rows(self.module(root), part)
+        assert all(len(key) == 16 and int(key, 16) >= 0 for key in expected[1].values())
         other = {
             "batch_size": 3,
             "eval_batch_size": 5,
             "num_workers": 2,
             "template": "my {}",
             "class_names": list("xyz"),
+            "skip_unreadable": True,
         }
-        assert self.module(root, **other).part_key(part) == key
-
-    def test_parts_differ(self, root):
-        module = self.module(root, "cars", protocol="base-to-new", shots=None)
-        assert len({module.part_key(part) for part in ("train", "val", *module.test_parts)}) == 4
+        assert self.rows(self.module(root, **other), part) == expected
 
     @pytest.mark.parametrize(
         "settings",
         [
-            {"dataset": "cars"},
-            {"shots": 1},
-            {"sampler": "nested"},
-            {"protocol": "base-to-new"},
-            {"split_seed": 2},
             {"image_size": 9},
-            {"augment": None},
             {"augment": CropFlip(flip=0)},
             {"augment": CropFlip(scale=(0.5, 1))},
-            {"views": 3},
-            {"views": None},
-            {"skip_unreadable": True},
+            {"augment": None},
+            {"fit": "pad"},
+            {"exif": False},
+            {"background": [0, 0, 0]},
+            {"white": 255},
         ],
         ids=str,
     )
-    def test_each_setting_counts_for_training_images(self, root, settings):
-        assert self.module(root, **settings).part_key("train") != self.module(root).part_key("train")
+    def test_each_setting_counts_in_the_context(self, root, settings):
+        parts = ["train"] if "augment" in settings else ["train", "val", "test"]
+        for part in parts:
+            assert self.rows(self.module(root, **settings), part)[0] != self.rows(self.module(root), part)[0], part
 
-    @pytest.mark.parametrize("part", ["val", "test"])
-    @pytest.mark.parametrize("settings", [{"dataset": "cars"}, {"image_size": 9}, {"skip_unreadable": True}], ids=str)
-    def test_each_setting_counts_for_other_images(self, root, part, settings):
-        assert self.module(root, **settings).part_key(part) != self.module(root).part_key(part)
-
-    def test_test_images_do_not_depend_on_the_draw(self, root):
-        settings = {"shots": 1, "split_seed": 4, "augment": None}
-        assert self.module(root, **settings).part_key("test") == self.module(root).part_key("test")
-
-    def test_seed_and_order_of_the_views_alone(self, root):
-        """The same images in the same order, with and without random views."""
-        whole = {"shots": None}
+    def test_seed_position_and_view_of_a_random_view(self, root):
+        whole = {"shots": None, "sampler": "nested"}
         first, second = (self.module(root, **whole, split_seed=seed) for seed in (1, 2))
-        assert first.draw.train == second.draw.train
-        assert first.part_key("train") != second.part_key("train")
-        first, second = (self.module(root, **whole, augment=None, split_seed=seed) for seed in (1, 2))
-        assert first.part_key("train") == second.part_key("train")
+        assert sorted(first.draw.train) == sorted(second.draw.train)
+        views = [self.rows(first, "train", view)[1] for view in (0, 1)] + [self.rows(second, "train")[1]]
+        for path in views[0]:
+            assert len({keys[path] for keys in views}) == 3
+        plain = [self.rows(self.module(root, **whole, split_seed=seed, augment=None), "train") for seed in (1, 2)]
+        assert plain[0] == plain[1], "an evaluation image is the same whatever the draw"
+        assert plain[0][0] == self.rows(self.module(root), "test")[0], "and whatever the part"
+
+    def test_equal_keys_of_a_view_mean_equal_pixels(self, root):
+        """Of two draws, keys agree where position, seed and image agree, and then the pixels do."""
+        one, two = self.module(root, shots=1), self.module(root, shots=2)
+        keys = [list(self.rows(each, "train", 1)[1].values()) for each in (one, two)]
+        equal = [(i, j) for i, a in enumerate(keys[0]) for j, b in enumerate(keys[1]) if a == b]
+        for i, j in equal:
+            assert i == j
+            assert torch.equal(one.part("train").images([(i, 1)]), two.part("train").images([(j, 1)]))
+        assert equal, "the first image of coop-v1 is the same for every number of shots"
 
     @pytest.mark.parametrize("part", ["train", "val", "test"])
-    def test_folders_of_the_same_name_elsewhere(self, root, part):
-        """Names, rows and digests are equal; the pixels need not be."""
+    def test_the_bytes_count_and_not_where_they_lie(self, root, part):
         parted_folder(root / "elsewhere" / "pets", {"a": 3, "b": 2, "c": 4})
         here, there = self.module(root), self.module(root, str(root / "elsewhere" / "pets"))
-        assert here.draw == there.draw
-        assert here.part_key(part) != there.part_key(part)
+        expected = self.rows(here, part)
+        assert self.rows(there, part) == expected
+        path = here.part(part).paths[0]
+        save_image(root / "elsewhere" / "pets" / path, seed=999)
+        changed = self.rows(self.module(root, str(root / "elsewhere" / "pets")), part)[1]
+        assert {name for name in changed if changed[name] != expected[1][name]} == {path}
 
-    @pytest.mark.parametrize("part", ["train", "val", "test"])
-    def test_roots(self, root, part, monkeypatch):
-        assert digits(root=str(root)).part_key(part) != digits().part_key(part)
-        monkeypatch.chdir(root.parent)
-        assert digits(root=root.name).part_key(part) == digits(root=str(root)).part_key(part)
-
-    def test_a_source_that_changed(self, root):
-        before = self.module(root).part_key("test")
-        save_image(root / "pets" / "test" / "a" / "new.png")
-        assert self.module(root).part_key("test") != before
-
-    def test_targets(self, root):
-        module = self.module(root, protocol="cross-dataset", targets=["cars", "digits"])
-        keys = [module.part_key(part) for part in module.test_parts]
-        assert len(set(keys)) == 3
-        fewer = self.module(root, protocol="cross-dataset", targets=["digits"])
-        assert [fewer.part_key(part) for part in fewer.test_parts] == [keys[0], keys[2]]
-
-    def test_images_to_predict(self, root):
-        keys = set()
-        for images in ("pets/test/a", "pets/test/b"):
-            module = self.module(root)
-            module.images = [str(root / images)]
-            module.setup("predict")
-            keys.add(module.part_key("predict"))
-        assert len(keys) == 2
-
-    def test_without_an_image_size(self, root):
-        with pytest.raises(UserError, match="image_size is not set"):
-            self.module(root, image_size=None).part_key("train")
+    def test_a_random_view_of_an_image_that_cannot_be_digested_has_no_key(self, root):
+        module = self.module(root)
+        module.setup("fit")
+        module.part("train").digests[1] = ""
+        assert [bool(key) for key in module.part("train").row_keys()] == [True, False, True, True, True, True]

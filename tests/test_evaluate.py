@@ -13,6 +13,7 @@ from kshot.callbacks import Fitting, Merged, WeightAverage
 from kshot.classifiers import CoOp, LinearProbe
 from kshot.data import FewShotDataModule
 from kshot.evaluate import Evaluation, Meter
+from kshot.features import FeatureStore
 from kshot.run import build, evaluate, make_trainer
 from kshot.slots import projections_of
 
@@ -167,10 +168,16 @@ def test_the_zero_shot_row_of_a_target_has_its_own_sentences(backbone, frozen, t
 
 @pytest.mark.parametrize(
     ("stage", "kinds"),
-    [("fit", {Fitting}), ("validate", {WeightAverage, Merged}), ("test", {WeightAverage, Evaluation})],
+    [
+        ("fit", {FeatureStore, Fitting}),
+        ("validate", {FeatureStore, WeightAverage, Merged}),
+        ("test", {FeatureStore, WeightAverage, Evaluation}),
+    ],
 )
 def test_each_stage_has_the_callbacks_that_it_needs(stage, kinds, backbone, data):
     module, trainer = build(backbone, data, classifier=LinearProbe), make_trainer(limit_val_batches=0)
     trainer.state.fn = stage
     module.trainer = trainer
     assert {type(callback) for callback in module.configure_callbacks()} == kinds
+    trainer.callbacks.append(FeatureStore(backbone))
+    assert {type(callback) for callback in module.configure_callbacks()} == kinds - {FeatureStore}, "one is enough"

@@ -249,12 +249,14 @@ class TestRuns:
         for each in wanted:
             data = FewShotDataModule(str(root), shots=1)
             data.use_preprocessing(each)
-            keys.add(data.part_key("test"))
+            data.setup("test")
+            keys.add(str(data.part("test").context()))
         assert len(keys) == 4, "mean and deviation are the backbone's business"
         options = [{"fit": "pad"}, {"fit": "squash"}, {"exif": False}, {"background": [0, 0, 0]}, {"white": 255}]
         for option in options:
             data = FewShotDataModule(str(root), shots=1, image_size=12, **option)
-            keys.add(data.part_key("test"))
+            data.setup("test")
+            keys.add(str(data.part("test").context()))
         assert len(keys) == 8, "squash is squash, whoever wants it"
 
     def test_open_images_are_not_passed_off_as_those_of_another_backbone(self, tmp_path):

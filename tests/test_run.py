@@ -39,7 +39,9 @@ def test_a_run_after_others_equals_one_in_a_fresh_process(method, runs):
     assert shared == fresh
 
 
-def test_images_are_decoded_and_encoded_once_for_many_runs(backbone, data, monkeypatch):
+@pytest.mark.parametrize("where", ["disk", "memory"])
+def test_images_are_decoded_and_encoded_once_for_many_runs(backbone, data, monkeypatch, tmp_path, where):
+    monkeypatch.setenv("KSHOT_CACHE", str(tmp_path) if where == "disk" else "")
     encoded, encode = [], OpenClip.encode_normalised
     monkeypatch.setattr(OpenClip, "encode_normalised", lambda self, x: encoded.append(len(x)) or encode(self, x))
     store = FeatureStore(backbone)
@@ -148,8 +150,10 @@ def test_a_file_says_which_images_it_was_trained_on(backbone, data, tmp_path):
     assert saved["split"] == header_of(module)["split"] == data.split_info()
 
 
-def test_a_store_tells_images_and_precisions_apart(backbone, monkeypatch):
-    encoded, encode, counts = [], OpenClip.encode_normalised, []
+@pytest.mark.parametrize("where", ["disk", "memory"])
+def test_a_store_tells_images_and_precisions_apart(backbone, monkeypatch, tmp_path, where):
+    monkeypatch.setenv("KSHOT_CACHE", str(tmp_path) if where == "disk" else "")
+    encoded, encode, counts, drawn = [], OpenClip.encode_normalised, [], []
     monkeypatch.setattr(OpenClip, "encode_normalised", lambda self, x: encoded.append(len(x)) or encode(self, x))
     store = FeatureStore(backbone)
     for seed, precision in ((1, "32-true"), (2, "32-true"), (1, "bf16-mixed"), (1, "32-true")):
@@ -157,9 +161,11 @@ def test_a_store_tells_images_and_precisions_apart(backbone, monkeypatch):
         trainer = make_trainer(max_epochs=1, limit_val_batches=0, precision=precision)
         fit(build(backbone, data, classifier=LinearProbe), data, trainer, store=store)
         counts.append(sum(encoded))
+        drawn.append({row.path for row in data.draw.train})
         encoded.clear()
         assert not any(isinstance(callback, FeatureStore) for callback in trainer.callbacks), "lent for the fit alone"
-    assert counts == [20 + 2, 20 + 2, 20 + 2, 2]  # and the trial step
+    assert counts == [20 + 2, len(drawn[1] - drawn[0]) + 2, 20 + 2, 2]  # and the trial step
+    assert counts[1] > 2
 
 
 def test_a_closed_form_sees_every_view_of_the_shots_and_the_validation_shots(backbone, monkeypatch):

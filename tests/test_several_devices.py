@@ -33,8 +33,9 @@ def torchrun(*command: object) -> list[str]:
 @pytest.fixture(scope="module")
 def both(tmp_path_factory) -> tuple[dict, dict]:
     folder = tmp_path_factory.mktemp("devices")
-    finished([sys.executable, str(SCRIPT), str(folder / "one.pt")], env=ALONE)
-    finished(torchrun(SCRIPT, folder / "two.pt"), env=ALONE)
+    own = [ALONE | {"KSHOT_CACHE": str(folder / name)} for name in ("one", "two")]  # each encodes its images itself
+    finished([sys.executable, str(SCRIPT), str(folder / "one.pt")], env=own[0])
+    finished(torchrun(SCRIPT, folder / "two.pt"), env=own[1])
     return torch.load(folder / "one.pt"), torch.load(folder / "two.pt")
 
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 STARTED = time.time()
 USAGE = """\
 usage: python main.py {fit,validate,test,predict,import} --config NAME [--config METHOD ...] [options]
-       python main.py data {list,info,check,split,import,download} ... [--json]
+       python main.py data {list,info,check,split,import,download,store} ... [--json]
        python main.py doctor [--json]
 
   fit       adapt a backbone from a few images a class, then test it

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from rich.box import HEAVY_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, track
-from rich.table import Table
-from rich.text import Text
 
 from kshot.data import checking
 from kshot.data.catalogue import CATALOGUE, load_split
@@ -25,6 +21,8 @@ from kshot.data.readers import read_split_zhou
 from kshot.data.splits import PARTS, Row, Split, check_path, listed, split_bytes
 from kshot.errors import UserError, nearest_first
 from kshot.files import amount, file_content, may_be_read, write_atomically
+from kshot.showing import show
+from kshot.store_command import run_store
 
 
 class _Parser(argparse.ArgumentParser):
@@ -38,7 +36,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def run_data(words: Sequence[str]) -> int:
-    """Runs ``data list|info|check|split|import|download``; returns 1 where training would fail or leak, else 0.
+    """Runs ``data list|info|check|split|import|download|store``; returns 1 where training would fail or leak, else 0.
 
     Raises:
         UserError: words that there are not, a data set that there is not, or a file that is in the way.
@@ -50,7 +48,7 @@ def run_data(words: Sequence[str]) -> int:
 
 def _parser() -> _Parser:
     parser = _Parser(prog="main.py data", description="Data sets: what there is, what is wrong with one, and more.")
-    commands = parser.add_subparsers(required=True, metavar="{list,info,check,split,import,download}")
+    commands = parser.add_subparsers(required=True, metavar="{list,info,check,split,import,download,store}")
 
     def add(name: str, run: Any, what: str, given: str = "", about: str = "") -> argparse.ArgumentParser:
         command: argparse.ArgumentParser = commands.add_parser(name, help=what, description=what)
@@ -76,6 +74,8 @@ def _parser() -> _Parser:
     split.add_argument("--shares", type=int, nargs=3, default=(50, 20, 30), metavar="P", help=parts)
     add("import", _import, "check a split file of CoOp's, and put it beside its images", "FILE", ".json or .json.gz")
     add("download", _download, "fetch, verify and unpack a data set of the catalogue", "NAME", "catalogue name")
+    store = add("store", run_store, "features and decoded images that are kept for later runs")
+    store.add_argument("--clear", action="store_true", help="delete all of them")
     return parser
 
 
@@ -83,20 +83,6 @@ def _positive(text: str) -> int:
     if (number := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"{number} is below 1")
     return number
-
-
-def show(title: str, rows: Iterable[Iterable[object]], header: Sequence[str] = ()) -> None:
-    """Prints a table on standard output, without lines where that is no terminal."""
-    box = HEAVY_HEAD if sys.stdout.isatty() else None
-    table = Table(title=title, title_justify="left", box=box, pad_edge=box is not None, show_header=bool(header))
-    for column in header:
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(str(cell)) for cell in row))  # Text: a path in brackets is no markup
-    console = Console(width=None if box else 1000)  # lines in a file are not broken
-    with console.capture() as shown:
-        console.print(table)
-    print(*(line.rstrip() for line in shown.get().splitlines()), sep="\n")
 
 
 def tell(given: argparse.Namespace, title: str, told: Mapping[str, Any], last: str = "") -> None:

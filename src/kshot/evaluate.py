@@ -18,11 +18,11 @@ from torchmetrics.classification import (
     MulticlassStatScores,
 )
 
-from kshot.backbones.language import VisionLanguageBackbone
 from kshot.classifiers.base import Task, cosine_logits
 from kshot.classifiers.zero_shot import TextPrompt
 from kshot.data.parts import Batch
 from kshot.data.protocols import TestSet
+from kshot.features import has_texts, of_run
 from kshot.holding import merged
 
 Module = Any  # a FewShotModule, which imports this file
@@ -120,6 +120,7 @@ class Evaluation(Callback):
         data: Any = getattr(trainer, "datamodule", None)
         task = pl_module.classifier.task
         self.test_sets = [TestSet("test", *vars(task).values())] if data is None else list(data.test_sets)
+        self.parts = [] if data is None else [data.part(part) for part in data.test_parts]
         if data is not None:
             self.tested.sizes, self.tested.left_out = data.test_sizes(), data.left_out()
         self.trained_on = task
@@ -137,7 +138,7 @@ class Evaluation(Callback):
         self.current, backbone, text = test_set, pl_module.backbone, None
         serve(pl_module, test_set)
         with torch.inference_mode(False), torch.no_grad(), trainer.precision_plugin.forward_context():
-            if isinstance(backbone, VisionLanguageBackbone) and backbone.features == "default":
+            if has_texts(backbone):
                 with backbone.unadapted():
                     text = TextPrompt(backbone, Task(test_set.class_names, test_set.templates)).encode()
             self.open.enter_context(merged(pl_module.classifier))
@@ -154,13 +155,15 @@ class Evaluation(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Counts what is right with the adapted and with the untouched backbone."""
-        del batch_idx, dataloader_idx
+        del batch_idx
         features, logits, zero_shot = outputs["features"], outputs["logits"], None
         if self.zero_shot_text is not None:
             if not self.untouched:
                 with trainer.precision_plugin.forward_context():
                     features = pl_module.frozen_features_of(batch)
             zero_shot = cosine_logits(features, self.zero_shot_text, pl_module.backbone.logit_scale)
+        if self.parts and batch.frozen is None and (self.untouched or zero_shot is not None):
+            of_run(trainer).note(self.parts[dataloader_idx], batch.index, features)
         self.meter.update(logits, batch.label, zero_shot)
 
     def _close(self, trainer: Trainer) -> None:
@@ -168,6 +171,9 @@ class Evaluation(Callback):
             return
         self.open.close()
         name, tested = self.current.name, self.tested
+        if self.parts:
+            number = self.test_sets.index(self.current)
+            of_run(trainer).note(self.parts[number], torch.empty(0), torch.empty(0), last=True)
         tested.sets[name], tested.per_class[name], tested.counts[name] = self.meter.results()
         limit = trainer.limit_test_batches  # a number of batches, or a share of them
         whole = isinstance(limit, float) and limit == 1.0

@@ -24,6 +24,7 @@ from kshot.classifiers.base import closed_form, title_of
 from kshot.data.parts import Batch
 from kshot.errors import UserError
 from kshot.evaluate import Evaluation
+from kshot.features import FeatureStore, store_of
 from kshot.header import data_settings, header_of
 from kshot.layering import check_stored
 from kshot.optim import OptimizerFactory, ScheduleFactory, make_optimizer, scheduling
@@ -181,14 +182,15 @@ class FewShotModule(pl.LightningModule):
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """What a stage does around its steps, whoever made the trainer; Lightning calls each of them at every hook."""
+        store = [] if store_of(self.trainer) else [FeatureStore(self.backbone)]
         if self.trainer.state.fn == "test":
-            return [WeightAverage(), Evaluation()]
+            return [*store, WeightAverage(), Evaluation()]
         if self.trainer.state.fn != "fit":
-            return [WeightAverage(), Merged()]
+            return [*store, WeightAverage(), Merged()]
         averages = any(group.get("average") is not None for group in self.param_groups())
         judges = self.trainer.limit_val_batches != 0
         merging, averaging = [Merged()] * judges, [WeightAverage()] * averages
-        return [*merging, *averaging, Fitting()]  # in the order in which each leaves what the next finds
+        return [*store, *merging, *averaging, Fitting()]  # in the order in which each leaves what the next finds
 
     def param_groups(self) -> list[dict[str, Any]]:
         """All that trains, in groups: the classifier's, the adapter's, and unfrozen parameters of the towers.

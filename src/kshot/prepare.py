@@ -11,10 +11,9 @@ from lightning.pytorch import Trainer
 
 from kshot.adapters.base import SearchProblem, Shared, derived_seed
 from kshot.classifiers import Shots
-from kshot.classifiers.base import closed_form
 from kshot.data.parts import Batch
 from kshot.errors import UserError
-from kshot.features import encoded, keep_features, place, untouched_shots
+from kshot.features import encoded, keep_features, look_up, place, starts_from_shots, untouched_shots
 from kshot.holding import merged
 from kshot.optim import make_schedule
 
@@ -32,16 +31,17 @@ def prepare(module: Module, data: Data, trainer: Trainer) -> None:
         UserError: names what does not fit, before anything is written.
     """
     place(module, trainer)
+    if data is not None:
+        look_up(module, data, trainer)
     steps = planned_steps(trainer)
     if data is not None:
         module.meet(data)
         check_validation(module, data)
         check_classes(module, data)
     check_devices(module, trainer)
-    needs, resumes = module.classifier.needs, trainer.ckpt_path is not None
     for shared in module.shared:
         shared.plan(steps)
-    if data is not None and "shots" in needs and (closed_form(module.classifier) or not resumes):
+    if data is not None and starts_from_shots(module, trainer):
         train, val = untouched_shots(module, data, trainer, "train"), None
         if data.draw.val:
             val = untouched_shots(module, data, trainer, "val")
@@ -50,7 +50,7 @@ def prepare(module: Module, data: Data, trainer: Trainer) -> None:
         try_step(module, trainer, steps)
         if data is not None:
             keep_features(module, data, trainer)
-        if not resumes:
+        if trainer.ckpt_path is None:
             search(module, data, trainer, steps)
 
 

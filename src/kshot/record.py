@@ -23,6 +23,7 @@ from torch import Tensor
 from kshot import __version__
 from kshot.data.sampling import FewShotDraw
 from kshot.errors import UserError
+from kshot.features import of_run
 from kshot.files import amount, write_csv
 
 LIBRARIES = ("torch", "lightning", "open_clip_torch", "timm", "torchvision", "torchmetrics", "jsonargparse")
@@ -172,6 +173,7 @@ def result(module: Any, data: Any, trainer: Any, tested: Any, directory: Path) -
         "tested": tested.counts,
         "test_images": tested.sizes,
         "left_out": tested.left_out,
+        "features": features_of(trainer),
         "summary": summary(data.protocol, tested.sets),
         "zero_shot_summary": summary(data.protocol, tested.sets, "zero_shot_acc"),
         "per_class": "per_class.csv" if first else None,
@@ -186,6 +188,12 @@ def result(module: Any, data: Any, trainer: Any, tested: Any, directory: Path) -
         "versions": versions(),
         "git_commit": git_commit(),
     }
+
+
+def features_of(trainer: Any) -> dict[str, dict[str, int]]:
+    """How many views of images the untouched image tower encoded for a run, and how many were there, by part."""
+    store = of_run(trainer)
+    return {name: dict(sorted(counts.items())) for name, counts in (("encoded", store.encoded), ("read", store.read))}
 
 
 def harmonic_mean(base: float, new: float) -> float:
@@ -273,6 +281,9 @@ def table_rows(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield "cut short", f"{count} of {result['test_images'][name]} images of {name} (limit_test_batches)"
     for part, count in result["left_out"].items():
         yield "left out", f"{count} unreadable images of {part}"
+    encoded, read = (sum(result["features"][name].values()) for name in ("encoded", "read"))
+    if encoded or read:
+        yield "features", f"{encoded:,} encoded by the untouched tower, {read:,} read (data store)"
     yield "trainable parameters", f"{result['trainable_parameters']:,} of {result['total_parameters']:,}"
     adapter, ranks = result["adapter"] or {}, list((result["ranks"] or {}).values())
     size = [f"{name} {adapter[name]:.4g}" for name in ("alpha", "scale", "lr") if adapter.get(name) is not None]

@@ -100,7 +100,8 @@ def check_resume(path: Path, module: FewShotModule, data: FewShotDataModule, tra
     """Raises UserError for a file that this run cannot go on from; names the image that has changed since it began."""
     files = trainer.strategy.checkpoint_io
     checkpoint = (files if isinstance(files, AtomicCheckpoints) else AtomicCheckpoints()).look_at(path)
-    data.setup("fit")  # digests of images are known once they are read
+    data.trainer = trainer  # as it will be in the fit: images are not decoded before their features are looked for
+    data.setup("fit")  # which digests them
     module.meet(data)
     manifest = path.parent.parent / "split.json"
     changed = first_changed(manifest_images(manifest), data.image_digests) if manifest.is_file() else None

@@ -18,6 +18,8 @@ from kshot.backbones.unfuse import restore
 from kshot.errors import UserError
 from kshot.slots import AdapterLayer, Slot, adapters_off, projections_of
 
+PASSING = frozenset({"training", "held", "lowered", "enabled"})  # attributes of modules that a run changes for a while
+
 
 class Backbone(nn.Module, ABC):
     """An image encoder that takes RGB images and owns their normalisation.
@@ -129,6 +131,18 @@ class Backbone(nn.Module, ABC):
         layers = [p for layer in self.layers(tower).values() for p in layer.parameters() if p.requires_grad]
         return list({id(p): p for p in own + layers}.values())  # layers may share a tensor
 
+    def image_sha256(self) -> str:
+        """SHA-256 over all that decides features of the untouched image tower: its present values, and how it is built.
+
+        Modules count by their classes and plain attributes, so that equal weights in another architecture differ.
+        """
+        with self.unadapted():
+            parameters = [pair for pair in self.named_tower_parameters() if pair[0].startswith("image.")]
+            modules = {name: module for name, module in self.named_modules() if name and is_own(name)}
+            built = [(name, type(module).__qualname__, plain_attributes(module)) for name, module in modules.items()]
+            values = values_sha256([*parameters, *(pair for pair in self.named_buffers() if is_own(pair[0]))])
+        return hashlib.sha256(f"{values} {self.settings()} {built}".encode()).hexdigest()
+
     def unfreeze(self, names: Sequence[str]) -> None:
         """Lets some of the towers' own parameters train, and keeps the values that they start from."""
         named = dict(self.named_tower_parameters())
@@ -198,6 +212,18 @@ def key_of(name: str) -> str:
     return name.replace(".", "/")
 
 
+def is_own(name: str) -> bool:
+    """Whether a module or tensor of a backbone was there before anything was attached."""
+    return ".adapters" not in name and name.split(".")[0] not in ("shared", "initial_values")
+
+
+def plain_attributes(module: nn.Module) -> dict[str, Any]:
+    """What a module is set to by plain values, but for its mode."""
+    kinds = (bool, int, float, str, tuple, type(None))
+    found = {name: value for name, value in vars(module).items() if isinstance(value, kinds)}
+    return {name: found[name] for name in sorted(found) if not name.startswith("_") and name not in PASSING}
+
+
 def require_image_prompts(backbone: Backbone, who: str) -> None:
     """Raises UserError unless learned tokens can enter the image tower."""
     if backbone.features != "default":
@@ -226,8 +252,13 @@ def run_prompted(blocks: Iterable[nn.Module], x: Tensor, prompts: Sequence[Tenso
 
 def sha256_of(model: nn.Module) -> str:
     """SHA-256 over names, shapes and values of a model's state, independent of device and of module order."""
+    return values_sha256(sorted(model.state_dict().items()))
+
+
+def values_sha256(named: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 over names, shapes and values of tensors in their order."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in named:
         value = tensor.detach().cpu().contiguous()
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
         digest.update(value.reshape(-1).view(torch.uint8).numpy().data)

@@ -2,15 +2,15 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from kshot.data import protocols
-from kshot.data.images import CLIPS, Decoding, decoding_of, faults_of, white_of
+from kshot.data.images import CLIPS, Decoding, ImageSource, decoding_of, faults_of, white_of
 from kshot.data.loading import EpochSampler, endless, halves, share
 from kshot.data.manifest import (
     first_changed,
@@ -20,7 +20,7 @@ from kshot.data.manifest import (
     with_images,
     write_manifest,
 )
-from kshot.data.parts import Batch, Part
+from kshot.data.parts import Batch, Key, Part
 from kshot.data.prediction import PredictionData, check_least
 from kshot.data.sampling import draw
 from kshot.data.splits import TEST_SHARE, Row
@@ -66,6 +66,8 @@ class FewShotDataModule(PredictionData):
             split_seed and sampler of the draw are then the manifest's.
         allow_fewer: take all images of a class that has fewer than shots.
         skip_unreadable: leave out images that cannot be read instead of stopping.
+        store_gb: most that features and decoded images of this and other runs may take on disk; 0 keeps none.
+        keep_decoded: keep decoded evaluation images as well, for image towers that train.
         download: fetch what is missing, where torchvision can.
 
     Attributes:
@@ -109,6 +111,8 @@ class FewShotDataModule(PredictionData):
         manifest: str | None = None,
         allow_fewer: bool = False,
         skip_unreadable: bool = False,
+        store_gb: float = 4.0,
+        keep_decoded: bool = False,
         download: bool = False,
     ) -> None:
         super().__init__(
@@ -125,6 +129,7 @@ class FewShotDataModule(PredictionData):
         protocols.check_protocol(protocol, targets)
         self.protocol, self.root, self.batch_size = protocol, root, batch_size
         self.augment, self.views, self.download, self.test_share = augment, views, download, test_share
+        self.store_bytes, self.keep_decoded = int(max(0, store_gb) * 1e9), keep_decoded
         check_least(self, "batch_size", "views")
 
         where: dict[str, Any] = {"root": root, "download": download}
@@ -163,6 +168,8 @@ class FewShotDataModule(PredictionData):
 
     def setup(self, stage: str) -> None:
         """Opens what a stage needs; a part that is open stays as it is. Training and validation images are decoded.
+
+        For a trainer they are when they are asked for: features of them may be there.
 
         Raises UserError when ``image_size`` is not set, or images are missing or unreadable.
         """
@@ -218,42 +225,25 @@ class FewShotDataModule(PredictionData):
 
     def eval_order_dataloader(self, part: str, view: int = 0) -> DataLoader[Batch]:
         """Goes through one view of all images of a part in index order, on each device, for computing features."""
-        opened = self.part(part)
-        return self._loader(opened, self.eval_batch_size, [(position, view) for position in range(len(opened))])
+        return self.once_dataloader(part, [(position, view) for position in range(len(self.part(part)))])
+
+    def once_dataloader(self, part: str, keys: Sequence[Key]) -> DataLoader[Batch]:
+        """Goes through some views of images of a part, holding none of them; views of an image are best together."""
+        whole = self.eval_batch_size - self.eval_batch_size % len({view for _, view in keys})
+        return self._loader(self.part(part), whole or self.eval_batch_size, list(keys), once=True)
 
     def train_views(self) -> int:
         """Gives the number of different views of a training image: 1 without augmentation, 0 for endless."""
         return 1 if self.augment is None else self.views or 0
 
-    def keep_features(
-        self, part: str, features: Tensor | None = None, frozen: Tensor | None = None, free: bool = False
-    ) -> None:
+    def keep_features(self, part: str, *features: Tensor | None, **how: Any) -> None:
         """``Part.keep`` for features in the order of ``eval_order_dataloader``."""
-        self.part(part).keep(features, frozen, free)
+        self.part(part).keep(*features, **how)
 
     def forget_features(self) -> None:
         """Lets the batches of all parts carry images again, and nothing else."""
         for part in self._parts.values():
-            part.features = part.frozen = None
-
-    def part_key(self, part: str) -> str:
-        """Digests what decides the pixels of a part, view by view and in order, for keeping features by it.
-
-        The same key in one process means the same images, unless their files have changed meanwhile.
-        """
-        decides: list[Any] = [part, self._pixels(), self.skip_unreadable, str(Path(self.root).resolve())]
-        if part == "predict":
-            decides += [self._decoding(None), *self.part(part).paths]
-        else:
-            source = next((held.source for held in self._held_out if held.part == part), self._source)
-            decides += [self._decoding(source), source.name, source.sha256, source.entry]
-        if part in {"train", "val"}:
-            decides += self.draw.train if part == "train" else self.draw.val
-        if part == "train" and self.augment is not None:
-            kind = type(self.augment)
-            settings = asdict(cast(Any, self.augment))
-            decides += [kind.__module__, kind.__qualname__, settings, self.train_views(), self.split_seed]
-        return hashlib.sha256(repr(decides).encode()).hexdigest()[:16]
+            part.features, part.frozen, part.known, part.idle = None, None, None, False
 
     def test_sizes(self) -> dict[str, int]:
         """Gives the number of images that could be read by name of the test set; there after ``setup("test")``."""
@@ -295,7 +285,14 @@ class FewShotDataModule(PredictionData):
             raise UserError(
                 f"{changed} is another image than {self._given} was drawn with: put that one back, or draw anew."
             )
-        return self._open(images, rows, part, self._source, **views)
+        digests = [self.image_digests[row.path] for row in rows]
+        return self._open(images, rows, part, self._source, digests=digests, **views)
+
+    def _open(self, images: ImageSource, rows: Sequence[Row], part: str, source: Any, **settings: Any) -> Part:
+        opened = super()._open(images, rows, part, source, **settings)
+        if self.keep_decoded:
+            opened.keep_decoded(self.store_bytes)
+        return opened
 
     def _decoding(self, source: protocols.Source | None) -> Decoding:
         own = source is None or not source.catalogued

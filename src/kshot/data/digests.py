@@ -43,7 +43,7 @@ def _digest(file: Path, kept: dict[str, Any]) -> str:
         entry = file.stat()
         if not stat.S_ISREG(entry.st_mode):  # a pipe would be waited for
             return ""
-        key = f"{entry.st_size} {entry.st_mtime_ns} {file.absolute()}"
+        key = f"{entry.st_size} {entry.st_mtime_ns} {entry.st_ctime_ns} {file.absolute()}"
         if key not in kept:
             with file.open("rb") as content:
                 kept[key] = hashlib.file_digest(content, "sha256").hexdigest()[:16]

@@ -53,30 +53,67 @@ class PartLoader(DataLoader[Batch]):
     """A data loader that starts no processes for features, and lets processes share what is decoded once.
 
     Raises UserError when a process that loads images has died.
+
+    Attributes:
+        once: whether the part is gone through once, so that decoded images need not be held.
     """
+
+    once: bool = False
 
     def __iter__(self) -> Any:
         part = cast(Part, self.dataset)
-        if part.features is None:
-            part.load()
-        else:
+        if not opens_images(part, self.once):
             self.num_workers = 0
-        return _told(super().__iter__())
+        elif not self.once:
+            part.load()
+        return _told(part.keeping(super().__iter__()))
 
 
-def part_loader(part: Part, batch_size: int, keys: Any, workers: int, seed: int, persistent: bool) -> DataLoader[Batch]:
-    """Makes the data loader of a part that asks for ``keys`` in order; ``persistent`` processes outlive an epoch."""
-    workers = workers if part.features is None else 0
-    return PartLoader(
+def opens_images(part: Part, once: bool) -> bool:
+    """Whether a data loader of a part opens images; one that goes through it ``once`` is there to do so."""
+    return part.opens_images and (once or not part.idle)
+
+
+def part_loader(
+    part: Part,
+    batch_size: int,
+    keys: Any,
+    workers: int,
+    seed: int,
+    persistent: bool = False,
+    once: bool = False,
+) -> DataLoader[Batch]:
+    """Makes the data loader of a part that asks for ``keys`` in order, or for a list of lists of them, its batches.
+
+    ``persistent`` processes outlive an epoch.
+    """
+    workers = workers if opens_images(part, once) else 0
+    batches = isinstance(keys, list) and bool(keys) and isinstance(keys[0], list)
+    order = {"batch_sampler": keys} if batches else {"batch_size": batch_size, "sampler": keys}
+    loader = PartLoader(
         dataset=part,
-        batch_size=batch_size,  # by keyword: Lightning builds prediction loaders anew from what it sees
-        sampler=keys,
+        **order,  # by keyword: Lightning builds prediction loaders anew from what it sees
         num_workers=workers,
         collate_fn=_as_is,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator().manual_seed(seed),  # or each epoch draws from the global state
         persistent_workers=persistent and workers > 0,
     )
+    loader.once = once
+    return loader
+
+
+def judged_keys(part: Part, positions: Sequence[int], batch_size: int, trainer: Trainer | None) -> list[Any]:
+    """The keys of images that are judged by; where some have features, and all are wanted, batches of one kind.
+
+    Where a trainer cuts a part short the order stays: which images are seen must not depend on what is kept.
+    """
+    keys = [(position, 0) for position in positions]
+    if part.known is None or (trainer is not None and repr(trainer.limit_test_batches) != "1.0"):  # 1 is one batch
+        return keys
+    known = part.known.tolist()
+    kinds = ([key for key in keys if known[key[0]] == there] for there in (True, False))
+    return [kind[i : i + batch_size] for kind in kinds for i in range(0, len(kind), batch_size)]
 
 
 def _as_is(batch: Any) -> Any:

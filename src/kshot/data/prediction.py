@@ -17,7 +17,7 @@ from kshot.data.catalogue import CATALOGUE, load_split
 from kshot.data.hub_sets import PREFIX
 from kshot.data.images import Decoding, FileImages, ImageSource, decoding_of, fault
 from kshot.data.listing import tool_made
-from kshot.data.loading import part_loader, share
+from kshot.data.loading import judged_keys, part_loader, share
 from kshot.data.manifest import manifest_examples
 from kshot.data.names import named
 from kshot.data.parts import Batch, Part
@@ -93,10 +93,19 @@ class PredictionData(LightningDataModule):
             if wrong:
                 raise UserError(wrong)
             self._parts[stage] = self._open(FileImages(), [Row(str(f), -1, "") for f in files], stage, None, lazy=True)
-            self.predict_paths = self._parts[stage].paths
+            self.predict_paths = self.part(stage).paths
 
     def part(self, part: str) -> Part:
-        """Gives an open part; raises RuntimeError when it is closed."""
+        """Gives an open part, once it is known which of its images can be read; raises RuntimeError when it is closed.
+
+        Raises UserError for an image that cannot be.
+        """
+        opened = self.opened(part)
+        opened.settle()
+        return opened
+
+    def opened(self, part: str) -> Part:
+        """Gives an open part as it is; raises RuntimeError when it is closed."""
         if part not in self._parts:
             stage = {"train": "fit", "val": "validate"}.get(part, part.split("/")[0])
             raise RuntimeError(f"the {part} part opens with setup({stage!r})")
@@ -107,8 +116,11 @@ class PredictionData(LightningDataModule):
         return self._judged("predict")
 
     def _open(self, images: ImageSource, rows: Sequence[Row], part: str, source: Any, **settings: Any) -> Part:
-        settings |= {"decoding": self._decoding(source), "skip_unreadable": self.skip_unreadable}
-        return Part(images, rows, self._pixels(), name=part, **settings)
+        settings |= {"decoding": self._decoding(source), "skip_unreadable": self.skip_unreadable, "name": part}
+        opened = Part(images, rows, self._pixels(), wait=True, **settings)
+        if self.trainer is None:
+            opened.settle()
+        return opened
 
     def _pixels(self) -> Preprocessing:
         if self.image_size is None:
@@ -121,11 +133,11 @@ class PredictionData(LightningDataModule):
     def _judged(self, part: str, persistent: bool = False) -> DataLoader[Batch]:
         opened = self.part(part)
         rank, devices = share(opened, self.trainer)
-        keys = [(position, 0) for position in range(rank, len(opened), devices)]
-        return self._loader(opened, self.eval_batch_size, keys, persistent)
+        keys = judged_keys(opened, range(rank, len(opened), devices), self.eval_batch_size, self.trainer)
+        return self._loader(opened, self.eval_batch_size, keys, persistent=persistent)
 
-    def _loader(self, part: Part, batch_size: int, keys: Any, persistent: bool = False) -> DataLoader[Batch]:
-        return part_loader(part, batch_size, keys, self.num_workers, self.split_seed, persistent)
+    def _loader(self, part: Part, batch_size: int, keys: Any, **how: Any) -> DataLoader[Batch]:
+        return part_loader(part, batch_size, keys, self.num_workers, self.split_seed, **how)
 
 
 def check_least(data: Any, *names: str) -> None:

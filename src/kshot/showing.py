@@ -1,0 +1,25 @@
+"""Tables on standard output, for commands that answer with one."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+
+from rich.box import HEAVY_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+
+def show(title: str, rows: Iterable[Iterable[object]], header: Sequence[str] = ()) -> None:
+    """Prints a table on standard output, without lines where that is no terminal."""
+    box = HEAVY_HEAD if sys.stdout.isatty() else None
+    table = Table(title=title, title_justify="left", box=box, pad_edge=box is not None, show_header=bool(header))
+    for column in header:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(str(cell)) for cell in row))  # Text: a path in brackets is no markup
+    console = Console(width=None if box else 1000)  # lines in a file are not broken
+    with console.capture() as shown:
+        console.print(table)
+    print(*(line.rstrip() for line in shown.get().splitlines()), sep="\n")

@@ -1,0 +1,82 @@
+"""A probe on as many processes as torchrun starts; what each encoded, found, and met in a broken data set.
+
+``torchrun --nproc_per_node 2 tests/several_stores.py FOLDER OUT``, or plain ``python`` for one: OUT0.pt, OUT1.pt.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback
+
+from kshot.backbones import OpenClip
+from kshot.classifiers import LinearProbe
+from kshot.data import CropFlip, FewShotDataModule
+from kshot.errors import UserError
+from kshot.features import FeatureStore
+from kshot.run import build, evaluate, fit, make_trainer
+
+
+class Features(Callback):
+    """Keeps the features that the training part carries."""
+
+    found = torch.empty(0)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Keeps."""
+        del pl_module
+        self.found = trainer.datamodule.part("train").features.clone()
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    folder, out = Path(sys.argv[1]), sys.argv[2]
+    processes, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    options: dict[str, Any] = {"accelerator": "cpu", "devices": processes, "limit_val_batches": 0}
+    options |= {"strategy": "ddp"} if processes > 1 else {}
+    backbone, watch = OpenClip("kshot:glyph_clip"), Features()
+
+    def run() -> dict[str, Any]:
+        store = FeatureStore(backbone)
+        data = FewShotDataModule(
+            str(folder), shots=3, batch_size=8 // processes, eval_batch_size=5, augment=CropFlip(), views=2
+        )
+        sgd = partial(torch.optim.SGD, lr=0.1)
+        module = build(backbone, data, classifier=LinearProbe, optimizer=sgd)
+        trainer = make_trainer(max_epochs=2, callbacks=[watch], **options)
+        fit(module, data, trainer, store=store)
+        sets = evaluate(module, data, trainer, store=store).sets
+        return {"sets": sets, "encoded": sum(store.encoded.values()), "features": watch.found}
+
+    def at_one_moment() -> None:
+        if processes > 1:
+            torch.distributed.barrier()
+
+    runs = [run(), run()]
+    at_one_moment()
+    broken = folder / FewShotDataModule(str(folder), shots=3).draw.train[1].path
+    content = broken.read_bytes()
+    at_one_moment()
+    if rank == 0:
+        broken.write_bytes(b"broken")
+    at_one_moment()
+    mistake = ""
+    try:
+        run()
+    except UserError as error:
+        mistake = str(error)
+    at_one_moment()
+    if rank == 0:
+        broken.write_bytes(content)
+    torch.save((runs, mistake), f"{out}{rank}.pt")
+
+
+if __name__ == "__main__":
+    main()
