@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 from kshot import commands
 from kshot.cli import main
 from kshot.module import FewShotModule
+from kshot.surroundings import told_to_stderr
 
 
 def test_fit_leaves_a_complete_record(fitted):
@@ -321,6 +322,16 @@ def test_the_log_is_written_for_the_length_of_a_run_and_left_as_it_was(monkeypat
         assert capsys.readouterr().err == "told\n"
         assert log.handlers == [own]
     assert own.stream.getvalue() == 2 * "told\n"
+
+
+def test_words_come_once_where_a_library_logs_without_a_name(capsys, monkeypatch):
+    """Which makes a handler that would write them again."""
+    monkeypatch.setattr(logging.root, "handlers", [])
+    with told_to_stderr():
+        logging.warning("of a library")
+        logging.getLogger("kshot").info("of kshot")
+    assert sorted(capsys.readouterr().err.split("\n")) == ["", "of a library", "of kshot"]
+    assert logging.root.handlers == []
 
 
 def test_the_words_of_the_process_are_left_alone(tmp_path, monkeypatch):
