@@ -37,6 +37,7 @@ from torchvision import datasets, transforms
 
 from kshot.backbones import Preprocessing
 from kshot.classifiers import NearestClassMean
+from kshot.cli import main as command_line
 from kshot.commands import settle_chatter
 from kshot.data import CropFlip, FewShotDataModule
 from kshot.data.listing import list_folder
@@ -157,20 +158,15 @@ def fits(options: argparse.Namespace, root: Path, count: int) -> list[dict]:
     taken = []
     with tempfile.TemporaryDirectory() as folder:
         for number in (1, 2):
-            command = [
-                sys.executable,
-                str(MAIN),
-                "fit",
-                "--config",
-                "clip_16shot.yaml",
-                "--config",
-                "methods/class_mean.yaml",
-            ]
+            command = ["fit", "--config", "clip_16shot.yaml", "--config", "methods/class_mean.yaml"]
             command += ["--model.backbone.model", options.model, *weights, "--data.dataset", str(root)]
             command += ["--data.shots", "null", "--data.augment", "null", "--data.views", "null", "--run.root", folder]
             command += ["--run.name", "x", "--trainer.enable_progress_bar", "false"]
-            environment = os.environ | {"KSHOT_CACHE": str(Path(folder, "cache"))}
-            subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+            os.environ["KSHOT_CACHE"] = str(Path(folder, "cache"))
+            if options.in_process:
+                command_line(command)
+            else:
+                subprocess.run([sys.executable, str(MAIN), *command], check=True, stdout=subprocess.DEVNULL)
             result = json.loads(Path(folder, "x", f"00{number}", "result.json").read_text())
             taken.append(result["seconds"]["fit"] + result["seconds"]["test"])
             encoded = sum(result["features"]["encoded"].values())
@@ -185,6 +181,9 @@ def memory(options: argparse.Namespace) -> list[dict]:
     found = []
     ten = max(2, options.classes // 10)
     for kind, classes in (("stream", options.classes), ("held", ten)):
+        if options.in_process:
+            found.append(child(kind, classes, options.views))
+            continue
         command = [sys.executable, __file__, "--child", kind, "--classes", str(classes), "--views", str(options.views)]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         found.append(float(done.stdout.split()[-1]))
@@ -192,8 +191,8 @@ def memory(options: argparse.Namespace) -> list[dict]:
     return [row("memory", case, 16 * options.classes, "MB", found[0], f"held, {ten} classes", found[1], "")]
 
 
-def child(kind: str, classes: int, views: int) -> None:
-    """Prints the most megabytes that a pass over random views of 16 images a class takes."""
+def child(kind: str, classes: int, views: int) -> float:
+    """The most megabytes that a pass over random views of 16 images a class takes."""
     with tempfile.TemporaryDirectory() as folder:
         photos(Path(folder), classes, {"train": 16, "test": 1}, (400, 300))
         data = FewShotDataModule(folder, shots=16, augment=CropFlip(), views=views, image_size=224)
@@ -211,7 +210,7 @@ def child(kind: str, classes: int, views: int) -> None:
                 assert batch.image is not None
 
         logging.disable(logging.WARNING)
-        print(peak_megabytes(go))
+        return peak_megabytes(go)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -225,12 +224,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--views", type=int, default=10, help="of each of its images")
     parser.add_argument("--rounds", type=int, default=3, help="passes and lists of each kind, in turns")
     parser.add_argument("--out", type=Path, default=RESULTS / "data.csv")
+    parser.add_argument("--in-process", action="store_true", help="fits and memory in this process: quick, not exact")
     parser.add_argument("--child", choices=["stream", "held"], help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     settle_chatter()
     if options.child:
-        child(options.child, options.classes, options.views)
+        print(child(options.child, options.classes, options.views))
         return
     commit = git_commit()
     print(machine())

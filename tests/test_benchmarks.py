@@ -159,7 +159,19 @@ def test_methods(run, tmp_path):
 
 
 def test_data(run, tmp_path):
-    tiny = ["--files", "200", "--images", "200", "--model", "kshot:glyph_clip", "--workers", "0", "--rounds", "1"]
+    tiny = [
+        "--files",
+        "40",
+        "--images",
+        "40",
+        "--model",
+        "kshot:glyph_clip",
+        "--workers",
+        "0",
+        "--rounds",
+        "1",
+        "--in-process",
+    ]
     rows = run("data", *tiny, "--classes", "2", "--views", "2", "--out", str(tmp_path / "data.csv"))["data"]
     assert [row["part"] for row in rows] == ["listing", "first pass", "second pass", "digest", "fit", "memory"]
     assert all(positive(row, "kshot", "value") for row in rows if row["part"] in {"first pass", "second pass", "fit"})

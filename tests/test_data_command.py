@@ -25,7 +25,8 @@ from kshot.cli import main
 from kshot.data import checking
 from kshot.data.catalogue import CATALOGUE, load_split
 from kshot.data.checking import Seen, alike_groups, divide
-from kshot.data.splits import PARTS, Row, check_distinct
+from kshot.data.splits import PARTS, Row, Split, check_distinct
+from kshot.data_command import names_apart
 from kshot.errors import UserError
 
 
@@ -478,3 +479,11 @@ class TestImport:
         assert "one object with the lists" in refused(capsys, ["data", "import", str(file)])
         assert "index" in refused(capsys, ["data", "import", str(split_file(file, train=[[0, 0, "a"]]))])
         assert "none.json" in refused(capsys, ["data", "import", str(tmp_path / "none.json")])
+
+
+def test_names_that_read_the_same_are_told_apart_in_a_split_file():
+    """As ImageNet's two missiles, which CLIP's own list has."""
+    named = ("missile", "Missile", "a_tench")
+    split = Split("s", (), (), (), ("n1", "n2", "n3"), "", "", {}, prompt_names=named)
+    assert names_apart(split) == ["missile (n1)", "Missile (n2)", "a_tench"]
+    check_distinct(names_apart(split), "a split file")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,7 +19,7 @@ from kshot.data.downloads import download, found_at
 from kshot.data.entries import Archive, DatasetEntry
 from kshot.data.images import FileImages, ImageSource
 from kshot.data.readers import read_split_zhou
-from kshot.data.splits import PARTS, Row, Split, check_path, listed, split_bytes
+from kshot.data.splits import PARTS, Row, Split, check_path, listed, split_bytes, words
 from kshot.errors import UserError, nearest_first
 from kshot.files import amount, file_content, may_be_read, write_atomically
 from kshot.showing import show
@@ -246,7 +247,7 @@ def _split(given: argparse.Namespace) -> None:
     split, entry = load_split(given.given, given.root)
     images, sources = opened(split, entry, given.root)
     images.sort(key=lambda image: (image[1].label, image[1].path))
-    names = split.said  # as prompts say them: without numbers and codes, or what a classes.yaml says
+    names = names_apart(split)
     rows = [Row(below(sources[part], row.path, given.out), row.label, names[row.label]) for part, row in images]
     seen = looked_at(images, sources, given.workers)
     good = [i for i, each in enumerate(seen) if not each.problem]
@@ -257,6 +258,16 @@ def _split(given: argparse.Namespace) -> None:
     told = {"written": str(given.out)} | {part: len(parts[part]) for part in PARTS}
     told |= {"left out as unreadable": len(rows) - len(good), "groups kept together": len(alike)}
     tell(given, f"{split.name} divided", told, f"Train with --data.dataset {given.out}")
+
+
+def names_apart(split: Split) -> list[str]:
+    """Class names as prompts say them: without numbers and codes, or as a classes.yaml says.
+
+    Those that read the same get their own name behind it, ``missile (n04008634)``: a split file has a name but once.
+    """
+    count = Counter(map(words, split.said))
+    pairs = zip(split.said, split.class_names, strict=True)
+    return [said if count[words(said)] == 1 else f"{said} ({own})" for said, own in pairs]
 
 
 def below(source: ImageSource, path: str, out: Path) -> str:
