@@ -1,7 +1,7 @@
-"""Fits five methods on as many processes as torchrun starts, and writes what rank 0 found.
+"""Fits five methods in one process, and in two with half the batch each, and writes what rank 0 found.
 
-``torchrun --nproc_per_node 2 tests/several_devices.py OUT.pt``, or with plain ``python`` for one process with the
-doubled batch: {method: {"tuned": tensors, "figures": ..., "counts": ..., "ranks": ..., "steps": ...}}.
+``python tests/several_devices.py FOLDER`` writes one.pt and two.pt, {method: {"tuned": tensors, "figures": ...,
+"counts": ..., "ranks": ..., "steps": ...}}.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ import os
 import sys
 import warnings
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from processes import in_children
 
 from kshot.lean import load_lightning
 
@@ -69,14 +71,16 @@ def run(settings: dict[str, Any], processes: int, measured: bool) -> dict[str, A
     }
 
 
-def main() -> None:
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
+def main(out: Path) -> None:
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     found = {name: run(settings, processes, name == "LoRA") for name, settings in CASES.items()}
     if os.environ.get("RANK", "0") == "0":
-        torch.save(found, sys.argv[1])
+        torch.save(found, out)
 
 
 if __name__ == "__main__":
-    main()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    folder = Path(sys.argv[1])
+    for name, count in (("one", 1), ("two", 2)):  # each encodes its images itself
+        in_children(count, partial(main, folder / f"{name}.pt"), KSHOT_CACHE=str(folder / name))

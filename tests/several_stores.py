@@ -1,6 +1,6 @@
-"""A probe on as many processes as torchrun starts; what each encoded, found, and met in a broken data set.
+"""A probe in one process, and in two; what each encoded, found, and met in a broken data set.
 
-``torchrun --nproc_per_node 2 tests/several_stores.py FOLDER OUT``, or plain ``python`` for one: OUT0.pt, OUT1.pt.
+``python tests/several_stores.py IMAGES FOLDER`` writes one0.pt, two0.pt and two1.pt into the folder.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback
+from processes import in_children
 
 from kshot.backbones import OpenClip
 from kshot.classifiers import LinearProbe
@@ -34,10 +35,7 @@ class Features(Callback):
         self.found = trainer.datamodule.part("train").features.clone()
 
 
-def main() -> None:
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    folder, out = Path(sys.argv[1]), sys.argv[2]
+def main(folder: Path, out: str) -> None:
     processes, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     options: dict[str, Any] = {"accelerator": "cpu", "devices": processes, "limit_val_batches": 0}
     options |= {"strategy": "ddp"} if processes > 1 else {}
@@ -79,4 +77,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    images, folder = map(Path, sys.argv[1:])
+    in_children(1, partial(main, images, str(folder / "one")), KSHOT_CACHE="")
+    in_children(2, partial(main, images, str(folder / "two")), KSHOT_CACHE=str(folder / "cache"))

@@ -1,7 +1,6 @@
-"""Two processes on the CPU, started by torchrun or by Lightning, do what one does with the doubled batch."""
+"""Two processes on the CPU do what one does with the doubled batch; tests/test_cli.py starts them by launchers."""
 
 import os
-import socket
 import sys
 from pathlib import Path
 
@@ -22,20 +21,10 @@ SCRIPT = Path(several_devices.__file__)
 ALONE = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
 
 
-def torchrun(*command: object) -> list[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
-    return [*start, *map(str, command)]
-
-
 @pytest.fixture(scope="module")
 def both(tmp_path_factory) -> tuple[dict, dict]:
     folder = tmp_path_factory.mktemp("devices")
-    own = [ALONE | {"KSHOT_CACHE": str(folder / name)} for name in ("one", "two")]  # each encodes its images itself
-    finished([sys.executable, str(SCRIPT), str(folder / "one.pt")], env=own[0])
-    finished(torchrun(SCRIPT, folder / "two.pt"), env=own[1])
+    finished([sys.executable, str(SCRIPT), str(folder)], env=ALONE)
     return torch.load(folder / "one.pt"), torch.load(folder / "two.pt")
 
 
