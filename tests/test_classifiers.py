@@ -39,6 +39,7 @@ NAMES = ("cat", "dog", "yellow bird", "x", "very small old car", "tree", "sea ho
 TASK = Task(NAMES[:4])
 SENTENCES = ("a photo of a {}.", "{} in the rain")
 SETTINGS: dict[str, list[dict[str, Any]]] = {
+    "CLAP": [{}],
     "CLIPAdapter": [{}, {"ratio": [0.2, 0.6], "reduction": 2, "text_ratio": 0.3}],
     "CoOp": [
         {"context_length": 3},
@@ -60,6 +61,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
 }
 # why a classifier cannot serve other classes
 BOUND = {
+    "CLAP": "it has a row of weights for each training class",
     "ClassMeanText": "its means are those of the training classes",
     "CoOp-class-specific": "a class-specific context was learnt for each training class",
     "KernelRidge": "each coefficient of its kernel belongs to a training class",

@@ -1,6 +1,7 @@
 """From image features to logits: one file a method."""
 
 from kshot.classifiers.base import Classifier, ClassifierFactory, Shots, Task, TextClassifier
+from kshot.classifiers.clap import CLAP
 from kshot.classifiers.class_mean import NearestClassMean
 from kshot.classifiers.class_mean_text import ClassMeanText
 from kshot.classifiers.clip_adapter import CLIPAdapter
