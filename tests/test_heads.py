@@ -10,7 +10,7 @@ import towers
 from scipy.optimize import minimize_scalar
 from sklearn import kernel_ridge, linear_model
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-from test_classifiers import NAMES, TASK, made, shots_of
+from test_classifiers import NAMES, TASK, count_encodes, made, shots_of
 
 from kshot.classifiers import GDA, ClassMeanText, KernelRidge, NearestClassMean, Ridge, Shots, Task
 from kshot.classifiers.blend import TEXT_WEIGHTS, beats_chance
@@ -300,6 +300,12 @@ class TestBlend:
         p = classifier(features[0]).softmax(-1)
         assert torch.isfinite(p).all()
         assert p[0].argmax() == 0
+
+    def test_the_text_is_encoded_once_whatever_the_number_of_views(self, kind, monkeypatch):
+        classifier = kind(towers.backbone(), TASK)
+        calls = count_encodes(monkeypatch, classifier.backbone)
+        classifier.fit(shots_of(classifier.backbone, 4, views=3), None)
+        assert calls == ["encode"]
 
     def test_features_that_are_not_finite(self, kind):
         shots = shots_of(towers.backbone(), 4)

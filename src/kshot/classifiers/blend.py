@@ -19,7 +19,36 @@ TEXT_WEIGHTS = (0.0, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0)
 UNJUDGED = 10.0  # scale of the image part where each class has one image, so that nothing can be held out
 
 
-class LinearBlend(Classifier):
+class WithText(Classifier):
+    """A closed form that may start from the text, or be blended with it.
+
+    Args:
+        text: use the text; None does where the backbone has a text tower.
+        templates: as :class:`TextPrompt`.
+
+    Attributes:
+        prompt: the text; None without.
+    """
+
+    needs = frozenset({"shots"})
+
+    def __init__(
+        self, backbone: Backbone, task: Task, text: bool | None, templates: Sequence[str] | str | None
+    ) -> None:
+        super().__init__(backbone, task)
+        if text is None:
+            text = isinstance(backbone, VisionLanguageBackbone)
+        if text:
+            require_text(backbone, type(self).__name__)
+        self.prompt = TextPrompt(backbone, task, templates) if text else None
+
+    def set_class_names(self, class_names: Sequence[str], templates: Sequence[str] | None = None) -> None:
+        super().set_class_names(class_names, templates)
+        if self.prompt is not None:
+            self.prompt.set_class_names(class_names, templates)
+
+
+class LinearBlend(WithText):
     """``z = α (W f + b) + ω τ cos(f, t)`` of unit-length f, with W and b in closed form.
 
     Subclasses find W and b, and what they are worth on images that were held out. α is the inverse temperature that
@@ -28,8 +57,8 @@ class LinearBlend(Classifier):
     right about more shots than chance allows (by two standard deviations), and else 0.
 
     Args:
-        text: blend with the text; None does where the backbone has a text tower.
-        templates: as :class:`TextPrompt`.
+        text: as :class:`WithText`.
+        templates: as :class:`WithText`.
 
     Attributes:
         weight: W, (C, D).
@@ -42,14 +71,12 @@ class LinearBlend(Classifier):
     bias: Tensor
     scale: Tensor
     text_weight: Tensor
-    needs = frozenset({"shots"})
     bound = "it has one row of weights for each training class"
 
     def __init__(
         self, backbone: Backbone, task: Task, text: bool | None = None, templates: Sequence[str] | str | None = None
     ) -> None:
-        super().__init__(backbone, task)
-        self.prompt = prompt_for(self, text, templates)
+        super().__init__(backbone, task, text, templates)
         self.register_buffer("weight", torch.zeros(len(task.class_names), backbone.feature_dim))
         self.register_buffer("bias", torch.zeros(len(task.class_names)))
         self.register_buffer("scale", torch.tensor(0.0))
@@ -57,14 +84,14 @@ class LinearBlend(Classifier):
 
     @abstractmethod
     def solve(self, features: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Finds W, (C, D), and b, (C,), and logits of images that were held out.
+        """Finds W, (C, D), and b, (C,), and logits of the images that can be held out by answers without them.
 
         Args:
             features: (V, N, D) of unit length, in float64.
             label: (N,).
 
         Returns:
-            W, b and (N, C), the mean over the views; None where no class has two images.
+            W, b and the logits, the mean over the views, of the :func:`judgeable` images; None where there are none.
         """
 
     def forward(self, features: Tensor) -> Tensor:
@@ -77,41 +104,25 @@ class LinearBlend(Classifier):
             image = scale * F.linear(F.normalize(f, dim=-1), weight, bias)
         return image if self.prompt is None else image + text_weight * self.prompt(features)
 
-    def set_class_names(self, class_names: Sequence[str], templates: Sequence[str] | None = None) -> None:
-        super().set_class_names(class_names, templates)
-        if self.prompt is not None:
-            self.prompt.set_class_names(class_names, templates)
-
     @torch.no_grad()
     def fit(self, train: Shots, val: Shots | None) -> None:  # noqa: ARG002  the shots decide
         views, label = shots_of(self, train)
         weight, bias, held_out = self.solve(views, label)
         text = None if self.prompt is None else of_text(self.prompt, train)
-        judged = judgeable(label)
-        if held_out is None or not judged.any():
+        if held_out is None:
             scale, text_weight = UNJUDGED, 0.0 if text is None else float(beats_chance(text, label))
         else:
-            image, truth = held_out[judged], label[judged]
-            scale, text_weight = best_scale(image, truth), 0.0
+            judged = judgeable(label)
+            truth = label[judged]
+            scale, text_weight = best_scale(held_out, truth), 0.0
             if text is not None:
-                blends = ((omega, scale * image + omega * text[judged]) for omega in TEXT_WEIGHTS)
+                blends = ((omega, scale * held_out + omega * text[judged]) for omega in TEXT_WEIGHTS)
                 text_weight, blend = best_of(blends, truth)
                 scale, text_weight = (x * best_scale(blend, truth) for x in (scale, text_weight))
         self.weight.copy_(weight)
         self.bias.copy_(bias)
         self.scale.fill_(scale)
         self.text_weight.fill_(text_weight)
-
-
-def prompt_for(classifier: Classifier, text: bool | None, templates: Sequence[str] | str | None) -> TextPrompt | None:
-    """The text that a closed form starts from or is blended with; None does without where there is no text tower."""
-    backbone = classifier.backbone
-    if text is None:
-        text = isinstance(backbone, VisionLanguageBackbone)
-    if not text:
-        return None
-    require_text(backbone, type(classifier).__name__)
-    return TextPrompt(backbone, classifier.task, templates)
 
 
 def shots_of(classifier: Classifier, train: Shots) -> tuple[Tensor, Tensor]:
@@ -128,7 +139,8 @@ def shots_of(classifier: Classifier, train: Shots) -> tuple[Tensor, Tensor]:
 
 def of_text(prompt: TextPrompt, train: Shots) -> Tensor:
     """``τ cos(f, t)`` of the shots, (N, C), the mean over the views, in float64 on the CPU."""
-    return torch.stack([prompt(features).cpu().double() for features in train.features]).mean(0)
+    text = prompt.text_features(train.features[0])  # once for all views
+    return torch.stack([prompt.logits(features, text).cpu().double() for features in train.features]).mean(0)
 
 
 def judgeable(label: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kshot.backbones.base import Backbone
 from kshot.classifiers.base import Shots, Task, exact
-from kshot.classifiers.blend import LinearBlend
+from kshot.classifiers.blend import LinearBlend, judgeable
 from kshot.classifiers.ridge import AT_ONCE, ridge
 from kshot.errors import require
 from kshot.holding import Holder
@@ -63,7 +63,7 @@ class GDA(LinearBlend, Holder):
         shots = Gaussians.of(features, label, classes)
         if shots.sizes.max() < 2 or shots.trace < 1e-12 * len(label):
             return ridge(features, label, classes, None)
-        return *shots.solution(), shots.left_out()
+        return *shots.solution(), shots.left_out()[judgeable(label)]
 
     @torch.inference_mode(False)  # a state may be loaded over the rows later
     @torch.no_grad()

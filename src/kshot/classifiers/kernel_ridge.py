@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kshot.backbones.base import Backbone
-from kshot.classifiers.base import Classifier, Shots, Task, exact
-from kshot.classifiers.blend import UNJUDGED, beats_chance, judgeable, of_text, prompt_for, shots_of
+from kshot.classifiers.base import Shots, Task, exact
+from kshot.classifiers.blend import UNJUDGED, WithText, beats_chance, judgeable, of_text, shots_of
 from kshot.errors import require
 from kshot.judging import best_of, best_scale
 
@@ -21,7 +21,7 @@ MANY = 8192  # images beyond which the answer is computed in float32: 16,000 nee
 FEW = 4096  # images by which β, λ and the text are chosen, dealt out over the classes
 
 
-class KernelRidge(Classifier):
+class KernelRidge(WithText):
     """``z = s (p + k(f, X) A)`` with ``A = (K + λ I)⁻¹ (Y - P)`` and ``k(x, x') = exp(-β (1 - xᵀ x'))``.
 
     p are the zero-shot probabilities of an image and P those of the shots X, so that the kernel corrects the text where
@@ -47,7 +47,6 @@ class KernelRidge(Classifier):
     coefficients: Tensor
     prior: Tensor
     chosen: Tensor
-    needs = frozenset({"shots"})
     bound = "each coefficient of its kernel belongs to a training class"
 
     def __init__(
@@ -59,12 +58,11 @@ class KernelRidge(Classifier):
         text: bool | None = None,
         templates: Sequence[str] | str | None = None,
     ) -> None:
-        super().__init__(backbone, task)
+        super().__init__(backbone, task, text, templates)
         for name, value in (("sharpness", sharpness), ("strength", strength)):
             holds = value is None or 0 < value < math.inf
             require("KernelRidge", name, value, holds, "be above 0, or null to choose it")
         self.sharpness, self.strength, self.text = sharpness, strength, text
-        self.prompt = prompt_for(self, text, templates)
         classes = len(task.class_names)
         self.register_buffer("keys", torch.zeros(0, backbone.feature_dim))
         self.register_buffer("coefficients", torch.zeros(0, classes))
@@ -80,11 +78,6 @@ class KernelRidge(Classifier):
             prior = torch.where(text > 0, self.prompt(features).softmax(-1), prior)
         logits: Tensor = scale * (prior + moved)
         return logits
-
-    def set_class_names(self, class_names: Sequence[str], templates: Sequence[str] | None = None) -> None:
-        super().set_class_names(class_names, templates)
-        if self.prompt is not None:
-            self.prompt.set_class_names(class_names, templates)
 
     @torch.inference_mode(False)  # a state may be loaded over these later
     @torch.no_grad()

@@ -59,8 +59,8 @@ def ridge(
     if not judged.any():
         return *problem.solution(strength or ALONE), None
     tried = STRENGTHS if strength is None else (strength,)
-    chosen, _ = best_of(((each, problem.left_out(each)[judged]) for each in tried), label[judged])
-    return *problem.solution(chosen), problem.left_out(chosen)
+    chosen, held_out = best_of(((each, problem.left_out(each)[judged]) for each in tried), label[judged])
+    return *problem.solution(chosen), held_out
 
 
 class Problem(NamedTuple):
