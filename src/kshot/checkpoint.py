@@ -18,6 +18,7 @@ from lightning.pytorch import Trainer
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from kshot.calibration import stored_calibration
 from kshot.classifiers import Classifier, PromptSRC
 from kshot.errors import UserError, first_line
 from kshot.files import write_atomically
@@ -169,6 +170,7 @@ def accept(checkpoint: dict[str, Any], module: Any) -> None:
     check_fits(header, header_of(module))
     from_first_format(checkpoint, module.classifier)
     check_numbers(checkpoint["state_dict"], header.get("dtypes"))
+    module.calibration = stored_calibration(header.get("calibration"))
     saved = checkpoint["state_dict"] = unpacked(checkpoint["state_dict"], module)
     take_on_rows(saved, module)
     check_tensors(saved, module.tuned_state())

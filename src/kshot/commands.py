@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from kshot.data.splits import listed as listed_names
 from kshot.errors import UserError, first_line
 from kshot.evaluate import Tested
 from kshot.files import make_folder, write_text
+from kshot.folds import twin_of
+from kshot.forecast import Forecast, look_ahead
 from kshot.foreign import released_tensors
 from kshot.header import header_of
 from kshot.layering import listed
@@ -35,7 +38,7 @@ from kshot.module import FewShotModule
 from kshot.optim import watches
 from kshot.prepare import check_classes
 from kshot.record import RunOptions
-from kshot.run import DEFAULTS, evaluate, finish, fit
+from kshot.run import DEFAULTS, QUIET, evaluate, finish, fit
 from kshot.settings import LINKED, OPTIONS, add_options, help_text, settings
 from kshot.surroundings import RESUME_FROM, mistake_behind, settle_chatter, told_to_stderr, with_resume
 
@@ -91,6 +94,7 @@ class FewShotCLI(LightningCLI):
         self.lock = ExitStack()  # of the directory
         self.files = AtomicCheckpoints()
         self.alone: PredictionData | None = None  # of a run that needs its data set no more
+        self.forecast: Forecast | None = None
         super().__init__(
             FewShotModule,
             PredictionData,
@@ -219,15 +223,35 @@ class FewShotCLI(LightningCLI):
                 f"--data.test_share {TEST_SHARE} estimates the accuracy."
             )
         path, clock, run = self.check_checkpoint(), time.time(), (self.model, self.datamodule, self.trainer)
+        unfitted = twin_of(self.model) if self.calibrates() else None
         fit(*run, ckpt_path=path, on_prepared=self.open_directory, finishing=False)
         self.seconds["fit"] = time.time() - clock
         unrounded = self.finish(tests)
+        if unfitted is not None:
+            clock = time.time()
+            self.model.calibration, self.forecast = look_ahead(run[0], unfitted, *run[1:], self.settings_of_folds())
+            self.seconds["calibrate"] = time.time() - clock
         if self.directory is not None:
             write_tensors(self.directory / "tuned.safetensors", packed(self.model), header_of(self.model))
         if tests:
             self.test(None, unrounded)
         elif self.options.test:
             self.report(Tested())
+
+    def calibrates(self) -> bool:
+        """Whether a fit ends with a temperature and a forecast; a note says why not, where it was asked for."""
+        if not self.options.calibrate or getattr(self.trainer, "fast_dev_run", False):
+            return False
+        several = self.trainer.world_size > 1
+        if several:
+            self.line.notes.append("Probabilities are not calibrated: run.calibrate needs a single device.")
+        return not several
+
+    def settings_of_folds(self) -> dict[str, Any]:
+        """What trainers of fits to some of the shots have in common with the run's own."""
+        own = {"callbacks", "logger", "plugins", "profiler", "default_root_dir", "enable_checkpointing"}
+        given = {name: value for name, value in self.config_init["trainer"].items() if name not in own | QUIET.keys()}
+        return given | {"limit_val_batches": 0, "check_val_every_n_epoch": 1}
 
     def finish(self, tests: bool) -> float | None:
         """Makes the module what its small file holds; the accuracy before, where that changed a number and is asked."""
@@ -260,6 +284,7 @@ class FewShotCLI(LightningCLI):
             return
         result = record.result(self.model, self.datamodule, self.trainer, tested, self.directory)
         result |= {
+            "forecast": self.forecast and asdict(self.forecast),
             "notes": self.line.notes,
             "acc_unrounded": unrounded,
             "seconds": {name: round(s, 3) for name, s in self.seconds.items()},

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
-from torchmetrics import MetricCollection, SumMetric
+from torchmetrics import Metric, MetricCollection, SumMetric
 from torchmetrics.classification import (
     MulticlassAccuracy,
     MulticlassCalibrationError,
@@ -18,6 +19,7 @@ from torchmetrics.classification import (
     MulticlassStatScores,
 )
 
+from kshot.calibration import BINS, Calibration
 from kshot.classifiers.base import Task, cosine_logits
 from kshot.classifiers.zero_shot import TextPrompt
 from kshot.data.parts import Batch
@@ -31,35 +33,42 @@ Module = Any  # a FewShotModule, which imports this file
 class Meter(nn.Module):
     """Accuracy, micro and class-mean, macro F1, calibration, and the accuracy of zero-shot on the same images.
 
-    Means over classes are over those with images, as scikit-learn's balanced accuracy is.
+    Means over classes are over those with images, as scikit-learn's balanced accuracy is. Calibration is that of
+    probabilities after the temperature: the error over :data:`BINS` bins, also before it, and Brier's score, the mean
+    of ``Σ_c (p_c - y_c)²``.
 
     Args:
         classes: of the test set.
         zero_shot: whether there are zero-shot logits.
+        calibration: of the logits.
     """
 
-    def __init__(self, classes: int, zero_shot: bool = False) -> None:
+    def __init__(self, classes: int, zero_shot: bool = False, calibration: Calibration | None = None) -> None:
         super().__init__()
-        self.classes = classes
+        self.classes, self.calibration = classes, calibration or Calibration()
         classes = max(2, classes)  # what torchmetrics asks for; a single class is always right
         self.metrics = MetricCollection(
             {
                 "acc": MulticlassAccuracy(classes, average="micro"),
                 "acc_class_mean": MulticlassAccuracy(classes, average="macro"),
                 "f1_macro": MulticlassF1Score(classes, average="macro"),
-                "ece": MulticlassCalibrationError(classes, n_bins=15),
+                "ece": MulticlassCalibrationError(classes, n_bins=BINS),
+                "ece_before": MulticlassCalibrationError(classes, n_bins=BINS),
             },
             compute_groups=False,  # each is updated by itself
         )
         self.by_class = MulticlassStatScores(classes, average="none")
         self.zero_shot = MulticlassAccuracy(classes, average="micro") if zero_shot else None
-        self.counted = SumMetric()
+        self.counted, self.reliability = SumMetric(), Reliability()
 
     def update(self, logits: Tensor, label: Tensor, zero_shot: Tensor | None) -> None:
         """Counts a batch: logits, (B, C), labels, (B,), and zero-shot logits, (B, C), where there is a text tower."""
+        # torchmetrics puts a confidence of exactly 1 into a bin of its own (its issue 3510): stay just below.
+        before, after = (z.softmax(-1).clamp(max=1 - 1e-6) for z in (logits, self.calibration.logits(logits)))
+        given = {"ece": after, "ece_before": before}
         for name, metric in self.metrics.items():
-            # torchmetrics puts a confidence of exactly 1 into a bin of its own (its issue 3510): stay just below.
-            metric.update(logits.softmax(-1).clamp(max=1 - 1e-6) if name == "ece" else logits, label)
+            metric.update(given.get(name, logits), label)
+        self.reliability.update(after, label)
         self.by_class.update(logits, label)
         self.counted.update(len(label))
         if self.zero_shot is not None and zero_shot is not None:
@@ -78,7 +87,42 @@ class Meter(nn.Module):
             found["f1_macro"] = float((2 * right / (2 * right + false + missed))[there].mean())
         if self.zero_shot is not None:
             found["zero_shot_acc"] = float(self.zero_shot.compute())
+        found["brier"], _ = self.reliability.compute()
         return found, accuracy[: self.classes].tolist(), int(self.counted.compute())
+
+
+class Reliability(Metric):
+    """How often answers are right by how sure they are, in bins of equal width, and Brier's score.
+
+    Attributes:
+        bins: (3, :data:`BINS`): images, the sum of their confidences, and how many were right.
+        squares: the sum of ``Σ_c (p_c - y_c)²`` over the images.
+    """
+
+    bins: Tensor
+    squares: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("bins", torch.zeros(3, BINS), dist_reduce_fx="sum")
+        self.add_state("squares", torch.zeros(()), dist_reduce_fx="sum")
+
+    def update(self, probabilities: Tensor, label: Tensor) -> None:
+        """Counts a batch: probabilities, (B, C), and labels, (B,)."""
+        confidence, guess = probabilities.max(-1)
+        bins = (confidence * BINS).long().clamp(max=BINS - 1)
+        values = torch.stack([torch.ones_like(confidence), confidence, (guess == label).to(confidence)])
+        self.bins.index_add_(1, bins, values.to(self.bins))
+        self.squares += (probabilities - F.one_hot(label, probabilities.shape[1])).square().sum().to(self.squares)
+
+    def compute(self) -> tuple[float, list[dict[str, float]]]:
+        """The score, and of each bin with images their number, their mean confidence and their accuracy."""
+        bins = [
+            {"images": int(n), "confidence": round(float(c / n), 4), "accuracy": round(float(right / n), 4)}
+            for n, c, right in self.bins.T
+            if n > 0
+        ]
+        return float(self.squares / self.bins[0].sum()), bins
 
 
 @dataclass
@@ -91,6 +135,7 @@ class Tested:
         counts: images counted by test set.
         sizes: images that there are by test set; more than were counted where the trainer limits the batches.
         left_out: unreadable images by part.
+        reliability: what bins of confidence hold, by test set.
     """
 
     sets: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -98,6 +143,7 @@ class Tested:
     counts: dict[str, int] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
     left_out: dict[str, int] = field(default_factory=dict)
+    reliability: dict[str, list[dict[str, float]]] = field(default_factory=dict)
 
 
 class Evaluation(Callback):
@@ -143,7 +189,7 @@ class Evaluation(Callback):
                     text = TextPrompt(backbone, Task(test_set.class_names, test_set.templates)).encode()
             self.open.enter_context(merged(pl_module.classifier))
         self.zero_shot_text, self.untouched = text, pl_module.has_frozen_images
-        self.meter = Meter(len(test_set.class_names), text is not None).to(pl_module.device)
+        self.meter = Meter(len(test_set.class_names), text is not None, pl_module.calibration).to(pl_module.device)
 
     def on_test_batch_end(
         self,
@@ -175,6 +221,7 @@ class Evaluation(Callback):
             number = self.test_sets.index(self.current)
             of_run(trainer).note(self.parts[number], torch.empty(0), torch.empty(0), last=True)
         tested.sets[name], tested.per_class[name], tested.counts[name] = self.meter.results()
+        tested.reliability[name] = self.meter.reliability.compute()[1]
         limit = trainer.limit_test_batches  # a number of batches, or a share of them
         whole = isinstance(limit, float) and limit == 1.0
         counted, wanted = tested.counts[name], tested.sizes.setdefault(name, tested.counts[name])

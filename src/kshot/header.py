@@ -36,6 +36,7 @@ def header_of(module: Any) -> dict[str, Any]:
             "templates": list(task.templates),
             "backbone": module.backbone.settings(),
         },
+        "calibration": module.calibration.plain() if module.calibration.held_out else None,
         "frozen": [shared.fingerprint() for shared in module.shared],
         "split": module.split,
         "training": {

@@ -17,6 +17,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from kshot.adapters.base import Adapter, Layers, Shared, derived_seed
 from kshot.backbones import Backbone
+from kshot.calibration import Calibration
 from kshot.callbacks import Fitting, Merged, WeightAverage
 from kshot.checkpoint import HEADER, TRAINING, AtomicCheckpoints, accept, dtypes_of, training_state
 from kshot.classifiers import Classifier, ClassifierFactory, Task, TextPrompt
@@ -81,6 +82,7 @@ class FewShotModule(pl.LightningModule):
                 )
             adapter.attach(backbone, list(targets))
         self.run_seed = torch.initial_seed()
+        self.calibration = Calibration()  # of what was learnt, by held-out shots
         self.split: dict[str, Any] | None = None  # of the data that it runs on, for the header
         self.drawn_from: dict[str, Any] | None = None  # and how that gives it images
         self.accuracy = MulticlassAccuracy(max(2, len(class_names)), average="micro")  # of the validation shots
@@ -264,8 +266,9 @@ class FewShotModule(pl.LightningModule):
         return {"features": features, "logits": self.classifier(features)}
 
     def predict_step(self, batch: Batch, batch_idx: int) -> tuple[Tensor, Tensor]:  # noqa: ARG002  Lightning's signature
-        """Positions, (B,), and class probabilities, (B, classes)."""
-        return batch.index.cpu(), self.classifier(self.features_of(batch)).softmax(-1).cpu()
+        """Positions, (B,), and calibrated class probabilities, (B, classes)."""
+        logits: Tensor = self.calibration.logits(self.classifier(self.features_of(batch)))
+        return batch.index.cpu(), logits.softmax(-1).cpu()
 
     # ------------------------------------------------------------------------------------------------ checkpoints
 

@@ -38,12 +38,15 @@ class RunOptions:
         name: folder of this kind of run; by default the names of its configs.
         save_every: seconds between files to resume from, written at ends of epochs.
         test: test after fit.
+        calibrate: after a fit, find the temperature of probabilities, and what accuracy to expect, by held-out shots;
+            a method that takes steps is fitted once more for it, on three quarters of the shots.
     """
 
     root: str = "runs"
     name: str | None = None
     save_every: float = 10.0
     test: bool = True
+    calibrate: bool = True
 
 
 def new_directory(root: Path, name: str) -> Path:
@@ -167,9 +170,11 @@ def result(module: Any, data: Any, trainer: Any, tested: Any, directory: Path) -
         "split": data.split_info(),
         "seed": module.run_seed,
         "protocol": data.protocol,
-        **{name: first.get(name) for name in ("acc", "acc_class_mean", "f1_macro", "ece")},
+        **{name: first.get(name) for name in ("acc", "acc_class_mean", "f1_macro", "ece", "ece_before", "brier")},
         "zero_shot_acc": first.get("zero_shot_acc"),
         "test_sets": tested.sets,
+        "reliability": tested.reliability,
+        "calibration": module.calibration.plain() if module.calibration.held_out else None,
         "tested": tested.counts,
         "test_images": tested.sizes,
         "left_out": tested.left_out,
@@ -271,6 +276,9 @@ def table_rows(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         without = "needs features that texts compare with"
         yield "zero-shot accuracy", without if zero_shot is None else f"{zero_shot:.1%}"
         yield "adapted accuracy", f"{result['acc']:.1%}"
+    forecast = result.get("forecast")
+    if forecast is not None:
+        yield "forecast", f"{forecast['accuracy']:.1%} (95 % interval {forecast['low']:.1%} to {forecast['high']:.1%})"
     if len(result["test_sets"]) > 1:
         for name, each in result["test_sets"].items():
             yield f"  {name}", shown(each["acc"], each.get("zero_shot_acc"))

@@ -1,5 +1,6 @@
 """The data of one few-shot run for Lightning: shots to train on, and test parts that open only for testing."""
 
+import copy
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -212,6 +213,25 @@ class FewShotDataModule(PredictionData):
         part = self.part("train")
         first, second = halves(part.labels, self.class_names, self.split_seed)
         return endless(self._epochs(part, first)), endless(self._epochs(part, second))
+
+    def fold(self, positions: Sequence[int]) -> "FewShotDataModule":
+        """The same data with only some images to train on, by their positions in the training part, which is open."""
+        other, part = copy.copy(self), self.part("train").subset(positions)
+        other.draw = replace(self.draw, train=self._rows(part))
+        other._parts = {**self._parts, "train": part}
+        return other
+
+    def open_judged(self) -> None:
+        """Opens the part ``judged``: the training images in their order as the evaluation transform shows them."""
+        if "judged" not in self._parts:
+            rows = self._rows(self.part("train"))
+            images = self._source.entry.images(self.root, "train", rows, self.download)
+            digests = [self.image_digests[row.path] for row in rows]
+            self._parts["judged"] = self._open(images, rows, "judged", self._source, digests=digests, lazy=True)
+
+    def _rows(self, part: Part) -> tuple[Row, ...]:
+        drawn = {row.path: row for row in self.draw.train}
+        return tuple(drawn[path] for path in part.paths)
 
     def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         """Goes through the validation shots; an empty list when there are none."""

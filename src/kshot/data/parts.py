@@ -1,5 +1,6 @@
 """The parts of a data set as torch data sets that hand over whole batches."""
 
+import copy
 import logging
 import random
 import warnings
@@ -78,6 +79,7 @@ class Part(Dataset[Batch]):
         frozen: the same for ``Batch.frozen``.
         known: (N,) bool, of which images both have rows; None for all.
         idle: no step asks for images: features are to come, or there are no steps.
+        places: of a subset, the positions in the whole part, which decide what its random views are.
 
     Raises:
         UnreadableImageError: an image cannot be read; of a lazy part, when it is asked for.
@@ -104,6 +106,7 @@ class Part(Dataset[Batch]):
     frozen: Tensor | None = field(default=None, init=False)
     known: Tensor | None = field(default=None, init=False)
     idle: bool = field(default=False, init=False)
+    places: Sequence[int] | None = field(default=None, init=False)
 
     def __post_init__(self, rows: Sequence[Row], wait: bool) -> None:
         self.paths = [row.path for row in rows]
@@ -137,6 +140,18 @@ class Part(Dataset[Batch]):
         self.settled = True
         if not self.lazy:
             self.source.close()
+
+    def subset(self, positions: Sequence[int]) -> "Part":
+        """Some of the images as a part of their own, with the views, pixels and features that they have in this one."""
+        self.settle()
+        some, index = copy.copy(self), torch.tensor(positions)
+        some.paths, some.labels = [self.paths[i] for i in positions], self.labels[index]
+        some.places = [self._place(i) for i in positions]
+        some.digests = None if self.digests is None else [self.digests[i] for i in positions]
+        some.arrays = [self.arrays[i] for i in positions] if self.arrays else []
+        some.features, some.frozen = (None if x is None else x[:, index] for x in (self.features, self.frozen))
+        some.known = None if self.known is None else self.known[index]
+        return some
 
     def load(self) -> None:
         """Decodes now what is decoded once; a data loader asks for it before it starts processes."""
@@ -275,8 +290,11 @@ class Part(Dataset[Batch]):
         keys = self.row_keys()
         return [row if row is None else row.numpy() for row in self.kept.find([keys[i] for i in positions])]
 
+    def _place(self, position: int) -> int:
+        return position if self.places is None else self.places[position]
+
     def _chance(self, position: int, view: int) -> str:
-        return f"{self.seed}/{position}/{view}"
+        return f"{self.seed}/{self._place(position)}/{view}"
 
     def _decoded(self, position: int) -> np.ndarray:
         try:

@@ -1,0 +1,188 @@
+"""Logits of the shots by answers that did not see them: what a temperature, a forecast and a choice are made of."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor
+
+from kshot.classifiers import Shots
+from kshot.classifiers.base import TextClassifier
+from kshot.data.datamodule import FewShotDataModule
+from kshot.features import FeatureStore, encoded_keys, of_run, place, untouched_features, untouched_shots
+from kshot.holding import merged
+from kshot.module import FewShotModule
+from kshot.run import fit, make_trainer
+
+FOLDS = 4
+ENOUGH = 512  # images that are held out, after which no further fold is needed
+
+
+class HeldOut(NamedTuple):
+    """Logits of images by answers that were found without them.
+
+    Attributes:
+        logits: (M, C) in float64, on the CPU.
+        label: (M,).
+        index: (M,), positions in the training part.
+        learnt: mean number of shots a class behind these answers.
+        shots: mean number of shots a class behind an answer from all.
+        folds: number of answers; 0 where nothing is learnt from the shots, so that all were unseen.
+    """
+
+    logits: Tensor
+    label: Tensor
+    index: Tensor
+    learnt: float
+    shots: float
+    folds: int
+
+
+def stratified_folds(label: Tensor, count: int, seed: int) -> Tensor:
+    """The fold of each image, (N,), so that each fold has the same share of every class, to one image.
+
+    -1 marks an image that is the only one of its class: answers always learn from it.
+
+    Args:
+        label: (N,).
+        count: number of folds, at least 2.
+        seed: of the order within the classes.
+    """
+    chance = torch.Generator().manual_seed(seed)
+    fold = torch.full_like(label, -1)
+    for c in label.unique():
+        members = (label == c).nonzero()[:, 0]
+        turn = torch.arange(len(members)) + int(torch.randint(count, (1,), generator=chance))
+        if len(members) > 1:
+            fold[members[torch.randperm(len(members), generator=chance)]] = turn % count
+    return fold
+
+
+def folds_for(label: Tensor) -> tuple[int, int]:
+    """How many folds to divide shots into, and how many of these suffice to be judged by; 0 where none can be made.
+
+    At most :data:`FOLDS`, as many as the largest class has images, and as many as hold :data:`ENOUGH` images out.
+    """
+    count = min(FOLDS, int(label.bincount().max()))
+    return (0, 0) if count < 2 else (count, min(count, -(-ENOUGH * count // len(label))))
+
+
+def twin_of(module: FewShotModule) -> FewShotModule:
+    """A copy of a module, with values of its own for all that is learnt; frozen weights of the backbone are shared."""
+    named = [*module.backbone.named_parameters(), *module.backbone.named_buffers()]
+    own = [t for name, t in named if ".adapters." not in name and not name.startswith("shared.")]
+    return copy.deepcopy(module, {id(t): t for t in own if not t.requires_grad})
+
+
+@dataclass
+class Judge:
+    """Finds what answers from some shots say of the others, which are seen as evaluation sees them.
+
+    Args:
+        data: the shots, open.
+        trainer: gives device and precision, and carries the :class:`FeatureStore` of the backbone.
+        owner: a module on that backbone, by which features are encoded.
+        settings: of the trainers of answers that take steps.
+    """
+
+    data: FewShotDataModule
+    trainer: Trainer
+    owner: FewShotModule
+    settings: Mapping[str, Any]
+    encoded: tuple[FewShotModule, list[Tensor]] | None = field(default=None, init=False)
+
+    @cached_property
+    def label(self) -> Tensor:
+        """(N,) of the shots."""
+        return self.data.part("train").labels
+
+    @cached_property
+    def train(self) -> Shots:
+        """Features of the shots by the untouched backbone, all recorded views."""
+        return untouched_shots(self.owner, self.data, self.trainer, "train")
+
+    @cached_property
+    def val(self) -> Shots | None:
+        """The same of the validation images, where there are any."""
+        return untouched_shots(self.owner, self.data, self.trainer, "val") if self.data.draw.val else None
+
+    @cached_property
+    def judged(self) -> Tensor:
+        """Features of the shots as evaluation sees them, (N, D), by the untouched backbone."""
+        self.data.open_judged()
+        features = untouched_features(self.owner, self.data, self.trainer, "judged", 1)[0]
+        return features.to(self.owner.device)
+
+    def out_of_fold(self, unfitted: FewShotModule, fold: Tensor, which: Sequence[int]) -> HeldOut | None:
+        """Logits of shots by answers that were found without them; None where none can be held out.
+
+        Args:
+            unfitted: a module that has learnt nothing, and stays so.
+            fold: (N,), the fold of each shot.
+            which: the folds to hold out, one after the other.
+        """
+        classes, label = len(self.label.unique()), self.label
+        shots, every = len(label) / classes, torch.arange(len(label))
+        if not unfitted.takes_steps and "shots" not in unfitted.classifier.needs:
+            return HeldOut(self.closed(unfitted, None, every), label, every, shots, shots, 0)
+        held = [(fold == number).nonzero()[:, 0] for number in which]
+        held = [some for some in held if len(some)]
+        if not held:
+            return None
+        answer = self.trained if unfitted.takes_steps else self.closed
+        logits = torch.cat([answer(unfitted, every[~torch.isin(every, some)], some) for some in held])
+        learnt = shots - sum(map(len, held)) / len(held) / classes
+        index = torch.cat(held)
+        return HeldOut(logits, label[index], index, learnt, shots, len(held))
+
+    def closed(self, unfitted: FewShotModule, seen: Tensor | None, held: Tensor) -> Tensor:
+        """Logits of held-out shots by a closed form of the others; with None nothing is learnt."""
+        twin = self.twin(unfitted)
+        with torch.inference_mode(False), torch.no_grad(), self.trainer.precision_plugin.forward_context():
+            for part, text in zip(texts_in(twin), self.texts(unfitted), strict=True):
+                part.held = text
+            if seen is not None:
+                chosen = Shots(self.train.features[:, seen], self.train.label[seen])
+                twin.classifier.fit(chosen, self.val)
+            logits: Tensor = twin.classifier(self.judged[held])
+        return logits.double().cpu()
+
+    def texts(self, module: FewShotModule) -> list[Tensor]:
+        """Class features of the texts in a module that trains nothing of them, encoded once."""
+        if self.encoded is None or self.encoded[0] is not module:
+            self.encoded = module, [part.encode() for part in texts_in(module)]
+        return self.encoded[1]
+
+    def trained(self, unfitted: FewShotModule, seen: Tensor, held: Tensor) -> Tensor:
+        """Logits of held-out shots by a run on the others."""
+        twin, data = self.twin(unfitted), self.data.fold(seen.tolist())
+        store, trainer = FeatureStore(twin.backbone), make_trainer(**self.settings)
+        store.memory = of_run(self.trainer).memory
+        fit(twin, data, trainer, store=store)
+        with torch.inference_mode(False), torch.no_grad(), trainer.precision_plugin.forward_context():
+            with merged(twin.classifier):
+                if twin.has_frozen_images:
+                    features = self.judged[held]
+                else:
+                    self.data.open_judged()
+                    keys = [(i, 0) for i in held.tolist()]
+                    features = encoded_keys(twin, self.data, trainer, "judged", keys, twin.features_of)
+                logits: Tensor = twin.classifier(features)
+        return logits.double().cpu()
+
+    def twin(self, unfitted: FewShotModule) -> FewShotModule:
+        """A copy to fit, where the trainer's run is."""
+        twin = twin_of(unfitted)
+        place(twin, self.trainer)
+        return twin.eval()
+
+
+def texts_in(module: FewShotModule) -> list[TextClassifier]:
+    """The text classifiers in a module."""
+    return [part for part in module.modules() if isinstance(part, TextClassifier)]
