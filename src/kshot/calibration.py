@@ -27,6 +27,7 @@ class Calibration:
         folds: number of such answers; 0 where an answer learns nothing from the shots.
         abstain: by score, ``probability`` or ``energy``, and by rate of errors, the least score of what is answered,
             and the share that is; a rate that the shots cannot show has none.
+        forecast: what accuracy to expect, in plain data; None where nobody can tell.
     """
 
     temperature: float = 1.0
@@ -34,6 +35,7 @@ class Calibration:
     learnt: float = 0.0
     folds: int = 0
     abstain: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    forecast: dict[str, Any] | None = None
 
     def plain(self) -> dict[str, Any]:
         """As plain data."""

@@ -20,8 +20,11 @@ from lightning.pytorch.trainer import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from kshot import __version__, record
+from kshot.auto import choose
+from kshot.calibration import stored_calibration
 from kshot.callbacks import Progress, ResumeFile
 from kshot.checkpoint import HEADER, AtomicCheckpoints, packed, write_tensors
+from kshot.choice import Choice, kept
 from kshot.config import CommandLine, Tree, read_command_line
 from kshot.data.prediction import PredictionData, changed_classes, of_run, white_in
 from kshot.data.splits import TEST_SHARE
@@ -29,16 +32,16 @@ from kshot.data.splits import listed as listed_names
 from kshot.errors import UserError, first_line
 from kshot.evaluate import Tested
 from kshot.files import make_folder, write_text
-from kshot.folds import twin_of
-from kshot.forecast import Forecast, look_ahead
-from kshot.foreign import released_tensors
+from kshot.folds import fold_settings, twin_of
+from kshot.forecast import look_ahead
+from kshot.foreign import import_released
 from kshot.header import header_of
 from kshot.layering import listed
 from kshot.module import FewShotModule
 from kshot.optim import watches
 from kshot.prepare import check_classes
 from kshot.record import RunOptions
-from kshot.run import DEFAULTS, QUIET, evaluate, finish, fit
+from kshot.run import DEFAULTS, evaluate, finish, fit
 from kshot.settings import LINKED, OPTIONS, add_options, help_text, settings
 from kshot.surroundings import RESUME_FROM, mistake_behind, settle_chatter, told_to_stderr, with_resume
 
@@ -64,8 +67,12 @@ def run(arguments: Sequence[str], started: float | None = None) -> FewShotCLI:
         print(help_text(line))
         raise SystemExit(0)
     _, tree = settings(line)
+    choice = None
+    if tree.get("budget") is not None and "print_config" not in line.flags:
+        line, choice = choose(line, tree)
+        _, tree = settings(line)
     try:
-        cli = FewShotCLI(line, tree, started)
+        cli = FewShotCLI(line, tree, started, choice)
     except ArgumentError as error:
         raise UserError(" ".join(str(error).split())[:600]) from error
     try:
@@ -88,13 +95,12 @@ class FewShotCLI(LightningCLI):
     datamodule: Any  # a FewShotDataModule, or PredictionData where a run is alone
     trainer: Trainer
 
-    def __init__(self, line: CommandLine, tree: Tree, started: float) -> None:
-        self.line = line
+    def __init__(self, line: CommandLine, tree: Tree, started: float, choice: Choice | None = None) -> None:
+        self.line, self.choice = line, choice
         self.directory: Path | None = None
         self.lock = ExitStack()  # of the directory
         self.files = AtomicCheckpoints()
         self.alone: PredictionData | None = None  # of a run that needs its data set no more
-        self.forecast: Forecast | None = None
         super().__init__(
             FewShotModule,
             PredictionData,
@@ -170,6 +176,7 @@ class FewShotCLI(LightningCLI):
         begun = self.unfinished_run()
         self.directory = begun or record.new_directory(Path(self.options.root), name)
         self.lock.enter_context(record.owned(self.directory))
+        self.choice = kept(self.choice, self.directory)
         self.config["run"]["name"] = name  # so that the saved file, given again, adds to the same folder
         text = self.parser.dump(self.config, skip_none=False, skip_validation=True)
         write_text(self.directory / "config.yaml", text)
@@ -228,9 +235,7 @@ class FewShotCLI(LightningCLI):
         self.seconds["fit"] = time.time() - clock
         unrounded = self.finish(tests)
         if unfitted is not None:
-            clock = time.time()
-            self.model.calibration, self.forecast = look_ahead(run[0], unfitted, *run[1:], self.settings_of_folds())
-            self.seconds["calibrate"] = time.time() - clock
+            self.look_ahead(unfitted)
         if self.directory is not None:
             write_tensors(self.directory / "tuned.safetensors", packed(self.model), header_of(self.model))
         if tests:
@@ -247,11 +252,15 @@ class FewShotCLI(LightningCLI):
             self.line.notes.append("Probabilities are not calibrated: run.calibrate needs a single device.")
         return not several
 
-    def settings_of_folds(self) -> dict[str, Any]:
-        """What trainers of fits to some of the shots have in common with the run's own."""
-        own = {"callbacks", "logger", "plugins", "profiler", "default_root_dir", "enable_checkpointing"}
-        given = {name: value for name, value in self.config_init["trainer"].items() if name not in own | QUIET.keys()}
-        return given | {"limit_val_batches": 0, "check_val_every_n_epoch": 1}
+    def look_ahead(self, unfitted: FewShotModule) -> None:
+        """Finds the temperature and the forecast, if choosing the method has not found them already."""
+        clock = time.time()
+        if self.choice is not None and self.choice.calibration is not None:
+            self.model.calibration = stored_calibration(self.choice.calibration)
+            return
+        settings = fold_settings(self.config_init["trainer"])
+        self.model.calibration = look_ahead(self.model, unfitted, self.datamodule, self.trainer, settings)
+        self.seconds["calibrate"] = time.time() - clock
 
     def finish(self, tests: bool) -> float | None:
         """Makes the module what its small file holds; the accuracy before, where that changed a number and is asked."""
@@ -284,7 +293,7 @@ class FewShotCLI(LightningCLI):
             return
         result = record.result(self.model, self.datamodule, self.trainer, tested, self.directory)
         result |= {
-            "forecast": self.forecast and asdict(self.forecast),
+            "auto": self.choice and asdict(self.choice),
             "notes": self.line.notes,
             "acc_unrounded": unrounded,
             "seconds": {name: round(s, 3) for name, s in self.seconds.items()},
@@ -340,19 +349,5 @@ class FewShotCLI(LightningCLI):
 
     def run_import(self) -> None:
         """Turns a file that CoOp or CLIP-LoRA released into a checkpoint of the config's model, which it must fit."""
-        file, model = self.config["file"], self.model
-        if file is None:
-            raise UserError("import needs --file: what CoOp or CLIP-LoRA released, such as model.pth.tar-200.")
-        out = Path(self.config["out"] or f"{file}.safetensors")
-        if out.suffix != ".safetensors":
-            raise UserError(f"--out is {out}, and must end with .safetensors.")
-        if out.exists():
-            raise UserError(f"{out} exists already: choose another --out.")
-        tensors, origin = released_tensors(Path(file), model)
-        make_folder(out.parent)
-        header = header_of(model) | {"split": None, "training": None, "imported": origin}  # no file says of which shots
-        model.on_load_checkpoint({"state_dict": dict(tensors), HEADER: header})
-        write_tensors(out, tensors, header)
-        parameters = sum(tensor.numel() for tensor in tensors.values())
-        print(f"{model.method} from {file} (tensors {len(tensors)}, parameters {parameters:,}): {out}")
+        out = import_released(self.model, self.config["file"], self.config["out"])
         print(shlex.join(["python", "main.py", "test", *self.line.without("file", "out"), "--ckpt_path", str(out)]))

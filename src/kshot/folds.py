@@ -6,25 +6,28 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
+from kshot.backbones import Backbone
 from kshot.classifiers import Shots
 from kshot.classifiers.base import TextClassifier
 from kshot.data.datamodule import FewShotDataModule
 from kshot.features import FeatureStore, encoded_keys, of_run, place, untouched_features, untouched_shots
 from kshot.holding import merged
 from kshot.module import FewShotModule
-from kshot.run import fit, make_trainer
+from kshot.run import QUIET, fit, make_trainer
 
 FOLDS = 4
+OF_ONE_RUN = QUIET.keys() | {"callbacks", "plugins", "profiler", "default_root_dir", "enable_checkpointing"}
 ENOUGH = 512  # images that are held out, after which no further fold is needed
 
 
-class HeldOut(NamedTuple):
+@dataclass(frozen=True)
+class HeldOut:
     """Logits of images by answers that were found without them.
 
     Attributes:
@@ -42,6 +45,16 @@ class HeldOut(NamedTuple):
     learnt: float
     shots: float
     folds: int
+
+
+def joined(first: HeldOut, second: HeldOut) -> HeldOut:
+    """Logits of images that two lots of answers were about, each of their own."""
+    total = first.folds + second.folds
+    learnt = (first.folds * first.learnt + second.folds * second.learnt) / total
+    logits, label, index = (
+        torch.cat([getattr(first, name), getattr(second, name)]) for name in ("logits", "label", "index")
+    )
+    return HeldOut(logits, label, index, learnt, first.shots, total)
 
 
 def stratified_folds(label: Tensor, count: int, seed: int) -> Tensor:
@@ -73,6 +86,12 @@ def folds_for(label: Tensor) -> tuple[int, int]:
     return (0, 0) if count < 2 else (count, min(count, -(-ENOUGH * count // len(label))))
 
 
+def fold_settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What trainers of fits to some of the shots have in common with that of a run: no files, no validation."""
+    kept = {name: value for name, value in given.items() if name not in OF_ONE_RUN}
+    return kept | {"limit_val_batches": 0, "check_val_every_n_epoch": 1}
+
+
 def twin_of(module: FewShotModule) -> FewShotModule:
     """A copy of a module, with values of its own for all that is learnt; frozen weights of the backbone are shared."""
     named = [*module.backbone.named_parameters(), *module.backbone.named_buffers()]
@@ -87,15 +106,20 @@ class Judge:
     Args:
         data: the shots, open.
         trainer: gives device and precision, and carries the :class:`FeatureStore` of the backbone.
-        owner: a module on that backbone, by which features are encoded.
+        owner: a module on that backbone, by which features are encoded; each of several in turn.
         settings: of the trainers of answers that take steps.
     """
 
     data: FewShotDataModule
     trainer: Trainer
-    owner: FewShotModule
-    settings: Mapping[str, Any]
+    owner: Any = None
+    settings: dict[str, Any] = field(default_factory=dict)
     encoded: tuple[FewShotModule, list[Tensor]] | None = field(default=None, init=False)
+
+    @property
+    def backbone(self) -> Backbone:
+        """The backbone."""
+        return of_run(self.trainer).backbone
 
     @cached_property
     def label(self) -> Tensor:
@@ -165,15 +189,15 @@ class Judge:
         store, trainer = FeatureStore(twin.backbone), make_trainer(**self.settings)
         store.memory = of_run(self.trainer).memory
         fit(twin, data, trainer, store=store)
-        with torch.inference_mode(False), torch.no_grad(), trainer.precision_plugin.forward_context():
-            with merged(twin.classifier):
-                if twin.has_frozen_images:
-                    features = self.judged[held]
-                else:
-                    self.data.open_judged()
-                    keys = [(i, 0) for i in held.tolist()]
-                    features = encoded_keys(twin, self.data, trainer, "judged", keys, twin.features_of)
-                logits: Tensor = twin.classifier(features)
+        self.data.open_judged()
+        context = trainer.precision_plugin.forward_context()
+        with torch.inference_mode(False), torch.no_grad(), context, merged(twin.classifier):
+            if twin.has_frozen_images:
+                features = self.judged[held]
+            else:
+                keys = [(i, 0) for i in held.tolist()]
+                features = encoded_keys(twin, self.data, trainer, "judged", keys, twin.features_of)
+            logits: Tensor = twin.classifier(features)
         return logits.double().cpu()
 
     def twin(self, unfitted: FewShotModule) -> FewShotModule:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -46,15 +45,6 @@ class Forecast:
     optimism: float
     curve: dict[str, float]
 
-    def told(self) -> str:
-        """The forecast in a few words."""
-        return f"{self.accuracy:.1%} on new images (95 % interval {self.low:.1%} to {self.high:.1%})"
-
-    def told_more(self) -> str:
-        """What more images would be worth, in a few words; empty where nobody can tell."""
-        now, *more = self.curve.items()
-        return ", ".join(f"{shots} a class: {value:.1%}" for shots, value in more)
-
 
 def forecast(found: HeldOut, optimism: float = 0.0, growth: float = GROWTH) -> Forecast:
     """What is to be expected of an answer from all shots.
@@ -82,7 +72,7 @@ def forecast(found: HeldOut, optimism: float = 0.0, growth: float = GROWTH) -> F
 
 def grown(before: float, after: float, growth: float) -> float:
     """By what an error shrinks from some shots a class to others."""
-    return (before / after) ** growth
+    return float((before / after) ** growth)
 
 
 def growth_of(fewer: HeldOut, more: HeldOut) -> float:
@@ -122,9 +112,9 @@ def look_ahead(
     unfitted: FewShotModule,
     data: FewShotDataModule,
     trainer: Trainer,
-    settings: Mapping[str, Any],
-) -> tuple[Calibration, Forecast | None]:
-    """The calibration of a fitted module, and what to expect of it; none where no shot can be held out.
+    settings: dict[str, Any],
+) -> Calibration:
+    """The calibration of a fitted module, and what to expect of it; an empty one where no shot can be held out.
 
     A closed form is found again on folds. Whatever takes steps is fitted once more, on three quarters of the shots.
 
@@ -143,9 +133,12 @@ def look_ahead(
         share = f"{count - 1} of {count}"
         logger.info("An extra fit on %s shots a class, for probabilities and a forecast (run.calibrate).", share)
     found = judge.out_of_fold(unfitted, fold, range(min(1, count) if steps else enough))
-    if found is None:
-        return Calibration(), None
+    return Calibration() if found is None else ahead(found)
+
+
+def ahead(found: HeldOut, optimism: float = 0.0, growth: float = GROWTH) -> Calibration:
+    """The calibration and the forecast of an answer by its held-out logits; the rest as in :func:`forecast`."""
     calibration = Calibration()
     if found.learnt >= LEAST or not found.folds:
         calibration = calibrate(found.logits, found.label, found.learnt, found.folds)
-    return calibration, forecast(found)
+    return replace(calibration, forecast=asdict(forecast(found, optimism, growth)))

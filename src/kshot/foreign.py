@@ -20,9 +20,11 @@ from torch import Tensor
 from kshot.adapters import LoRA
 from kshot.backbones.base import Backbone
 from kshot.backbones.language import require_prompts
-from kshot.checkpoint import counted, named_layers
+from kshot.checkpoint import HEADER, counted, named_layers, write_tensors
 from kshot.classifiers import CoOp, KgCoOp
 from kshot.errors import UserError, first_line
+from kshot.files import make_folder
+from kshot.header import header_of
 
 if TYPE_CHECKING:
     from kshot.module import FewShotModule
@@ -87,6 +89,29 @@ def read_released(path: Path) -> tuple[Any, str]:
     except Exception as error:  # a broken file may raise anything in a reader
         raise UserError(f"{path} is no file of torch.save that can be read: {first_line(error)}") from error
     return contents, hashlib.sha256(data).hexdigest()
+
+
+def import_released(model: FewShotModule, file: str | None, out: str | None) -> Path:
+    """Turns a file that CoOp or CLIP-LoRA released into a checkpoint of a model, which it must fit; says where it is.
+
+    Raises:
+        UserError: there is no such file, it does not fit, or what is to be written exists.
+    """
+    if file is None:
+        raise UserError("import needs --file: what CoOp or CLIP-LoRA released, such as model.pth.tar-200.")
+    path = Path(out or f"{file}.safetensors")
+    if path.suffix != ".safetensors":
+        raise UserError(f"--out is {path}, and must end with .safetensors.")
+    if path.exists():
+        raise UserError(f"{path} exists already: choose another --out.")
+    tensors, origin = released_tensors(Path(file), model)
+    make_folder(path.parent)
+    header = header_of(model) | {"split": None, "training": None, "imported": origin}  # no file says of which shots
+    model.on_load_checkpoint({"state_dict": dict(tensors), HEADER: header})
+    write_tensors(path, tensors, header)
+    parameters = sum(tensor.numel() for tensor in tensors.values())
+    print(f"{model.method} from {file} (tensors {len(tensors)}, parameters {parameters:,}): {path}")
+    return path
 
 
 def released_tensors(path: Path, model: FewShotModule) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from kshot import __version__
+from kshot.calibration import Calibration
 from kshot.classifiers.base import settings_of
 from kshot.errors import UserError
 from kshot.optim import built_by
@@ -36,7 +37,7 @@ def header_of(module: Any) -> dict[str, Any]:
             "templates": list(task.templates),
             "backbone": module.backbone.settings(),
         },
-        "calibration": module.calibration.plain() if module.calibration.held_out else None,
+        "calibration": module.calibration.plain() if module.calibration != Calibration() else None,
         "frozen": [shared.fingerprint() for shared in module.shared],
         "split": module.split,
         "training": {

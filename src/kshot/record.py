@@ -21,6 +21,7 @@ from lightning.pytorch.loggers.logger import Logger
 from torch import Tensor
 
 from kshot import __version__
+from kshot.calibration import Calibration
 from kshot.data.sampling import FewShotDraw
 from kshot.errors import UserError
 from kshot.features import of_run
@@ -174,7 +175,7 @@ def result(module: Any, data: Any, trainer: Any, tested: Any, directory: Path) -
         "zero_shot_acc": first.get("zero_shot_acc"),
         "test_sets": tested.sets,
         "reliability": tested.reliability,
-        "calibration": module.calibration.plain() if module.calibration.held_out else None,
+        **told_ahead(module.calibration),
         "tested": tested.counts,
         "test_images": tested.sizes,
         "left_out": tested.left_out,
@@ -263,6 +264,26 @@ def print_result(result: Mapping[str, Any], directory: Path) -> None:
     Console(soft_wrap=not sys.stdout.isatty()).print(table)
 
 
+def told_ahead(calibration: Calibration) -> dict[str, Any]:
+    """A calibration and its forecast beside each other; None for what there is not."""
+    told = calibration.plain()
+    forecast = told.pop("forecast")
+    return {"calibration": told if calibration.held_out else None, "forecast": forecast}
+
+
+def rows_ahead(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What the closing table tells of a forecast, of what more images would be worth, and of probabilities."""
+    forecast, calibration = result.get("forecast"), result.get("calibration")
+    if forecast:
+        yield "forecast", f"{forecast['accuracy']:.1%} (95 % interval {forecast['low']:.1%} to {forecast['high']:.1%})"
+        more = list(forecast["curve"].items())[1:]
+        if more:
+            yield "with more", ", ".join(f"{value:.1%} by {shots}" for shots, value in more) + " images a class"
+    if calibration and result["ece"] is not None:
+        before = f"{result['ece_before']:.1%} before the temperature {calibration['temperature']:.3g}"
+        yield "calibration error", f"{result['ece']:.1%} ({before})"
+
+
 def table_rows(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """What the closing table tells of a result, by name."""
 
@@ -276,9 +297,7 @@ def table_rows(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         without = "needs features that texts compare with"
         yield "zero-shot accuracy", without if zero_shot is None else f"{zero_shot:.1%}"
         yield "adapted accuracy", f"{result['acc']:.1%}"
-    forecast = result.get("forecast")
-    if forecast is not None:
-        yield "forecast", f"{forecast['accuracy']:.1%} (95 % interval {forecast['low']:.1%} to {forecast['high']:.1%})"
+    yield from rows_ahead(result)
     if len(result["test_sets"]) > 1:
         for name, each in result["test_sets"].items():
             yield f"  {name}", shown(each["acc"], each.get("zero_shot_acc"))

@@ -31,7 +31,11 @@ from kshot.record import RunOptions
 LINKED = ("class_names", "templates")  # of the model, which the data set knows
 CHECKPOINT = (str | None, None, "A run's tuned.safetensors or checkpoints/last.ckpt.")
 OPTIONS: dict[str, dict[str, tuple[Any, Any, str]]] = {  # of each command alone, with type, default and help
-    "fit": {"ckpt_path": (str | None, None, "A run's checkpoints/last.ckpt to go on from.")},
+    "fit": {
+        "ckpt_path": (str | None, None, "A run's checkpoints/last.ckpt to go on from."),
+        "budget": (str | None, None, "Choose the method on the shots alone within this time: 30s, 5m, 1h."),
+        "candidates": (list[str] | None, None, "What to choose from, as words of a command line; by default, many."),
+    },
     "validate": {"ckpt_path": CHECKPOINT},
     "test": {"ckpt_path": CHECKPOINT},
     "predict": {

@@ -1,5 +1,6 @@
 """From image features to logits: one file a method."""
 
+from kshot.classifiers.average import Average
 from kshot.classifiers.base import Classifier, ClassifierFactory, Shots, Task, TextClassifier
 from kshot.classifiers.clap import CLAP
 from kshot.classifiers.class_mean import NearestClassMean

@@ -149,7 +149,7 @@ def recorded(init: Callable[..., None]) -> Callable[..., None]:
     """A constructor that also notes its settings, and runs outside inference mode, since what it builds may train.
 
     Left out are None, which stands for what other settings decide, and whatever can be called: the backbone, and what
-    builds a classifier inside, which has notes of its own. A constructor that calls another's adds to those of that.
+    builds classifiers inside, which have notes of their own. A constructor that calls another's adds to those of that.
     """
     parameters = inspect.signature(init).parameters
     defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
@@ -159,7 +159,8 @@ def recorded(init: Callable[..., None]) -> Callable[..., None]:
         with torch.inference_mode(False):
             init(self, *arguments, **settings)
         given = {**defaults, **dict(zip(parameters, (self, *arguments), strict=False)), **settings}
-        plain = {name: v for name, v in given.items() if name != "task" and v is not None and not callable(v)}
+        builds = {n for n, v in given.items() if callable(v) or (isinstance(v, list) and any(map(callable, v)))}
+        plain = {name: v for name, v in given.items() if v is not None and name not in builds | {"task"}}
         self.init_args |= json.loads(json.dumps(plain, default=str))
 
     return build
@@ -282,8 +283,9 @@ def closed_form(classifier: Classifier) -> bool:
 
 
 def title_of(classifier: Classifier) -> str:
-    """What tables call a classifier: ``CoOp``, ``DePT (CoOp)``."""
-    return type(classifier).__name__ + (f" ({title_of(classifier.inner)})" if isinstance(classifier, Around) else "")
+    """What tables call a classifier: ``CoOp``, ``DePT (CoOp)``, ``Average (Ridge, GDA)``."""
+    parts = [classifier.inner] if isinstance(classifier, Around) else getattr(classifier, "members", [])
+    return type(classifier).__name__ + (f" ({', '.join(map(title_of, parts))})" if parts else "")
 
 
 def cosine_logits(features: Tensor, prototypes: Tensor, scale: Tensor | float) -> Tensor:
