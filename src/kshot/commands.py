@@ -320,7 +320,9 @@ class FewShotCLI(LightningCLI):
             raise UserError("predict needs --images: a folder, an image, or a list of them.")
         if self.trainer.world_size > 1:
             raise UserError("predict writes one file, and runs on one device: --trainer.devices 1.")
-        path = self.check_checkpoint()
+        path, rate, abstain = self.check_checkpoint(), self.config["abstain_error"], None
+        if rate is not None:
+            abstain = self.config["abstain_by"], self.model.calibration.threshold(self.config["abstain_by"], rate)
         if self.alone is not None:
             self.tell_changed_classes(self.alone.class_names)
         data.images = [images] if isinstance(images, str) else list(images)
@@ -333,8 +335,9 @@ class FewShotCLI(LightningCLI):
         flat: Any = self.trainer.predict(self.model, datamodule=data, ckpt_path=path) or []
         if self.directory is not None:
             file, top_k = Path(out or self.directory / "predictions.csv"), self.config["top_k"]
-            record.write_predictions(file, data.predict_paths, flat, data.class_names, top_k)
-            print(f"{len(data.predict_paths)} images labelled: {file}")
+            unsure = record.write_predictions(file, data.predict_paths, flat, data.class_names, top_k, abstain)
+            said = f", of which {unsure} are marked as too unsure" if abstain else ""
+            print(f"{len(data.predict_paths)} images labelled{said}: {file}")
 
     def tell_changed_classes(self, names: Sequence[str]) -> None:
         """Adds a note where the classes of the data set are no longer those of the run, by whose names it predicts."""

@@ -17,7 +17,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from kshot.adapters.base import Adapter, Layers, Shared, derived_seed
 from kshot.backbones import Backbone
-from kshot.calibration import Calibration
+from kshot.calibration import Calibration, score
 from kshot.callbacks import Fitting, Merged, WeightAverage
 from kshot.checkpoint import HEADER, TRAINING, AtomicCheckpoints, accept, dtypes_of, training_state
 from kshot.classifiers import Classifier, ClassifierFactory, Task, TextPrompt
@@ -265,10 +265,10 @@ class FewShotModule(pl.LightningModule):
         features = self.features_of(batch)
         return {"features": features, "logits": self.classifier(features)}
 
-    def predict_step(self, batch: Batch, batch_idx: int) -> tuple[Tensor, Tensor]:  # noqa: ARG002  Lightning's signature
-        """Positions, (B,), and calibrated class probabilities, (B, classes)."""
+    def predict_step(self, batch: Batch, batch_idx: int) -> tuple[Tensor, ...]:  # noqa: ARG002  Lightning's signature
+        """Positions, (B,), calibrated class probabilities, (B, classes), and negative energies, (B,)."""
         logits: Tensor = self.calibration.logits(self.classifier(self.features_of(batch)))
-        return batch.index.cpu(), logits.softmax(-1).cpu()
+        return batch.index.cpu(), logits.softmax(-1).cpu(), score("energy", logits).cpu()
 
     # ------------------------------------------------------------------------------------------------ checkpoints
 

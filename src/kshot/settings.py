@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from enum import Enum
-from typing import Any
+from typing import Any, Literal
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 from lightning.pytorch.trainer import Trainer
@@ -43,6 +43,8 @@ OPTIONS: dict[str, dict[str, tuple[Any, Any, str]]] = {  # of each command alone
         "images": (list[str] | str | None, None, "A folder, an image, or a list of them."),
         "top_k": (int, 5, "Labels a row, best first."),
         "out": (str | None, None, "CSV file; by default in the run directory."),
+        "abstain_error": (float | None, None, "Mark what is too unsure for this rate of errors, as 0.05."),
+        "abstain_by": (Literal["probability", "energy"], "probability", "What tells how sure an answer is."),
     },
     "import": {
         "file": (str | None, None, "What CoOp or CLIP-LoRA released, such as model.pth.tar-200 or lora_weights.pt."),
