@@ -45,6 +45,7 @@ def test_every_experiment_runs_with_a_small_backbone(config, tmp_path):
 
 
 WITHOUT_GRADIENT = {
+    "average",
     "zero_shot",
     "class_mean",
     "tip_adapter",
@@ -91,7 +92,7 @@ def test_every_weight_tuning_method_layers_over_an_image_backbone(method, head, 
     assert result["trainable_parameters"] > 0
 
 
-NO_TEXT_NEEDED = {"class_mean", "gda", "kernel_ridge", "linear_probe", "linear_probe_lbfgs", "ridge", "vpt"}
+NO_TEXT_NEEDED = {"average", "class_mean", "gda", "kernel_ridge", "linear_probe", "linear_probe_lbfgs", "ridge", "vpt"}
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m not in WEIGHT_TUNING])

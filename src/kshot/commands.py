@@ -26,9 +26,8 @@ from kshot.callbacks import Progress, ResumeFile
 from kshot.checkpoint import HEADER, AtomicCheckpoints, packed, write_tensors
 from kshot.choice import Choice, kept
 from kshot.config import CommandLine, Tree, read_command_line
-from kshot.data.prediction import PredictionData, changed_classes, of_run, white_in
+from kshot.data.prediction import PredictionData, of_run, told_changes, white_in
 from kshot.data.splits import TEST_SHARE
-from kshot.data.splits import listed as listed_names
 from kshot.errors import UserError, first_line
 from kshot.evaluate import Tested
 from kshot.files import make_folder, write_text
@@ -259,7 +258,11 @@ class FewShotCLI(LightningCLI):
             self.model.calibration = stored_calibration(self.choice.calibration)
             return
         settings = fold_settings(self.config_init["trainer"])
-        self.model.calibration = look_ahead(self.model, unfitted, self.datamodule, self.trainer, settings)
+        try:
+            self.model.calibration = look_ahead(self.model, unfitted, self.datamodule, self.trainer, settings)
+        except UserError as error:  # of a method that cannot learn from fewer shots; the run itself is whole
+            self.line.notes.append(f"Probabilities are not calibrated: {error}")
+            print(self.line.notes[-1], file=sys.stderr)
         self.seconds["calibrate"] = time.time() - clock
 
     def finish(self, tests: bool) -> float | None:
@@ -324,7 +327,10 @@ class FewShotCLI(LightningCLI):
         if rate is not None:
             abstain = self.config["abstain_by"], self.model.calibration.threshold(self.config["abstain_by"], rate)
         if self.alone is not None:
-            self.tell_changed_classes(self.alone.class_names)
+            folder = Path(path or "").parent
+            folder = folder.parent if Path(path or "").parts[-2:] == RESUME_FROM else folder
+            told = told_changes(self.config["data"]["init_args"], self.alone.class_names, folder / "split.json")
+            self.line.notes += told
         data.images = [images] if isinstance(images, str) else list(images)
         data.setup("predict")
         if out and Path(out).exists():
@@ -338,17 +344,6 @@ class FewShotCLI(LightningCLI):
             unsure = record.write_predictions(file, data.predict_paths, flat, data.class_names, top_k, abstain)
             said = f", of which {unsure} are marked as too unsure" if abstain else ""
             print(f"{len(data.predict_paths)} images labelled{said}: {file}")
-
-    def tell_changed_classes(self, names: Sequence[str]) -> None:
-        """Adds a note where the classes of the data set are no longer those of the run, by whose names it predicts."""
-        settings, path = self.config["data"]["init_args"], Path(self.config["ckpt_path"])
-        folders = path.parent.parent if path.parts[-2:] == RESUME_FROM else path.parent
-        changed = changed_classes(settings, names, folders / "split.json")
-        if changed:
-            self.line.notes.append(
-                f"{settings['dataset']} has changed since the run was trained: {changed}. Predicted are the classes of "
-                f"the run: {listed_names(names)}."
-            )
 
     def run_import(self) -> None:
         """Turns a file that CoOp or CLIP-LoRA released into a checkpoint of the config's model, which it must fit."""

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from kshot.backbones.base import Backbone
 from kshot.classifiers.base import Classifier, ClassifierFactory, Shots, Task, exact, own_parameters, title_of
+from kshot.classifiers.gda import GDA
+from kshot.classifiers.ridge import Ridge
 from kshot.errors import UserError
 
 
@@ -17,14 +19,16 @@ class Average(Classifier):
     """``z = log (1/M Σ_m softmax z_m)``: a linear opinion pool of M members with equal weights (Stone 1961).
 
     Args:
-        members: closed forms, or classifiers that learn nothing from the shots; two at least.
+        members: closed forms, or classifiers that learn nothing from the shots; two at least. By default ridge
+            regression and GDA.
 
     Raises:
         UserError: fewer than two members, or one that takes gradient steps.
     """
 
-    def __init__(self, backbone: Backbone, task: Task, members: list[ClassifierFactory]) -> None:
+    def __init__(self, backbone: Backbone, task: Task, members: list[ClassifierFactory] | None = None) -> None:
         super().__init__(backbone, task)
+        members = [Ridge, GDA] if members is None else members
         if len(members) < 2:
             raise UserError(f"Average: members are {len(members)}, and must be two at least.")
         for number, member in enumerate(members):

@@ -185,6 +185,13 @@ def said(names: Iterable[str]) -> list[str]:
     return [display_name(unicodedata.normalize("NFC", name)) for name in names]
 
 
+def told_changes(settings: Mapping[str, Any], names: Sequence[str], manifest: Path) -> list[str]:
+    """A sentence where the classes of a user's data set are no longer those of a run; as :func:`changed_classes`."""
+    changed = changed_classes(settings, names, manifest)
+    said = f"{settings['dataset']} has changed since the run was trained: {changed}. Predicted are the classes of"
+    return [f"{said} the run: {listed(names)}."] if changed else []
+
+
 @may_be_read()
 def changed_classes(settings: Mapping[str, Any], names: Sequence[str], manifest: Path) -> str:
     """What has become of the classes of a user's data set since a run was trained on it; empty where nothing has.
