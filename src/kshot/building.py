@@ -11,6 +11,7 @@ from lightning.pytorch.trainer import Trainer
 from kshot.backbones import Backbone
 from kshot.config import Tree
 from kshot.data import FewShotDataModule
+from kshot.errors import user_error_behind
 from kshot.folds import fold_settings
 from kshot.module import FewShotModule
 
@@ -31,7 +32,15 @@ def made(name: str, base: type, spec: Any) -> Any:
     """An object of a class that settings name."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(base, name)
-    return parser.instantiate(parser.parse_object({name: spec}))[name]
+    return instantiated(parser, {name: spec})[name]
+
+
+def instantiated(parser: ArgumentParser, settings: Tree) -> Any:
+    """What a parser makes of settings; raises UserError where one is behind what it raises."""
+    try:
+        return parser.instantiate(parser.parse_object(settings))
+    except Exception as error:
+        raise user_error_behind(error) or error from error
 
 
 def method_of(tree: Tree) -> dict[str, Any]:
@@ -40,7 +49,7 @@ def method_of(tree: Tree) -> dict[str, Any]:
     parser = ArgumentParser(exit_on_error=False)
     left_out = {"backbone", "class_names", "templates"}
     parser.add_class_arguments(FewShotModule, "model", skip=left_out, instantiate=False)
-    return dict(vars(parser.instantiate(parser.parse_object({"model": given})).model))
+    return dict(vars(instantiated(parser, {"model": given}).model))
 
 
 def settings_of_folds(tree: Tree) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def main(arguments: list[str] | None = None) -> None:
     if given in ([], ["-h"], ["--help"]):  # answered without torch
         print(USAGE)
         return
-    from kshot.errors import UserError
+    from kshot.errors import user_error_behind
     from kshot.lean import load_lightning
 
     try:
@@ -104,9 +104,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(" ".join([what, *getattr(end, "__notes__", [])]), file=sys.stderr)
         raise SystemExit(128 + number) from None
     except Exception as error:  # raised again unless a UserError is behind it
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, UserError):  # jsonargparse wraps what a constructor raises
-            cause = cause.__cause__ or cause.__context__
+        cause = user_error_behind(error)
         if cause is None:
             error.add_note(FAULT)
             raise

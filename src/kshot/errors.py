@@ -33,3 +33,10 @@ def require(who: str, name: str, value: object, holds: bool, what: str) -> None:
     """Refuses a setting; raises UserError unless ``holds``. ``what`` completes "rank is 0, and must ..."."""
     if not holds:
         raise UserError(f"{who}: {name} is {value}, and must {what}.")
+
+
+def user_error_behind(error: BaseException | None) -> UserError | None:
+    """A user's mistake behind an exception, where there is one: jsonargparse wraps what a constructor raises."""
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__ or error.__context__
+    return error

@@ -59,13 +59,14 @@ class FeatureStore(Callback):
 
     Args:
         backbone: that all of these runs adapt; a run on another one is refused.
+        tells: say once that there are features of before.
 
     Attributes:
         encoded: views of images that were encoded, by part; ``read`` those whose features were there before.
     """
 
-    def __init__(self, backbone: Backbone) -> None:
-        self.backbone = backbone
+    def __init__(self, backbone: Backbone, tells: bool = True) -> None:
+        self.backbone, self.tells = backbone, tells
         self.memory: dict[tuple[str, str], Tensor] = {}
         self.encoded: Counter[str] = Counter()
         self.read: dict[str, int] = {}
@@ -105,7 +106,7 @@ class FeatureStore(Callback):
             if part.left_out:  # which moves the positions of others
                 found = self._find(store, part, views)
         count = sum(row is not None for rows in found.rows for row in rows)
-        if count and not any(self.read.values()):
+        if self.tells and count and not any(self.read.values()):
             logger.info("Features of images that were encoded before are read from %s.", store.folder or "memory")
         self.read.setdefault(name, count)
         return found

@@ -173,7 +173,7 @@ class Judge:
                 part.held = text
             if seen is not None:
                 chosen = Shots(self.train.features[:, seen], self.train.label[seen])
-                twin.classifier.fit(chosen, self.val)
+                twin.classifier.fit(chosen, self.val if "val" in twin.classifier.needs else None)
             logits: Tensor = twin.classifier(self.judged[held])
         return logits.double().cpu()
 
@@ -186,7 +186,7 @@ class Judge:
     def trained(self, unfitted: FewShotModule, seen: Tensor, held: Tensor) -> Tensor:
         """Logits of held-out shots by a run on the others."""
         twin, data = self.twin(unfitted), self.data.fold(seen.tolist())
-        store, trainer = FeatureStore(twin.backbone), make_trainer(**self.settings)
+        store, trainer = FeatureStore(twin.backbone, tells=False), make_trainer(**self.settings)
         store.memory = of_run(self.trainer).memory
         fit(twin, data, trainer, store=store)
         self.data.open_judged()

@@ -87,8 +87,8 @@ def growth_of(fewer: HeldOut, more: HeldOut) -> float:
 def optimism_of(right: Tensor, seed: int = 0) -> float:
     """By how much the best of several answers seems better than it is, for having been chosen on the same images.
 
-    The mean over resamples of the images of the accuracy of the best on them less its accuracy on those that were not
-    drawn (bootstrap bias correction of cross-validation; Tsamardinos et al. 2018, arXiv:1708.07180).
+    The accuracy of the best, less what the best on a resample of the images has on those that were not drawn, in the
+    mean over resamples (bootstrap bias correction of cross-validation; Tsamardinos et al. 2018, arXiv:1708.07180).
 
     Args:
         right: (A, M) bool, which of M images each of A answers is right about.
@@ -102,9 +102,8 @@ def optimism_of(right: Tensor, seed: int = 0) -> float:
     inside = right @ drawn.double().T / n  # (A, resamples)
     left = (drawn == 0).double()
     outside = right @ left.T / left.sum(1).clamp(min=1)
-    best = inside.argmax(0)
-    gap = inside.gather(0, best[None]) - outside.gather(0, best[None])
-    return max(0.0, float(gap.mean()))
+    unseen = outside.gather(0, inside.argmax(0)[None])
+    return max(0.0, float(right.mean(1).max() - unseen.mean()))
 
 
 def look_ahead(
