@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -20,7 +21,7 @@ from kshot.backbones import Backbone
 from kshot.callbacks import Fitting, Merged, WeightAverage
 from kshot.checkpoint import HEADER, TRAINING, AtomicCheckpoints, accept, dtypes_of, training_state
 from kshot.classifiers import Classifier, ClassifierFactory, Task, TextPrompt
-from kshot.classifiers.base import closed_form, title_of
+from kshot.classifiers.base import closed_form, title_of, total
 from kshot.data.parts import Batch
 from kshot.errors import UserError
 from kshot.evaluate import Evaluation
@@ -94,6 +95,13 @@ class FewShotModule(pl.LightningModule):
     def meet(self, data: Any) -> None:
         """Notes which images it is to be trained and measured on, and how a FewShotDataModule gives them."""
         self.split, self.drawn_from = data.split_info(), data_settings(data)
+
+    def set_wise(self, alpha: float) -> None:
+        """Evaluates at another ``adapter.wise_alpha`` from now on; raises UserError where there can be none."""
+        if self.adapter is None:
+            raise UserError(f"{self.method} has no adapter of which evaluation could take a share.")
+        self.adapter = replace(cast(Any, self.adapter), wise_alpha=alpha)
+        self.backbone.interpolate(alpha)
 
     def detach(self) -> Backbone:
         """Takes the adapter off, and gives the untouched backbone back; this module is not to be used any more."""
@@ -175,8 +183,7 @@ class FewShotModule(pl.LightningModule):
 
     def forward(self, image: Tensor) -> Tensor:
         """Logits, (B, classes), of images, (B, 3, H, W), uint8 or in [0, 1]."""
-        logits: Tensor = self.classifier(self.encode_image(image))
-        return logits
+        return cast(Tensor, self.classifier(self.encode_image(image)))
 
     # ------------------------------------------------------------------------------------------------ training
 
@@ -288,8 +295,3 @@ class FewShotModule(pl.LightningModule):
             "ignore", message="Found keys that are in the model state dict but not in the checkpoint"
         )
         accept(checkpoint, self)
-
-
-def total(terms: Mapping[str, Tensor]) -> Tensor:
-    """The sum of the terms of a loss: a scalar."""
-    return torch.stack(list(terms.values())).sum()

@@ -171,6 +171,7 @@ def choose(module: Module, data: Data, trainer: Trainer) -> None:
     """Lets the classifier choose, on the validation shots, what is left to choose after gradient steps."""
     if "val" not in module.classifier.needs or not module.takes_steps:
         return
+    module.eval()  # what is merged for it, and what is not, as evaluation has them
     with trainer.precision_plugin.forward_context(), merged(module.classifier):
         features = encoded(module, data, trainer, "val", 0, module.features_of)
         module.classifier.select(Shots(features.unsqueeze(0), data.part("val").labels.to(module.device)))

@@ -183,7 +183,8 @@ class OpenClip(VisionLanguageBackbone):
         end = self.end_of_text(tokens)
         same = (tokens == tokens[:1]).all(0).long().cumprod(0).sum()  # tokens that all prompts begin with
         shared, longest = int(torch.minimum(same, end.min())), int(end.max()) + 1
-        embeddings = self.embed_tokens(tokens[:, :longest].to(self.mean.device, non_blocking=True))
+        with self.between():
+            embeddings = self.embed_tokens(tokens[:, :longest].to(self.mean.device, non_blocking=True))
         return self.encode_embeddings(embeddings[:1, :shared], embeddings[None, :, shared:], end)[0]
 
     def encode_part(self, prefix: Tensor, suffix: Tensor, end: Tensor, deep: Tensor | None) -> Tensor:

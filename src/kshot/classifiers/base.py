@@ -3,7 +3,7 @@
 import inspect
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce, wraps
 from typing import Any, NamedTuple, Protocol
@@ -284,6 +284,11 @@ def closed_form(classifier: Classifier) -> bool:
 def title_of(classifier: Classifier) -> str:
     """What tables call a classifier: ``CoOp``, ``DePT (CoOp)``."""
     return type(classifier).__name__ + (f" ({title_of(classifier.inner)})" if isinstance(classifier, Around) else "")
+
+
+def total(terms: Mapping[str, Tensor]) -> Tensor:
+    """The sum of the terms of a loss: a scalar."""
+    return torch.stack(list(terms.values())).sum()
 
 
 def cosine_logits(features: Tensor, prototypes: Tensor, scale: Tensor | float) -> Tensor:
