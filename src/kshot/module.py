@@ -150,7 +150,7 @@ class FewShotModule(pl.LightningModule):
 
     def encode_image(self, image: Tensor) -> Tensor:
         """Image features, (B, D), as this run computes them."""
-        return self.backbone.encode_image(image, self.classifier.image_tokens())
+        return self.backbone.encode_image(image, self.classifier.image_tokens(), self.classifier.unprojected)
 
     def features_of(self, batch: Batch) -> Tensor:
         """Image features, (B, D): those of the batch, or computed from its images."""
@@ -165,7 +165,7 @@ class FewShotModule(pl.LightningModule):
             return batch.frozen
         assert batch.image is not None, "a batch has images or features"
         with self.backbone.unadapted(), torch.no_grad():
-            return self.backbone.encode_image(batch.image)
+            return self.backbone.encode_image(batch.image, (), self.classifier.unprojected)
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """The classifier's terms and the adapter's penalty."""

@@ -71,18 +71,25 @@ class Backbone(nn.Module, ABC):
         """The same with learned tokens, as :meth:`encode_image`; for a tower with ``image_blocks``."""
         raise NotImplementedError(f"the image tower of {self.name} takes no learned tokens")
 
-    def encode_image(self, image: Tensor, tokens: Sequence[Tensor] = ()) -> Tensor:
+    def encode_unprojected(self, image: Tensor, tokens: Sequence[Tensor]) -> Tensor:
+        """What the last projection is put on, (B, width), as :meth:`encode_image`; for a tower with one."""
+        raise NotImplementedError(f"the image tower of {self.name} ends with no projection")
+
+    def encode_image(self, image: Tensor, tokens: Sequence[Tensor] = (), unprojected: bool = False) -> Tensor:
         """Image features, (B, feature_dim), not normalised to unit length.
 
         Args:
             image: (B, 3, image_size, image_size), uint8, or floats in [0, 1].
             tokens: learned ones, (n, image_width) for each of the first blocks; those of the first stand behind the
                 tokens of the image, those of a later block replace them (Jia et al. 2022, arXiv:2203.12119).
+            unprojected: gives (B, width) from before the last projection instead, of a tower with one.
         """
         dtype = torch.promote_types(self.mean.dtype, torch.float32)
         image = image.to(dtype) / 255 if image.dtype == torch.uint8 else image.to(dtype)
         image = ((image - self.mean) / self.std).to(self.mean.dtype)
         with self.passing("image"):
+            if unprojected:
+                return self.encode_unprojected(image, tokens)
             return self.encode_prompted(image, tokens) if tokens else self.encode_normalised(image)
 
     def passing(self, tower: str = "") -> Any:

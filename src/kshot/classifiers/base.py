@@ -60,6 +60,7 @@ class Classifier(nn.Module, ABC):
         needs: what a run must give: ``shots`` (:meth:`fit` is to be called before training), ``val`` (something is
             chosen by validation shots, in :meth:`fit` or :meth:`select`), ``teacher`` (:meth:`losses` wants image
             features of the untouched backbone).
+        unprojected: whether features are to be those from before the image tower's last projection.
 
     Raises:
         UserError: the backbone lacks what a method needs, a setting is out of its range, a class name has no tokens, or
@@ -69,6 +70,7 @@ class Classifier(nn.Module, ABC):
     init_args: dict[str, Any]
     needs: frozenset[str] = frozenset()
     bound: str = "it was built for its training classes"
+    unprojected: bool = False
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -177,7 +179,7 @@ class Around(Classifier):
     def __init__(self, backbone: Backbone, task: Task, inner: ClassifierFactory) -> None:
         super().__init__(backbone, task)
         self.inner: Classifier = inner(backbone=backbone, task=task)
-        self.needs = self.inner.needs
+        self.needs, self.unprojected = self.inner.needs, self.inner.unprojected
 
     def losses(self, features: Tensor, label: Tensor, teacher: Tensor | None = None) -> dict[str, Tensor]:
         return self.inner.losses(features, label, teacher)
