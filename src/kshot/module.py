@@ -223,18 +223,19 @@ class FewShotModule(pl.LightningModule):
         if self.schedule_factory is None:
             return optimizer
         self.trainer.fit_loop.setup_data()  # or a run counted in steps knows nothing of its epochs yet
-        steps = int(self.trainer.estimated_stepping_batches)
+        stages = self.classifier.plan(int(self.trainer.estimated_stepping_batches))
         each = max(1, math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches))
         judged = self.trainer.limit_val_batches and self.split is not None and self.split["counts"]["val"]
         every = (self.trainer.check_val_every_n_epoch or 1) if judged else 0
-        schedule: Any = scheduling(self.schedule_factory, optimizer, steps, each, every)
+        schedule: Any = scheduling(self.schedule_factory, optimizer, stages, each, every)
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
-        """One step, and what the method does after it."""
+        """One step, and what adapter and classifier do after it."""
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         for shared in self.shared:
             shared.after_step(self.trainer.global_step + 1, self.layers)
+        self.classifier.after_step(self.trainer.global_step + 1)
 
     def on_fit_start(self) -> None:
         """Trains in training mode: Lightning takes the modes that it finds, and a backbone is built for evaluation."""

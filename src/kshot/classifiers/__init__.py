@@ -20,5 +20,6 @@ from kshot.classifiers.promptsrc import PromptSRC
 from kshot.classifiers.ridge import Ridge
 from kshot.classifiers.task_res import TaskRes
 from kshot.classifiers.tip_adapter import TipAdapter, TipAdapterF
+from kshot.classifiers.two_stage import TwoStage
 from kshot.classifiers.vpt import VPT
 from kshot.classifiers.zero_shot import TextPrompt

@@ -140,6 +140,13 @@ class Classifier(nn.Module, ABC):
     def select(self, val: Shots) -> None:
         """Chooses, after gradient training, what is left to choose."""
 
+    def plan(self, steps: int) -> Sequence[int]:
+        """Divides the optimizer steps of a run, before it starts, into stages; the schedule begins anew in each."""
+        return (steps,)
+
+    def after_step(self, step: int) -> None:
+        """Follows an optimizer step; ``step`` counts from 1."""
+
 
 class ClassifierFactory(Protocol):
     """What a YAML gives: a classifier but for its run-time arguments."""
@@ -196,6 +203,12 @@ class Around(Classifier):
 
     def select(self, val: Shots) -> None:
         self.inner.select(val)
+
+    def plan(self, steps: int) -> Sequence[int]:
+        return self.inner.plan(steps)
+
+    def after_step(self, step: int) -> None:
+        self.inner.after_step(step)
 
 
 class TextClassifier(Classifier, Holder):
