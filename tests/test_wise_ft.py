@@ -1,6 +1,7 @@
 """WiSE-FT: evaluation with W + α (W' - W), against weights interpolated by hand, for every mergeable method."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -10,16 +11,19 @@ from command_line import fit, refused, run_test
 
 from kshot.adapters import FullTuning, HydraLoRA, LoRA
 from kshot.adapters.base import Adapter
-from kshot.backbones import Backbone
-from kshot.classifiers import LinearProbe, TextPrompt
+from kshot.backbones import Backbone, OpenClip
+from kshot.classifiers import CLIPAdapter, LinearProbe, Task, TextPrompt
 from kshot.cli import main
+from kshot.data import FewShotDataModule
 from kshot.errors import UserError
 from kshot.module import FewShotModule
+from kshot.run import build, make_trainer
+from kshot.run import fit as fit_module
 from kshot.slots import merge
 
 MERGEABLE = [label for label in [*FIRST_CASES, "fulltuning"] if label != "hydralora"]
 each = pytest.mark.parametrize("label", MERGEABLE)
-GRID = [0.0, 0.25, 0.5, 1.0]
+TOWERS = ("image", "text")
 
 
 def dense(backbone: Backbone) -> dict[str, torch.Tensor]:
@@ -28,15 +32,15 @@ def dense(backbone: Backbone) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in backbone.named_tower_parameters()}
 
 
-def between(label: str, alpha: float, tower: str) -> torch.Tensor:
-    """Features by plain towers whose weights are W + α (W' - W), computed name by name."""
+def between(label: str, alpha: float) -> dict[str, torch.Tensor]:
+    """Features of each of plain towers whose weights are W + α (W' - W), computed name by name."""
     start, end = dense(towers.backbone()), dense(moved(label, wise_alpha=1.0))
     plain_towers = towers.backbone()
     merge(plain_towers, keep=False)
     with torch.no_grad():
         for name, p in plain_towers.named_tower_parameters():
             p.copy_(start[name].double() + alpha * (end[name].double() - start[name].double()))
-    return plain(plain_towers, tower)
+    return {tower: plain(plain_towers, tower) for tower in TOWERS}
 
 
 def moved(label: str, **settings) -> Backbone:
@@ -53,26 +57,26 @@ def test_every_method_that_can_be_merged_is_here():
 
 
 @each
-@pytest.mark.parametrize("tower", ["image", "text"])
-@pytest.mark.parametrize("alpha", GRID)
-def test_evaluation_is_in_between(label, tower, alpha):
+@pytest.mark.parametrize("alpha", [0.25, 0.7])
+def test_evaluation_is_in_between(label, alpha):
     """Unmerged, merged, and merged for good; as set, and as set after training."""
-    expected = between(label, alpha, tower)
-    given, later = moved(label, wise_alpha=alpha), moved(label)
+    expected, given, later = between(label, alpha), moved(label, wise_alpha=alpha), moved(label)
     later.interpolate(alpha)
-    for backbone in (given, later):
-        for found in (plain(backbone, tower), merged(backbone, tower)):
-            assert towers.relative(found, expected) <= 2e-5
+    for tower in TOWERS:
+        for backbone in (given, later):
+            for found in (plain(backbone, tower), merged(backbone, tower)):
+                assert towers.relative(found, expected[tower]) <= 2e-5
     merge(given)
-    assert towers.relative(plain(given, tower), expected) <= 2e-5
     merge(later, keep=False)
-    assert towers.relative(plain(later, tower), expected) <= 2e-5
+    for tower in TOWERS:
+        for backbone in (given, later):
+            assert towers.relative(plain(backbone, tower), expected[tower]) <= 2e-5
 
 
 @each
 def test_one_changes_no_bit_and_zero_is_the_frozen_model(label):
-    for tower in ("image", "text"):
-        as_ever, given = moved(label), moved(label, wise_alpha=1.0)
+    as_ever, given, frozen = moved(label), moved(label, wise_alpha=1.0), towers.backbone()
+    for tower in TOWERS:
         assert torch.equal(plain(as_ever, tower), plain(given, tower))
         given.interpolate(0.5)
         assert not torch.equal(plain(as_ever, tower), plain(given, tower))
@@ -80,7 +84,8 @@ def test_one_changes_no_bit_and_zero_is_the_frozen_model(label):
         assert torch.equal(plain(as_ever, tower), plain(given, tower))
         assert torch.equal(merged(as_ever, tower), merged(given, tower))
         given.interpolate(0.0)
-        assert towers.relative(merged(given, tower), plain(towers.backbone(), tower)) <= 1e-6
+        assert towers.relative(merged(given, tower), plain(frozen, tower)) <= 1e-6
+        given.interpolate(1.0)
 
 
 @each
@@ -135,7 +140,7 @@ def test_a_whole_weight_and_its_adapter():
 
 def test_in_mixed_precision():
     for label in ("lora", "dora", "fulltuning"):
-        expected = between(label, 0.5, "image")
+        expected = between(label, 0.5)["image"]
         with torch.autocast("cpu", torch.bfloat16):
             backbone = moved(label, wise_alpha=0.5)
             for found in (plain(backbone, "image"), merged(backbone, "image")):
@@ -211,3 +216,26 @@ def test_a_run_says_so_and_its_file_holds_what_was_trained(tmp_path, capsys):
         main([*words, "--model.adapter.wise_alpha", "0.5", "--run.root", str(tmp_path / "other")])
     (tested,) = (tmp_path / "other").glob("*/*/result.json")
     assert json.loads(tested.read_text())["test_sets"] == results[1]["test_sets"]
+
+
+def test_what_is_chosen_after_training_is_chosen_as_evaluation_runs(monkeypatch):
+    """With none of the change, on texts and images of the frozen towers."""
+    backbone, data, seen = OpenClip("kshot:glyph_clip"), FewShotDataModule("digits", shots=1, eval_batch_size=16), {}
+    text = TextPrompt(backbone, Task(tuple(data.class_names), tuple(data.templates))).encode().detach()
+    monkeypatch.setattr(CLIPAdapter, "select", lambda self, val: seen.update(held=self.held, val=val.features[0]))
+    adapter = FullTuning(only="norm", wise_alpha=0.0)
+    module = build(
+        backbone,
+        data,
+        classifier=partial(CLIPAdapter, ratio=[0.2, 0.6]),
+        adapter=adapter,
+        targets=["*"],
+        optimizer=partial(torch.optim.AdamW, lr=0.05),
+    )
+    fit_module(module, data, make_trainer(max_epochs=2, limit_val_batches=0))
+    assert towers.relative(seen["held"], text) <= 1e-5
+    image = torch.cat([batch.image for batch in data.once_dataloader("val", [(i, 0) for i in range(3)])])
+    with torch.no_grad(), backbone.unadapted():
+        frozen = backbone.encode_image(image)
+    assert towers.relative(seen["val"][:3], frozen) <= 1e-5
+    assert towers.relative(backbone.train().encode_image(image), frozen) > 1e-3, "or nothing was trained"

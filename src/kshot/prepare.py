@@ -38,7 +38,9 @@ def prepare(module: Module, data: Data, trainer: Trainer) -> None:
         module.meet(data)
         check_validation(module, data)
         check_classes(module, data)
-    check_devices(module, trainer, module.classifier.plan(steps))
+    stages = module.classifier.plan(steps)
+    check_devices(module, trainer, stages)
+    check_stages(module, stages)
     for shared in module.shared:
         shared.plan(steps)
     if data is not None and starts_from_shots(module, trainer):
@@ -113,6 +115,15 @@ def check_devices(module: Module, trainer: Trainer, stages: Sequence[int] = ()) 
         )
     if any(searches(shared) for shared in module.shared):
         raise UserError(f"{module.method} searches before it trains, on one device alone: --trainer.devices 1.")
+
+
+def check_stages(module: Module, stages: Sequence[int]) -> None:
+    """Raises UserError for an adapter that has its own work in every step, where it trains in the first stage alone."""
+    if len(stages) > 1 and any(type(shared).after_step is not Shared.after_step for shared in module.shared):
+        raise UserError(
+            f"{module.method} trains the adapter in its first stage alone, and {type(module.adapter).__name__} plans "
+            "for all steps: use another adapter, such as LoRA."
+        )
 
 
 def try_step(module: Module, trainer: Trainer, steps: int) -> None:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 import towers
 from cases import perturb
-from command_line import FIT, QUICK, UNTESTED, fit, run_test
+from command_line import FIT, QUICK, UNTESTED, fit, refused, run_test
 from safetensors.torch import load_file
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader
@@ -27,6 +27,7 @@ from kshot.run import make_trainer
 
 NAMES = ("cat", "dog", "yellow bird", "very small old car")
 LABEL = torch.tensor([0, 1, 2, 3, 0])
+METHOD = ("--config", "methods/2sfs.yaml")
 LR, DECAY, FLOOR = 1e-2, 0.1, 0.005
 
 
@@ -206,8 +207,11 @@ class TestRefusals:
             check_devices(module, two, module.classifier.plan(10))
         assert "\n" not in str(error.value)
 
-
-METHOD = ("--config", "methods/2sfs.yaml")
+    def test_an_adapter_that_plans_for_all_steps(self, tmp_path, capsys):
+        words = ["fit", "--config", "clip_16shot.yaml", *METHOD, "--config", "methods/adalora.yaml"]
+        line = refused(capsys, [*words, "--run.root", str(tmp_path)])
+        assert "TwoStage + AdaLoRA trains the adapter in its first stage alone, and AdaLoRA plans for all steps" in line
+        assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("cut_at", [2, 4, 5])
