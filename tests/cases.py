@@ -88,7 +88,7 @@ CASES: dict[str, dict[str, Case]] = {
     },
 }
 BAD: dict[str, list[dict[str, Any]]] = {
-    "FullTuning": [{"only": "biases"}],
+    "FullTuning": [{"only": "biases"}, {"wise_alpha": -0.5}],
     "LoRA": [
         {"rank": 0},
         {"rank": -1},
@@ -99,6 +99,7 @@ BAD: dict[str, list[dict[str, Any]]] = {
         {"dropout": 1.0},
         {"dropout": -0.1},
         {"dropout": float("nan")},
+        {"wise_alpha": 1.5},
     ],
     "DoRA": [{"rank": 0}, {"alpha": 0.0}, {"alpha": -1.0}, {"alpha": float("inf")}, {"dropout": 1.0}],
     "PiSSA": [{"rank": 0}, {"alpha": 0.0}, {"alpha": float("nan")}, {"dropout": -0.1}],
@@ -129,7 +130,14 @@ BAD: dict[str, list[dict[str, Any]]] = {
         {"search_lr": 0.0},
         {"rank_rule": "paper"},
     ],
-    "HydraLoRA": [{"rank": 0}, {"heads": 0}, {"alpha": 0.0}, {"alpha": float("nan")}, {"dropout": 1.0}],
+    "HydraLoRA": [
+        {"rank": 0},
+        {"heads": 0},
+        {"alpha": 0.0},
+        {"alpha": float("nan")},
+        {"dropout": 1.0},
+        {"wise_alpha": 0.5},
+    ],
     "SVFT": [
         {"pattern": "diagonal"},
         {"band": 0},

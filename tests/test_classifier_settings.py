@@ -45,6 +45,7 @@ OTHERS: dict[str, Any] = {
         "select": False,
         "templates": SENTENCES,
         "text_ratio": 0.5,
+        "first": 0.5,
         "neighbours": 5,
         "sharpness": 2.0,
         "strength": 0.5,

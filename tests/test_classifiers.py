@@ -53,6 +53,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "KernelRidge": [{}, {"text": False}, {"text": True, "strength": 0.3}],
     "LPPlusPlus": [{"iterations": 20}],
     "NearestClassMean": [{}, {"trainable": True}],
+    "ProLIP": [{}, {"strength": 0.5}],
     "PromptSRC": [{"templates": SENTENCES}],
     "Ridge": [{}, {"text": False, "strength": 0.1}],
     "TaskRes": [{}, {"templates": SENTENCES}],
@@ -93,22 +94,30 @@ EVERY = [(kind, settings) for kind in exported() for settings in SETTINGS.get(ki
 every = pytest.mark.parametrize(("kind", "settings"), EVERY, ids=[label_of(k, s) for k, s in EVERY])
 
 
-def shots_of(backbone, classes: int, each: int = 3, views: int = 2, seed: int = 3) -> Shots:
-    """Random features of a few images a class, in groups by class."""
-    generator = torch.Generator().manual_seed(seed)
+def width_of(given) -> int:
+    """Width of the image features of a backbone, or of those that a classifier takes from its own."""
+    if isinstance(given, Classifier):
+        return len(given.backbone.projection) if given.unprojected else given.backbone.feature_dim
+    return given.feature_dim
+
+
+def shots_of(given, classes: int, each: int = 3, views: int = 2, seed: int = 3) -> Shots:
+    """Random features of a few images a class, in groups by class, for a backbone or a classifier."""
+    generator, width = torch.Generator().manual_seed(seed), width_of(given)
     label = torch.arange(classes).repeat(each)
-    centre = torch.randn(classes, backbone.feature_dim, generator=generator)[label]
-    return Shots(centre + torch.randn(views, len(label), backbone.feature_dim, generator=generator), label)
+    centre = torch.randn(classes, width, generator=generator)[label]
+    return Shots(centre + torch.randn(views, len(label), width, generator=generator), label)
 
 
 def validation(classifier) -> Shots:
-    return shots_of(classifier.backbone, len(classifier.task.class_names), each=2, views=1, seed=4)
+    return shots_of(classifier, len(classifier.task.class_names), each=2, views=1, seed=4)
 
 
 def prepared(classifier, val: Any = None):
     """Takes a classifier as far as a run does before the first batch."""
     if "shots" in classifier.needs:
-        classifier.fit(shots_of(classifier.backbone, len(classifier.task.class_names)), val)
+        classifier.fit(shots_of(classifier, len(classifier.task.class_names)), val)
+    assert sum(classifier.plan(10)) == 10
     return classifier
 
 
@@ -137,12 +146,13 @@ def own_state(classifier) -> dict[str, torch.Tensor]:
 
 
 def features_of(classifier, count=6):
-    return torch.randn(count, classifier.backbone.feature_dim, generator=torch.Generator().manual_seed(2))
+    return torch.randn(count, width_of(classifier), generator=torch.Generator().manual_seed(2))
 
 
 def encoded(classifier, count=6):
     """Features of images, with what the classifier does in the image tower."""
-    return classifier.backbone.encode_image(towers.images(classifier.backbone, count), classifier.image_tokens())
+    image = towers.images(classifier.backbone, count)
+    return classifier.backbone.encode_image(image, classifier.image_tokens(), classifier.unprojected)
 
 
 def logits_of(classifier, count=6):
@@ -193,9 +203,10 @@ class Untouchable:
 
 
 class TestEvery:
-    def test_the_contract_is_eight_names(self):
+    def test_the_contract_is_ten_names(self):
         names = {"needs", "forward", "losses", "image_tokens", "set_class_names", "param_groups", "fit", "select"}
-        assert {name for name in vars(Classifier) if not name.startswith("_")} == names | {"bound"}
+        names |= {"plan", "after_step"}
+        assert {name for name in vars(Classifier) if not name.startswith("_")} == names | {"bound", "unprojected"}
 
     @every
     @pytest.mark.parametrize("classes", [2, 10])
@@ -386,7 +397,7 @@ class TestEvery:
         with torch.inference_mode():
             torch.manual_seed(0)
             classifier = kind(backbone, TASK, **settings)
-            shots = shots_of(backbone, 4)
+            shots = shots_of(classifier, 4)
             val = Shots(validation(classifier).features.clone(), torch.arange(4).repeat(2))
             if "shots" in classifier.needs:
                 classifier.fit(shots, val)
@@ -401,7 +412,7 @@ class TestEvery:
         LoRA(rank=2).attach(backbone, ["*"])
         classifier.train()
         sum(losses_of(classifier, torch.arange(4)).values()).backward()
-        assert all(p.grad is not None for p in own_parameters(classifier))
+        assert all(p.grad is not None for p in own_parameters(classifier) if p.numel())  # or it has no rows yet
         assert all(p.grad is not None for p in backbone.trainable("image"))
         tensors = [*classifier.parameters(), *classifier.buffers()]
         assert not any(t.is_inference() for t in tensors)
@@ -483,7 +494,7 @@ class TestEvery:
         classifier = kind(towers.backbone(), TASK, **settings)
         if "shots" not in classifier.needs:
             with pytest.raises(NotImplementedError, match="gradient"):
-                classifier.fit(shots_of(classifier.backbone, 4), None)
+                classifier.fit(shots_of(classifier, 4), None)
         elif "val" in classifier.needs and closed_form(classifier):
             with pytest.raises(AssertionError, match="looked at"):
                 prepared(classifier, Untouchable())
@@ -498,7 +509,7 @@ class TestEvery:
             classifier = kind(towers.backbone(), TASK, **settings)
             if "shots" not in classifier.needs:
                 return
-            train, val = shots_of(classifier.backbone, 4), validation(classifier)
+            train, val = shots_of(classifier, 4), validation(classifier)
             classifier.fit(*(Shots(s.features.bfloat16().to(dtype), s.label) for s in (train, val)))
             logits[dtype] = classifier(features_of(classifier))
         torch.testing.assert_close(logits[torch.float64], logits[torch.float32])

@@ -287,7 +287,7 @@ def scheduled(factory, epochs: int = 6, validates_every: int = 0, lr: float = 1.
         def configure_optimizers(self):
             optimizer = make_optimizer(partial(torch.optim.SGD, lr=lr), [{"params": [self.weight]}])
             steps = planned_steps(self.trainer)
-            found = scheduling(factory, optimizer, steps, 2, validates_every)
+            found = scheduling(factory, optimizer, [steps], 2, validates_every)
             return {"optimizer": optimizer, "lr_scheduler": found}
 
         def on_train_epoch_start(self):
@@ -318,7 +318,7 @@ def test_a_plateau_is_that_of_accuracy_or_else_of_the_loss(every, expected):
     assert scheduled(plateau, 6, every) == pytest.approx(expected)
     assert scheduled(plateau, 8, 2 * every)[:6] == pytest.approx([1] * 6 if every else expected)
     optimizer = sgd(1.0)
-    found = scheduling(plateau, optimizer, 10, 2, every)
+    found = scheduling(plateau, optimizer, [10], 2, every)
     assert (found["monitor"], found["scheduler"].mode) == (("val/acc", "max") if every else ("train/loss", "min"))
     assert watches(plateau)
     assert not watches(WarmupCosine)

@@ -166,8 +166,9 @@ def accept(checkpoint: dict[str, Any], module: Any) -> None:
     Raises:
         UserError: it is one of another backbone, method, basis or task, or holds other tensors.
     """
-    header = checkpoint.get(HEADER, {})
-    check_fits(header, header_of(module))
+    header, own = checkpoint.get(HEADER, {}), header_of(module)
+    check_fits(header, own)
+    tell_of_wise_alpha(header, own)
     from_first_format(checkpoint, module.classifier)
     check_numbers(checkpoint["state_dict"], header.get("dtypes"))
     module.calibration = stored_calibration(header.get("calibration"))
@@ -176,6 +177,16 @@ def accept(checkpoint: dict[str, Any], module: Any) -> None:
     check_tensors(saved, module.tuned_state())
     for shared, state in zip(module.shared, checkpoint.get(TRAINING, []), strict=False):  # none in the small file
         shared.load_state_dict(state, strict=False)
+
+
+def tell_of_wise_alpha(header: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Warns where a file was measured at another share of its change than it is to be now."""
+    there, here = (((each.get("model") or {}).get("adapter") or {}).get("wise_alpha", 1.0) for each in (header, own))
+    if there != here:
+        warnings.warn(
+            f"The checkpoint's run evaluated at wise_alpha {there}, and this one does at {here}, as its config says.",
+            stacklevel=2,
+        )
 
 
 def dtypes_of(tensors: Mapping[str, Tensor]) -> list[str]:

@@ -19,6 +19,7 @@ from torchmetrics.classification import (
     MulticlassStatScores,
 )
 
+from kshot.backbones.language import projected
 from kshot.calibration import BINS, Calibration
 from kshot.classifiers.base import Task, cosine_logits
 from kshot.classifiers.zero_shot import TextPrompt
@@ -207,7 +208,9 @@ class Evaluation(Callback):
             if not self.untouched:
                 with trainer.precision_plugin.forward_context():
                     features = pl_module.frozen_features_of(batch)
-            zero_shot = cosine_logits(features, self.zero_shot_text, pl_module.backbone.logit_scale)
+            backbone = pl_module.backbone
+            compared = projected(features, backbone.projection) if pl_module.classifier.unprojected else features
+            zero_shot = cosine_logits(compared, self.zero_shot_text, backbone.logit_scale)
         if self.parts and batch.frozen is None and (self.untouched or zero_shot is not None):
             of_run(trainer).note(self.parts[dataloader_idx], batch.index, features)
         self.meter.update(logits, batch.label, zero_shot)

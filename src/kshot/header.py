@@ -16,7 +16,7 @@ from kshot.errors import UserError
 from kshot.optim import built_by
 
 FORMAT = 3  # 2: without digest, and without settings but the adapter's. 1: also averages and PromptSRC kept otherwise
-INDIFFERENT = frozenset({"path", "save_bits"})  # how a method runs and is stored, not what it learns
+INDIFFERENT = frozenset({"path", "save_bits", "wise_alpha"})  # how a method runs and is stored, not what it learns
 TOLERANCE = 1e-4  # of fingerprints: rounding moves them by less than 1e-8, the flip of one pair in a thousand by 0.1
 TRAINED_WITH = frozenset({"dropout"})  # what a measurement does not depend on
 

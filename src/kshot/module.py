@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -21,7 +22,7 @@ from kshot.calibration import Calibration, score
 from kshot.callbacks import Fitting, Merged, WeightAverage
 from kshot.checkpoint import HEADER, TRAINING, AtomicCheckpoints, accept, dtypes_of, training_state
 from kshot.classifiers import Classifier, ClassifierFactory, Task, TextPrompt
-from kshot.classifiers.base import closed_form, title_of
+from kshot.classifiers.base import closed_form, title_of, total
 from kshot.data.parts import Batch
 from kshot.errors import UserError
 from kshot.evaluate import Evaluation
@@ -97,6 +98,13 @@ class FewShotModule(pl.LightningModule):
         """Notes which images it is to be trained and measured on, and how a FewShotDataModule gives them."""
         self.split, self.drawn_from = data.split_info(), data_settings(data)
 
+    def set_wise(self, alpha: float) -> None:
+        """Evaluates at another ``adapter.wise_alpha`` from now on; raises UserError where there can be none."""
+        if self.adapter is None:
+            raise UserError(f"{self.method} has no adapter of which evaluation could take a share.")
+        self.adapter = replace(cast(Any, self.adapter), wise_alpha=alpha)
+        self.backbone.interpolate(alpha)
+
     def detach(self) -> Backbone:
         """Takes the adapter off, and gives the untouched backbone back; this module is not to be used any more."""
         backbone = self.backbone
@@ -144,7 +152,7 @@ class FewShotModule(pl.LightningModule):
 
     def encode_image(self, image: Tensor) -> Tensor:
         """Image features, (B, D), as this run computes them."""
-        return self.backbone.encode_image(image, self.classifier.image_tokens())
+        return self.backbone.encode_image(image, self.classifier.image_tokens(), self.classifier.unprojected)
 
     def features_of(self, batch: Batch) -> Tensor:
         """Image features, (B, D): those of the batch, or computed from its images."""
@@ -159,7 +167,7 @@ class FewShotModule(pl.LightningModule):
             return batch.frozen
         assert batch.image is not None, "a batch has images or features"
         with self.backbone.unadapted(), torch.no_grad():
-            return self.backbone.encode_image(batch.image)
+            return self.backbone.encode_image(batch.image, (), self.classifier.unprojected)
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """The classifier's terms and the adapter's penalty."""
@@ -177,8 +185,7 @@ class FewShotModule(pl.LightningModule):
 
     def forward(self, image: Tensor) -> Tensor:
         """Logits, (B, classes), of images, (B, 3, H, W), uint8 or in [0, 1]."""
-        logits: Tensor = self.classifier(self.encode_image(image))
-        return logits
+        return cast(Tensor, self.classifier(self.encode_image(image)))
 
     # ------------------------------------------------------------------------------------------------ training
 
@@ -218,18 +225,19 @@ class FewShotModule(pl.LightningModule):
         if self.schedule_factory is None:
             return optimizer
         self.trainer.fit_loop.setup_data()  # or a run counted in steps knows nothing of its epochs yet
-        steps = int(self.trainer.estimated_stepping_batches)
+        stages = self.classifier.plan(int(self.trainer.estimated_stepping_batches))
         each = max(1, math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches))
         judged = self.trainer.limit_val_batches and self.split is not None and self.split["counts"]["val"]
         every = (self.trainer.check_val_every_n_epoch or 1) if judged else 0
-        schedule: Any = scheduling(self.schedule_factory, optimizer, steps, each, every)
+        schedule: Any = scheduling(self.schedule_factory, optimizer, stages, each, every)
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
-        """One step, and what the method does after it."""
+        """One step, and what adapter and classifier do after it."""
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         for shared in self.shared:
             shared.after_step(self.trainer.global_step + 1, self.layers)
+        self.classifier.after_step(self.trainer.global_step + 1)
 
     def on_fit_start(self) -> None:
         """Trains in training mode: Lightning takes the modes that it finds, and a backbone is built for evaluation."""
@@ -291,8 +299,3 @@ class FewShotModule(pl.LightningModule):
             "ignore", message="Found keys that are in the model state dict but not in the checkpoint"
         )
         accept(checkpoint, self)
-
-
-def total(terms: Mapping[str, Tensor]) -> Tensor:
-    """The sum of the terms of a loss: a scalar."""
-    return torch.stack(list(terms.values())).sum()

@@ -7,11 +7,12 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from itertools import accumulate
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau, SequentialLR
 
 from kshot.errors import UserError, first_line, require
 
@@ -65,8 +66,30 @@ def make_schedule(
         raise UserError(f"model.schedule: {name} refuses its settings: {first_line(error)}.") from error
 
 
+def staged_schedule(
+    factory: ScheduleFactory, optimizer: Optimizer, stages: Sequence[int], steps_per_epoch: int
+) -> LRScheduler:
+    """A schedule for each stage of a run, one after the other.
+
+    Args:
+        factory: of :func:`make_schedule`, as the optimizer and the last.
+        optimizer: whose rates it sets.
+        stages: optimizer steps of each.
+        steps_per_epoch: optimizer steps in an epoch.
+
+    Raises:
+        UserError: the class refuses its settings.
+    """
+    parts = [make_schedule(factory, optimizer, max(1, steps), steps_per_epoch) for steps in stages]
+    return parts[0] if len(parts) == 1 else SequentialLR(optimizer, parts, list(accumulate(stages[:-1])))
+
+
 def scheduling(
-    factory: ScheduleFactory, optimizer: Optimizer, total_steps: int, steps_per_epoch: int, validates_every: int = 0
+    factory: ScheduleFactory,
+    optimizer: Optimizer,
+    stages: Sequence[int],
+    steps_per_epoch: int,
+    validates_every: int = 0,
 ) -> dict[str, Any]:
     """What Lightning is told of a schedule: it is stepped with the optimizer, or by what an epoch measured.
 
@@ -74,9 +97,9 @@ def scheduling(
     ``mode`` follows from that, and its ``patience`` counts these measurements.
 
     Args:
-        factory: of :func:`make_schedule`, as the next three.
+        factory: of :func:`make_schedule`, as the next and the fourth.
         optimizer: whose rates it sets.
-        total_steps: optimizer steps in the run.
+        stages: optimizer steps of each stage of the run; what watches goes through them all.
         steps_per_epoch: optimizer steps in an epoch.
         validates_every: epochs from one validation to the next; 0 for a run without.
 
@@ -84,11 +107,11 @@ def scheduling(
         UserError: the class refuses its settings.
     """
     if not watches(factory):
-        schedule = make_schedule(factory, optimizer, total_steps, steps_per_epoch)
+        schedule = staged_schedule(factory, optimizer, stages, steps_per_epoch)
         return {"scheduler": schedule, "interval": "step"}
     monitor, mode = ("val/acc", "max") if validates_every else ("train/loss", "min")
     plateau: Any = factory
-    schedule = make_schedule(partial(plateau, mode=mode), optimizer, total_steps, steps_per_epoch)
+    schedule = make_schedule(partial(plateau, mode=mode), optimizer, sum(stages), steps_per_epoch)
     when = {"interval": "epoch", "frequency": max(1, validates_every)}
     return {"scheduler": schedule, "reduce_on_plateau": True, "monitor": monitor, **when}
 

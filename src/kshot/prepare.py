@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from kshot.data.parts import Batch
 from kshot.errors import UserError
 from kshot.features import encoded, keep_features, look_up, place, starts_from_shots, untouched_shots
 from kshot.holding import merged
-from kshot.optim import make_schedule
+from kshot.optim import staged_schedule
 
 Module = Any  # a FewShotModule, which imports this file
 Data = Any  # a FewShotDataModule, or None
@@ -38,7 +38,9 @@ def prepare(module: Module, data: Data, trainer: Trainer) -> None:
         module.meet(data)
         check_validation(module, data)
         check_classes(module, data)
-    check_devices(module, trainer)
+    stages = module.classifier.plan(steps)
+    check_devices(module, trainer, stages)
+    check_stages(module, stages)
     for shared in module.shared:
         shared.plan(steps)
     if data is not None and starts_from_shots(module, trainer):
@@ -101,14 +103,27 @@ def check_classes(module: Module, data: Data) -> None:
                 ) from error
 
 
-def check_devices(module: Module, trainer: Trainer) -> None:
+def check_devices(module: Module, trainer: Trainer, stages: Sequence[int] = ()) -> None:
     """Raises UserError for what several devices cannot do together."""
     if trainer.world_size < 2:
         return
     if not module.takes_steps:
         raise UserError(f"{module.method} takes no gradient step for several devices to share: --trainer.devices 1.")
+    if len(stages) > 1:
+        raise UserError(
+            f"{module.method} trains other tensors in each stage, on one device alone: --trainer.devices 1."
+        )
     if any(searches(shared) for shared in module.shared):
         raise UserError(f"{module.method} searches before it trains, on one device alone: --trainer.devices 1.")
+
+
+def check_stages(module: Module, stages: Sequence[int]) -> None:
+    """Raises UserError for an adapter that has its own work in every step, where it trains in the first stage alone."""
+    if len(stages) > 1 and any(type(shared).after_step is not Shared.after_step for shared in module.shared):
+        raise UserError(
+            f"{module.method} trains the adapter in its first stage alone, and {type(module.adapter).__name__} plans "
+            "for all steps: use another adapter, such as LoRA."
+        )
 
 
 def try_step(module: Module, trainer: Trainer, steps: int) -> None:
@@ -118,7 +133,8 @@ def try_step(module: Module, trainer: Trainer, steps: int) -> None:
         UserError: names tensors that nothing would train; or the schedule refuses its settings.
     """
     if module.schedule_factory is not None:
-        make_schedule(module.schedule_factory, module.optimizer_for(), max(1, steps), 1)
+        stages = module.classifier.plan(max(1, steps))
+        staged_schedule(module.schedule_factory, module.optimizer_for(), stages, 1)
     noise, size = torch.Generator().manual_seed(0), module.backbone.image_size
     image = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8, generator=noise)
     label = torch.arange(2) % len(module.classifier.task.class_names)
@@ -126,9 +142,9 @@ def try_step(module: Module, trainer: Trainer, steps: int) -> None:
     module.train()
     with torch.random.fork_rng(), torch.enable_grad(), trainer.precision_plugin.forward_context():
         module.loss_of(batch).backward()
-    untouched = [name for name, p in module.trained().items() if p.grad is None]
+    untouched = [name for name, p in module.trained().items() if p.grad is None and p.numel()]  # or it comes later
     module.zero_grad(set_to_none=True)
-    if untouched:
+    if untouched and trainer.ckpt_path is None:  # a run that goes on may have left some behind
         raise UserError(
             f"{len(untouched)} trainable tensors get no gradient, among them {untouched[0]}: nothing downstream of "
             f"them enters the loss of {module.method}. Narrow targets to what the classifier uses."
@@ -171,6 +187,7 @@ def choose(module: Module, data: Data, trainer: Trainer) -> None:
     """Lets the classifier choose, on the validation shots, what is left to choose after gradient steps."""
     if "val" not in module.classifier.needs or not module.takes_steps:
         return
+    module.eval()  # what is merged for it, and what is not, as evaluation has them
     with trainer.precision_plugin.forward_context(), merged(module.classifier):
         features = encoded(module, data, trainer, "val", 0, module.features_of)
         module.classifier.select(Shots(features.unsqueeze(0), data.part("val").labels.to(module.device)))

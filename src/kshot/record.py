@@ -335,7 +335,8 @@ def table_rows(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "features", f"{encoded:,} encoded by the untouched tower, {read:,} read (data store)"
     yield "trainable parameters", f"{result['trainable_parameters']:,} of {result['total_parameters']:,}"
     adapter, ranks = result["adapter"] or {}, list((result["ranks"] or {}).values())
-    size = [f"{name} {adapter[name]:.4g}" for name in ("alpha", "scale", "lr") if adapter.get(name) is not None]
+    told = ["alpha", "scale", "lr"] + ["wise_alpha"] * (adapter.get("wise_alpha", 1) != 1)
+    size = [f"{name} {adapter[name]:.4g}" for name in told if adapter.get(name) is not None]
     if size:  # what decides the size of an update, together
         yield "update", ", ".join(size)
     if ranks:

@@ -91,7 +91,11 @@ def fit(
     if ckpt_path is not None:
         check_resume(Path(ckpt_path), module, data, trainer)
     with attached(trainer, store, None if on_prepared is None else Prepared(on_prepared)):
-        trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
+        trainer.ckpt_path = ckpt_path  # or Lightning says no sooner than the run is prepared that it goes on
+        try:
+            trainer.fit(module, datamodule=data)
+        finally:
+            trainer.ckpt_path = None
     if finishing:
         finish(module)
 

@@ -45,6 +45,7 @@ class AdapterLayer(nn.Module, ABC):
     # Trainable tensors that weight decay must leave alone, because zero is not where they stand for no change.
     undecayed: ClassVar[frozenset[str]] = frozenset()
     path: Path = "auto"  # the way that is forced, or ``auto``
+    wise_alpha: float = 1.0  # how much of the change evaluation takes
     dropout: float = 0.0  # probability on the input of the change alone, in training
 
     def __init__(self, slot: Slot) -> None:
@@ -54,6 +55,20 @@ class AdapterLayer(nn.Module, ABC):
     @abstractmethod
     def effective_weight(self) -> Tensor:
         """The adapted weight W', (out, in), with its gradient."""
+
+    def evaluated_weight(self) -> Tensor:
+        """What evaluation runs with, (out, in): W + α (W' - W), of WiSE-FT (Wortsman et al. 2022, arXiv:2109.01903)."""
+        adapted = self.effective_weight()
+        if self.wise_alpha == 1:
+            return adapted
+        return torch.lerp(self.slot.weight.to(adapted.dtype), adapted, self.wise_alpha)
+
+    def present_change(self, x: Tensor, dtype: torch.dtype) -> Change:
+        """:meth:`change` as the layer's mode has it."""
+        if self.training or self.wise_alpha == 1:
+            return self.change(x, dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return Change(weight=self.evaluated_weight())
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """The adapted output, (..., out), from the input x, (..., in), and the frozen output y = x Wᵀ + b."""
@@ -151,8 +166,8 @@ class Projection(Holder, Castable):
         return torch.cat([(rows[p] if p in rows else frozen[self.rows[p]]).to(dtype) for p in self.sizes])
 
     def effective_weight(self) -> Tensor:
-        """The weight with adapters folded in, (out, in), in the dtype of the frozen one, with its gradient."""
-        rows = {part: layer.effective_weight() for part, layer in self.layers().items()}
+        """The weight with adapters folded in as evaluation has them, (out, in), in its own dtype, with its gradient."""
+        rows = {part: layer.evaluated_weight() for part, layer in self.layers().items()}
         return self.with_rows(rows, self.weight.dtype) if rows else self.weight
 
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -183,7 +198,7 @@ class Projection(Holder, Castable):
         return self.weight, self.bias
 
     def _adapted(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        changes = {part: layer.change(x, dtype) for part, layer in self.layers().items()}
+        changes = {part: layer.present_change(x, dtype) for part, layer in self.layers().items()}
 
         def done(part: str, y: Tensor | None) -> Tensor:
             change = changes.get(part, Change())
@@ -287,6 +302,9 @@ def merge(model: nn.Module, keep: bool = True) -> None:
             if not layer.mergeable:
                 method = type(layer).__name__.removesuffix("Layer")
                 raise UserError(f"{method} on {layer.slot.name} depends on its input: no weight expresses it.")
+    modules: list[Any] = [] if keep else [m for m in model.modules() if hasattr(m, "restore_library")]
+    for backbone in modules:
+        backbone.settle()
     with torch.inference_mode(False), torch.no_grad(), one_pass(model):
         for projection in adapted:
             if keep:
@@ -294,10 +312,8 @@ def merge(model: nn.Module, keep: bool = True) -> None:
                 continue
             projection.weight = nn.Parameter(projection.effective_weight(), requires_grad=False)
             projection.adapters.clear()
-    modules: list[Any] = [] if keep else list(model.modules())
-    for module in modules:
-        if hasattr(module, "restore_library"):  # a backbone
-            module.restore_library()
+    for backbone in modules:
+        backbone.restore_library()
 
 
 def unmerge(model: nn.Module) -> None:

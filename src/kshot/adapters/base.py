@@ -25,9 +25,20 @@ Layers = Mapping[str, AdapterLayer]  # by slot
 class Adapter(ABC):
     """The settings of a method. Subclasses are frozen dataclasses; a YAML names them by ``class_path``.
 
+    Attributes:
+        wise_alpha: α of WiSE-FT (arXiv:2109.01903): evaluation, and what is merged and exported, runs with
+            W + α (W' - W), where W' is the trained weight and W the frozen one. Training knows nothing of it, and files
+            hold W'. A field of those that can do it.
+
     Raises:
         UserError: a setting outside its range, when it is made.
     """
+
+    wise_alpha: float = 1.0
+
+    def __post_init__(self) -> None:
+        number = isinstance(self.wise_alpha, (int, float)) and 0 <= self.wise_alpha <= 1
+        self.require("wise_alpha", number, "be a number from 0 (the frozen weights) to 1 (the trained ones)")
 
     @abstractmethod
     def attach(self, backbone: Backbone, targets: Sequence[str]) -> None:
@@ -137,12 +148,15 @@ class SlotAdapter(Adapter):
         dropout: probability on the input of the change, in training.
         path: how layers run: added to the frozen output (factorised), as a weight formed once in a forward pass
             (materialised), or in a basis of their own (svd); auto takes the cheapest. Results are the same to rounding.
+        wise_alpha: WiSE-FT, the share of the trained change that evaluation takes, from 0 to 1; 1 for all of it.
     """
 
     dropout: float = 0.0
     path: Path = "auto"
+    wise_alpha: float = 1.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.require("dropout", 0 <= self.dropout < 1, "lie in [0, 1)")
 
     def require_rank(self, rank: int, slots: Mapping[str, Slot]) -> None:
@@ -169,7 +183,7 @@ class SlotAdapter(Adapter):
         for name, layer in layers.items():
             known = ("auto", *layer.paths)
             self.require("path", self.path in known, f"be one of {', '.join(known)}")
-            layer.path, layer.dropout = self.path, self.dropout
+            layer.path, layer.dropout, layer.wise_alpha = self.path, self.dropout, self.wise_alpha
             weight = slots[name].weight
             slots[name].attach(layer if weight.is_meta else layer.to(weight.device))
         if shared is not None:

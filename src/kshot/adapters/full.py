@@ -23,11 +23,14 @@ class FullTuning(Adapter):
     Args:
         only: ``bias`` leaves all but biases frozen (BitFit, Ben Zaken et al. 2021, arXiv:2106.10199); ``norm`` all but
             scales and shifts of normalisation layers.
+        wise_alpha: WiSE-FT, the share of the trained change that evaluation takes, from 0 to 1; 1 for all of it.
     """
 
     only: Literal["all", "bias", "norm"] = "all"
+    wise_alpha: float = 1.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.require_known("only")
 
     @torch.inference_mode(False)
@@ -41,3 +44,4 @@ class FullTuning(Adapter):
             named = {name: p for name, p in named.items() if id(p) in of_norms}
         kind = "parameters" if self.only == "all" else f"{self.only} parameters"
         backbone.unfreeze(list(select(named, targets, f"{kind} of {backbone.name}")))
+        backbone.wise_alpha = self.wise_alpha

@@ -29,6 +29,7 @@ class HydraLoRA(RankAdapter):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require("heads", self.heads >= 1, "be at least 1")
+        self.require("wise_alpha", self.wise_alpha == 1, "be 1: no weight lies between the frozen one and this change")
 
     def wrap(self, slot: Slot, shared: Any) -> HydraLoRALayer:  # noqa: ARG002  shares nothing
         return HydraLoRALayer(slot, self.rank, self.heads, self.scale)

@@ -50,6 +50,7 @@ class Backbone(nn.Module, ABC):
         self.shared = nn.ModuleList()  # what the layers of an attached method share
         self.initial_values: nn.Module | None = None  # of parameters that are unfrozen, by name
         self.is_unadapted = False
+        self.wise_alpha, self.is_between = 1.0, False
         self.register_buffer("mean", torch.tensor(preprocessing.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(preprocessing.std).view(1, 3, 1, 1), persistent=False)
 
@@ -70,24 +71,31 @@ class Backbone(nn.Module, ABC):
         """The same with learned tokens, as :meth:`encode_image`; for a tower with ``image_blocks``."""
         raise NotImplementedError(f"the image tower of {self.name} takes no learned tokens")
 
-    def encode_image(self, image: Tensor, tokens: Sequence[Tensor] = ()) -> Tensor:
+    def encode_unprojected(self, image: Tensor, tokens: Sequence[Tensor]) -> Tensor:
+        """What the last projection is put on, (B, width), as :meth:`encode_image`; for a tower with one."""
+        raise NotImplementedError(f"the image tower of {self.name} ends with no projection")
+
+    def encode_image(self, image: Tensor, tokens: Sequence[Tensor] = (), unprojected: bool = False) -> Tensor:
         """Image features, (B, feature_dim), not normalised to unit length.
 
         Args:
             image: (B, 3, image_size, image_size), uint8, or floats in [0, 1].
             tokens: learned ones, (n, image_width) for each of the first blocks; those of the first stand behind the
                 tokens of the image, those of a later block replace them (Jia et al. 2022, arXiv:2203.12119).
+            unprojected: gives (B, width) from before the last projection instead, of a tower with one.
         """
         dtype = torch.promote_types(self.mean.dtype, torch.float32)
         image = image.to(dtype) / 255 if image.dtype == torch.uint8 else image.to(dtype)
         image = ((image - self.mean) / self.std).to(self.mean.dtype)
         with self.passing("image"):
+            if unprojected:
+                return self.encode_unprojected(image, tokens)
             return self.encode_prompted(image, tokens) if tokens else self.encode_normalised(image)
 
     def passing(self, tower: str = "") -> Any:
         """A pass through a tower, or both: what its adapter layers make together is made at the start."""
         if torch.compiler.is_compiling() or not len(self.shared):
-            return nullcontext()
+            return self.between()
         return self._passing(tower)
 
     @contextmanager
@@ -97,10 +105,47 @@ class Backbone(nn.Module, ABC):
         for shared in methods:
             shared.begin_pass(layers)
         try:
-            yield
+            with self.between():
+                yield
         finally:
             for shared in methods:
                 shared.end_pass(layers)
+
+    def interpolate(self, alpha: float) -> None:
+        """Evaluates with W + alpha (W' - W) from now on, W' what is trained and W what it started from; trains with W'.
+
+        That is so of adapter layers and of parameters that are unfrozen (WiSE-FT, arXiv:2109.01903).
+        """
+        self.wise_alpha = alpha
+        for layer in self.layers().values():
+            layer.wise_alpha = alpha
+
+    def between(self) -> Any:
+        """Runs with unfrozen parameters where :meth:`interpolate` puts them for evaluation."""
+        moves = self.wise_alpha != 1 and self.initial_values is not None and not self.training
+        return self._between() if moves and not self.is_between and not self.is_unadapted else nullcontext()
+
+    @contextmanager
+    def _between(self) -> Iterator[None]:
+        trained = self._move_between()
+        self.is_between = True
+        try:
+            yield
+        finally:
+            self.is_between = False
+            for parameter, value in trained:
+                parameter.data = value
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _move_between(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """Moves unfrozen parameters to where evaluation has them; returns what they were."""
+        initial = {} if self.initial_values is None else dict(self.initial_values.named_buffers())
+        moved = [(p, initial[key_of(n)]) for n, p in self.named_tower_parameters() if key_of(n) in initial]
+        trained = [(parameter, parameter.data) for parameter, _ in moved]
+        for parameter, start in moved:
+            parameter.data = torch.lerp(start, parameter.data, self.wise_alpha)
+        return trained
 
     def slots(self) -> dict[str, Slot]:
         """All slots by canonical name, ``<tower>.<block>.<q|k|v|o|fc1|fc2>``.
@@ -185,16 +230,22 @@ class Backbone(nn.Module, ABC):
             projection.held = None
         self.shared = nn.ModuleList()
         self._swap_initial()
-        self.initial_values = None
+        self.initial_values, self.wise_alpha = None, 1.0
         for _, parameter in self.named_tower_parameters():
             parameter.requires_grad_(False)
             parameter.grad = None
         self.eval()
 
+    def settle(self) -> None:
+        """Leaves unfrozen parameters for good where evaluation has them."""
+        if self.wise_alpha != 1:
+            self._move_between()
+            self.initial_values = None
+
     def restore_library(self) -> None:
         """Puts the library's own modules back where projections took their place; nothing is attached any more."""
         self.shared = nn.ModuleList()
-        self.initial_values = None
+        self.initial_values, self.wise_alpha = None, 1.0
         restore(self)
         self.requires_grad_(False)
 

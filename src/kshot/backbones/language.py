@@ -43,6 +43,11 @@ class VisionLanguageBackbone(Backbone):
     def logit_scale(self) -> Tensor:
         """The frozen inverse temperature, exp already applied: a scalar."""
 
+    @property
+    def projection(self) -> Tensor | None:
+        """The last map of the image tower as a matrix, (width, feature_dim), frozen; None where that is none."""
+        return None
+
     @abstractmethod
     def token_ids(self, text: str) -> list[int]:
         """Tokens of a text without start, end and padding."""
@@ -131,6 +136,13 @@ class VisionLanguageBackbone(Backbone):
     @abstractmethod
     def encode_tokens(self, tokens: Tensor) -> Tensor:
         """Text features, (N, feature_dim), of padded tokens, (N, context_length), at the least exact cost."""
+
+
+def projected(features: Tensor, projection: Tensor) -> Tensor:
+    """Features, (B, D), times the matrix of a projection, (D, D'), in the wider dtype and at least float32."""
+    dtype = torch.promote_types(torch.promote_types(features.dtype, projection.dtype), torch.float32)
+    with torch.autocast(features.device.type, enabled=False):
+        return features.to(dtype) @ projection.to(dtype)
 
 
 def require_text(backbone: Backbone, who: str) -> VisionLanguageBackbone:

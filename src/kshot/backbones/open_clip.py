@@ -135,14 +135,25 @@ class OpenClip(VisionLanguageBackbone):
             return probed(getattr(visual, "trunk", visual), image, self.features)
         return cast(Tensor, self.clip.encode_image(image))
 
+    @property
+    def projection(self) -> Tensor | None:
+        projection = getattr(self.clip.visual, "proj", None)
+        return projection.detach() if isinstance(projection, Tensor) else None
+
+    def encode_unprojected(self, image: Tensor, tokens: Sequence[Tensor]) -> Tensor:
+        visual = self.clip.visual
+        x = visual._embeds(image)  # ends with ln_pre, which treats tokens alike
+        first = [visual.ln_pre(each) for each in tokens[:1]]
+        x = run_prompted(visual.transformer.resblocks, x, [*first, *tokens[1:]])
+        pooled, _ = visual._pool(x)
+        return cast(Tensor, pooled)
+
     def encode_prompted(self, image: Tensor, tokens: Sequence[Tensor]) -> Tensor:
         visual = self.clip.visual
         if hasattr(visual, "trunk"):
             return cast(Tensor, visual.head(prompted_features(visual.trunk, image, tokens)))
-        x = visual._embeds(image)  # ends with ln_pre, which treats tokens alike
-        x = run_prompted(visual.transformer.resblocks, x, [visual.ln_pre(tokens[0]), *tokens[1:]])
-        pooled, _ = visual._pool(x)
-        return cast(Tensor, pooled if visual.proj is None else pooled @ visual.proj)
+        pooled = self.encode_unprojected(image, tokens)
+        return pooled if visual.proj is None else pooled @ visual.proj
 
     def named_tower_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         for name, parameter in self.clip.named_parameters():
@@ -183,7 +194,8 @@ class OpenClip(VisionLanguageBackbone):
         end = self.end_of_text(tokens)
         same = (tokens == tokens[:1]).all(0).long().cumprod(0).sum()  # tokens that all prompts begin with
         shared, longest = int(torch.minimum(same, end.min())), int(end.max()) + 1
-        embeddings = self.embed_tokens(tokens[:, :longest].to(self.mean.device, non_blocking=True))
+        with self.between():
+            embeddings = self.embed_tokens(tokens[:, :longest].to(self.mean.device, non_blocking=True))
         return self.encode_embeddings(embeddings[:1, :shared], embeddings[None, :, shared:], end)[0]
 
     def encode_part(self, prefix: Tensor, suffix: Tensor, end: Tensor, deep: Tensor | None) -> Tensor:

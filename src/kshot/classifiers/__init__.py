@@ -16,9 +16,11 @@ from kshot.classifiers.linear import LinearProbe
 from kshot.classifiers.logistic import LogisticProbe
 from kshot.classifiers.lp_plus_plus import LPPlusPlus
 from kshot.classifiers.maple import MaPLe
+from kshot.classifiers.prolip import ProLIP
 from kshot.classifiers.promptsrc import PromptSRC
 from kshot.classifiers.ridge import Ridge
 from kshot.classifiers.task_res import TaskRes
 from kshot.classifiers.tip_adapter import TipAdapter, TipAdapterF
+from kshot.classifiers.two_stage import TwoStage
 from kshot.classifiers.vpt import VPT
 from kshot.classifiers.zero_shot import TextPrompt

@@ -3,7 +3,7 @@
 import inspect
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce, wraps
 from typing import Any, NamedTuple, Protocol
@@ -60,6 +60,7 @@ class Classifier(nn.Module, ABC):
         needs: what a run must give: ``shots`` (:meth:`fit` is to be called before training), ``val`` (something is
             chosen by validation shots, in :meth:`fit` or :meth:`select`), ``teacher`` (:meth:`losses` wants image
             features of the untouched backbone).
+        unprojected: whether features are to be those from before the image tower's last projection.
 
     Raises:
         UserError: the backbone lacks what a method needs, a setting is out of its range, a class name has no tokens, or
@@ -69,6 +70,7 @@ class Classifier(nn.Module, ABC):
     init_args: dict[str, Any]
     needs: frozenset[str] = frozenset()
     bound: str = "it was built for its training classes"
+    unprojected: bool = False
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -138,6 +140,13 @@ class Classifier(nn.Module, ABC):
     def select(self, val: Shots) -> None:
         """Chooses, after gradient training, what is left to choose."""
 
+    def plan(self, steps: int) -> Sequence[int]:
+        """Divides the optimizer steps of a run, before it starts, into stages; the schedule begins anew in each."""
+        return (steps,)
+
+    def after_step(self, step: int) -> None:
+        """Follows an optimizer step; ``step`` counts from 1."""
+
 
 class ClassifierFactory(Protocol):
     """What a YAML gives: a classifier but for its run-time arguments."""
@@ -178,7 +187,7 @@ class Around(Classifier):
     def __init__(self, backbone: Backbone, task: Task, inner: ClassifierFactory) -> None:
         super().__init__(backbone, task)
         self.inner: Classifier = inner(backbone=backbone, task=task)
-        self.needs = self.inner.needs
+        self.needs, self.unprojected = self.inner.needs, self.inner.unprojected
 
     def losses(self, features: Tensor, label: Tensor, teacher: Tensor | None = None) -> dict[str, Tensor]:
         return self.inner.losses(features, label, teacher)
@@ -195,6 +204,12 @@ class Around(Classifier):
 
     def select(self, val: Shots) -> None:
         self.inner.select(val)
+
+    def plan(self, steps: int) -> Sequence[int]:
+        return self.inner.plan(steps)
+
+    def after_step(self, step: int) -> None:
+        self.inner.after_step(step)
 
 
 class TextClassifier(Classifier, Holder):
@@ -286,6 +301,11 @@ def title_of(classifier: Classifier) -> str:
     """What tables call a classifier: ``CoOp``, ``DePT (CoOp)``, ``Average (Ridge, GDA)``."""
     parts = [classifier.inner] if isinstance(classifier, Around) else getattr(classifier, "members", [])
     return type(classifier).__name__ + (f" ({', '.join(map(title_of, parts))})" if parts else "")
+
+
+def total(terms: Mapping[str, Tensor]) -> Tensor:
+    """The sum of the terms of a loss: a scalar."""
+    return torch.stack(list(terms.values())).sum()
 
 
 def cosine_logits(features: Tensor, prototypes: Tensor, scale: Tensor | float) -> Tensor:
