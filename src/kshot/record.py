@@ -21,6 +21,7 @@ from lightning.pytorch.loggers.logger import Logger
 from torch import Tensor
 
 from kshot import __version__
+from kshot.classifiers import LinearProbe
 from kshot.data.sampling import FewShotDraw
 from kshot.errors import UserError
 from kshot.features import of_run
@@ -161,6 +162,7 @@ def result(module: Any, data: Any, trainer: Any, tested: Any, directory: Path) -
         "method": module.method,
         "adapter": adapter and adapter | {"lr": next(iter(rates), None)},  # a head's rate comes later
         "ranks": ranks or None,
+        "head_start": next((part.started for part in module.modules() if isinstance(part, LinearProbe)), None),
         "backbone": module.backbone.name,
         "backbone_sha256": module.backbone.weight_sha256,
         "dataset": data.dataset_name,
