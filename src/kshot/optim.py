@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from kshot.errors import UserError, first_line, require
 
+STEPS = 90  # of a run whose epochs have one step
 WHOLE_RUN = 0  # as T_max of torch's CosineAnnealingLR, which refuses 0: all steps of the run
 
 
@@ -185,6 +186,16 @@ class DasslCosine(LRScheduler):
         if epoch < 0:
             return [self.warmup_lr for _ in self.base_lrs]
         return [0.5 * eta * (1 + math.cos(math.pi * epoch / self.epochs)) for eta in self.base_lrs]
+
+
+def epochs_for(steps: int) -> int:
+    """Epochs of a run for which no length is given: as many as make 90 √n steps, where an epoch has n.
+
+    Fixed epochs shrink to one step each at one shot and take hours where there are many classes; fixed steps see an
+    image of many classes once. With 32 images a step, one shot of 7 classes, 16 of them, 16 of 43 and 16 of 1,000 come
+    to 90, 52, 20 and 4 epochs.
+    """
+    return max(1, round(STEPS / math.sqrt(steps)))
 
 
 def make_optimizer(

@@ -180,6 +180,7 @@ def result(module: Any, data: Any, trainer: Any, tested: Any, directory: Path) -
         "zero_shot_summary": summary(data.protocol, tested.sets, "zero_shot_acc"),
         "per_class": "per_class.csv" if first else None,
         "selection": selection(data.draw) if "val" in module.classifier.needs else "none",
+        "steps": trainer.global_step,
         "trainable_parameters": sum(p.numel() for p in module.parameters() if p.requires_grad),
         "total_parameters": sum(p.numel() for p in module.parameters()),
         "checkpoint_bytes": tuned.stat().st_size if tuned.is_file() else None,
