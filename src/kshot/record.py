@@ -160,7 +160,7 @@ def result(module: Any, data: Any, trainer: Any, tested: Any, directory: Path) -
     ranks = {name: rank for shared in module.shared for name, rank in shared.ranks(module.layers).items()}
     return {
         "method": module.method,
-        "adapter": adapter and adapter | {"lr": next(iter(rates), None)},  # a head's rate comes later
+        "adapter": adapter and adapter | {"lr": next(reversed(rates), None)},  # a head's rate comes first
         "ranks": ranks or None,
         "head_start": next((part.started for part in module.modules() if isinstance(part, LinearProbe)), None),
         "backbone": module.backbone.name,
