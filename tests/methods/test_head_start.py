@@ -80,13 +80,34 @@ def test_the_start_is_the_head_in_closed_form_times_the_scale(start, kind, norma
     assert head.started == {"from": start, "scale": 2.5}
 
 
+def alone(backbone, start):
+    return LinearProbe(backbone, Task(NAMES), head_start=start)
+
+
+def under_lora(backbone, start):
+    head = LinearProbe(backbone, Task(NAMES), head_start=start)
+    LoRA(rank=1).attach(backbone, ["image.0.q"])
+    return head
+
+
+def beside_text_lora(backbone, start):
+    head = LinearProbe(backbone, Task(NAMES), head_start=start)
+    LoRA(rank=1).attach(backbone, ["text.0.q"])
+    return head
+
+
+def in_vpt(backbone, start):
+    return VPT(backbone, Task(NAMES), depth=1, head=partial(LinearProbe, head_start=start))
+
+
 @pytest.mark.parametrize("start", ["ridge", "gda"])
-@pytest.mark.parametrize("apart", [1.0, 4.0])
-def test_it_leaves_the_shots_half_of_the_loss_of_a_guess(start, apart):
-    given = shots(apart=apart)
-    head = started(given, head_start=start)
+@pytest.mark.parametrize(("make", "share"), [(alone, 0.03), (beside_text_lora, 0.03), (under_lora, 0.8), (in_vpt, 0.8)])
+def test_it_leaves_the_shots_a_share_of_the_loss_of_a_guess(start, make, share):
+    given = shots(apart=4.0)
+    head = make(towers.backbone(), start)
+    head.fit(given, None)
     features, label = given.every_view
-    assert head.losses(features, label)["cross_entropy"].item() == pytest.approx(math.log(4) / 2, rel=1e-3)
+    assert head.losses(features, label)["cross_entropy"].item() == pytest.approx(share * math.log(4), rel=1e-3)
     assert (head(features).argmax(-1) == label).float().mean() > 0.9
 
 
@@ -142,20 +163,18 @@ class TestRuns:
         return found
 
     @pytest.mark.parametrize(
-        "settings",
-        [{"adapter": LoRA(rank=1), "targets": ["image.5.q"], "classifier": LinearProbe}, {"classifier": LinearProbe}],
-        ids=["lora", "alone"],
+        ("settings", "share"), [({"adapter": LoRA(rank=1), "targets": ["image.5.q"]}, 0.8), ({}, 0.03)]
     )
-    def test_a_run_starts_the_head_and_goes_on_without(self, backbone, data, monkeypatch, tmp_path, settings):
+    def test_a_run_starts_the_head_and_goes_on_without(self, backbone, data, monkeypatch, tmp_path, settings, share):
         found, losses = self.starts(monkeypatch), []
         keep = ResumeFile(0.0)
         keep.folder = tmp_path
-        settings |= {"optimizer": partial(torch.optim.SGD, lr=1e-9)}
+        settings = settings | {"classifier": LinearProbe, "optimizer": partial(torch.optim.SGD, lr=1e-9)}
         module = build(backbone, data, **settings)
         monkeypatch.setattr(type(module), "on_train_batch_end", lambda self, out, *rest: losses.append(out["loss"]))
         fit(module, data, make_trainer(max_epochs=1, limit_val_batches=0, callbacks=[keep]))
         assert found == [module.classifier]
-        assert losses[0].item() == pytest.approx(math.log(10) / 2, rel=0.02)  # the shots are one batch, of one view
+        assert losses[0].item() == pytest.approx(share * math.log(10), rel=0.02)  # the shots are one batch, of one view
         before = module.classifier.head.weight.clone()
         backbone = module.detach()
         module = build(backbone, data, **settings)

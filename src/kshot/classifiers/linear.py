@@ -17,7 +17,7 @@ from kshot.errors import require
 from kshot.judging import scale_of_loss
 
 Start = Literal["ridge", "gda", "zero"]
-SHARE = 0.5  # of the log loss of a guess, log C, that a start leaves on its own shots
+SOFT, SHARP = 0.8, 0.03  # of the log loss of a guess, what a start leaves on its own shots: features change, or stay
 
 logger = logging.getLogger("kshot")
 
@@ -26,15 +26,17 @@ class LinearProbe(Classifier):
     """``z = W f + b``, trained by the run's optimizer (Radford et al. 2021, appendix A.3, use L-BFGS).
 
     It starts at a head in closed form on the shots' features by the untouched backbone, as LP-FT does (Kumar et al.
-    2022, arXiv:2202.10054), its logits so soft that the shots keep half of the log loss of a guess: a head that tells
-    the shots apart with confidence leaves an adapter under it no gradient.
+    2022, arXiv:2202.10054). The size of its logits decides what training does. Where features change under it, by an
+    adapter or learned tokens, the shots keep 80 % of the log loss of a guess, as a head that tells them apart with
+    confidence leaves an adapter no gradient; where it is alone, 3 %, as its steps would undo the closed form.
 
     Args:
         normalize: scale features to unit length, times the square root of their width, before the product.
         head_start: the head in closed form, or zero.
-        head_scale: factor of the closed form's logits at the start; None takes the one that keeps half of the loss.
+        head_scale: factor of the closed form's logits at the start; None takes the one that keeps this loss.
 
     Attributes:
+        moving: whether something else than the backbone's own tensors changes the features under it.
         started: from what and with which scale :meth:`fit` started the head.
     """
 
@@ -55,6 +57,7 @@ class LinearProbe(Classifier):
         require("LinearProbe", "head_scale", head_scale, above, "be above 0, or null to choose it")
         self.normalize, self.head_start, self.head_scale = normalize, head_start, head_scale
         self.needs = frozenset(() if head_start == "zero" else {"shots"})
+        self.moving = False
         self.started: dict[str, Any] = {}
         self.head = nn.Linear(backbone.feature_dim, len(task.class_names))
         nn.init.zeros_(self.head.weight)
@@ -67,7 +70,8 @@ class LinearProbe(Classifier):
         solved = gda(views, label, classes) if self.head_start == "gda" else ridge(views, label, classes, None)
         weight, bias, _ = solved
         logits = F.linear(views, weight, bias).flatten(0, 1)
-        scale = self.head_scale or scale_of_loss(logits, label.repeat(len(views)), SHARE * math.log(classes))
+        share = SOFT if self.moving or self.backbone.trainable("image") else SHARP
+        scale = self.head_scale or scale_of_loss(logits, label.repeat(len(views)), share * math.log(classes))
         length = views.shape[-1] ** 0.5 if self.normalize else float(train.features.norm(dim=-1).mean())
         self.head.weight.copy_(scale / length * weight)
         self.head.bias.copy_(scale * bias)
