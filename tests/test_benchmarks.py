@@ -164,7 +164,7 @@ def test_defaults(run, tmp_path, capsys, monkeypatch):
     methods = ["class_mean", "ridge", "linear_probe", "lora"]
     rows = run("defaults", *given, "--methods", *methods)["defaults"]
     assert [(row["method"], row["steps"], row["lr"]) for row in rows] == [
-        *[("class_mean", "0", ""), ("ridge", "0", ""), ("linear_probe", "2", "0.005"), ("lora", "2", "0.002")],
+        *[("class_mean", "0", ""), ("ridge", "0", ""), ("linear_probe", "2", "0.001"), ("lora", "2", "0.002")],
     ]
     assert all(positive(row, "acc", "fit_seconds") for row in rows)
     best = max(rows[:2], key=lambda row: float(row["acc"]))
