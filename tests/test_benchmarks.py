@@ -158,6 +158,22 @@ def test_methods(run, tmp_path):
     assert "**digits**" in page.read_text().split("<!-- table -->")[1].split("<!-- end of table -->")[0]
 
 
+def test_defaults(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("kshot.optim.STEPS", 2)
+    given = ["--cases", "digits", "--shots", "1", "--seeds", "1", "--out", str(tmp_path / "defaults.csv")]
+    methods = ["class_mean", "ridge", "linear_probe", "lora"]
+    rows = run("defaults", *given, "--methods", *methods)["defaults"]
+    assert [(row["method"], row["steps"], row["lr"]) for row in rows] == [
+        *[("class_mean", "0", ""), ("ridge", "0", ""), ("linear_probe", "2", "0.001"), ("lora", "2", "0.002")],
+    ]
+    assert all(positive(row, "acc", "fit_seconds") for row in rows)
+    best = max(rows[:2], key=lambda row: float(row["acc"]))
+    above = [100 * (float(row["acc"]) - float(best["acc"])) for row in rows[2:]]
+    line = f"| digits | 1 | {100 * float(best['acc']):.1f} ({best['method']}) | {above[0]:+.1f} | {above[1]:+.1f} |"
+    assert line in capsys.readouterr().out
+    assert run("defaults", *given, "--methods", *methods)["defaults"] == rows  # they are there: nothing is measured
+
+
 def test_data(run, tmp_path):
     tiny = [
         "--files",

@@ -261,6 +261,19 @@ class TestFits:
         with pytest.raises(UserError, match=r"model\.backbone\.features cls, and this one has default"):
             check_same_run(theirs, own, tmp_path)
 
+    def test_heads_of_before_they_could_start_elsewhere(self, tmp_path):
+        def header(**classifier):
+            return HEADER | {"model": HEADER["model"] | {"classifier": {"class": "LinearProbe"} | classifier}}
+
+        check_same_run(header(), header(head_start="ridge", head_scale=2.0), tmp_path)
+        check_fits(header(), header(head_start="ridge"))
+        check_fits(header(head_start="zero"), header(head_start="ridge"))  # a measurement does not depend on it
+        with pytest.raises(UserError, match=r"head_start zero, and this one has ridge"):
+            check_same_run(header(head_start="zero"), header(head_start="ridge"), tmp_path)
+        three, two = (header(head_start="gda", head_scale=scale) for scale in (3.0, 2.0))
+        with pytest.raises(UserError, match=r"head_scale 3\.0, and this one has 2\.0"):
+            check_same_run(three, two, tmp_path)
+
     def test_another_basis(self):
         own = HEADER | {"frozen": [{"A": {"seed": 1, "shape": (3, 4), "checksum": "ab"}, "svd": {"image.0.q": 0.5}}]}
         theirs = json.loads(json.dumps(own))

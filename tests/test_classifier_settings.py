@@ -38,7 +38,8 @@ OTHERS: dict[str, Any] = {
         "average_std": 5.0,
     },
     **{"balance": 0.3, "base": partial(CoOp, context_length=3), "beta": 3.0, "beta_range": 5.0, "class_specific": True},
-    **{"context_length": 3, "head": LinearProbe, "image_weight": 1.0, "init_words": "a big drawing of"},
+    **{"context_length": 3, "head": LinearProbe, "head_scale": 2.0, "head_start": "gda"},
+    **{"image_weight": 1.0, "init_words": "a big drawing of"},
     **{"initial_alpha": 2.0, "initial_beta": 2.0, "iterations": 5, "logit_weight": 2.0, "momentum": 0.5},
     **{"position": "front", "prompt_length": 2, "rate_factor": 2.0, "ratio": [0.2, 0.3], "reduction": 2, "scale": 3.0},
     **{

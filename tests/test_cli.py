@@ -365,6 +365,8 @@ def test_image_only_backbone_trains_adapter_and_head(tmp_path):
     result = json.loads((directory / "result.json").read_text())
     assert result["zero_shot_acc"] is None
     assert result["method"] == "LinearProbe + LoRA"
+    assert result["head_start"]["from"] == "ridge"
+    assert result["head_start"]["scale"] > 0
 
 
 @pytest.mark.slow  # .ci/run runs it by itself

@@ -16,6 +16,7 @@ from command_line import (
     run_test,
 )
 
+from kshot import adapters
 from kshot.cli import main
 
 
@@ -88,7 +89,9 @@ def test_every_weight_tuning_method_layers_over_an_image_backbone(method, head, 
     (directory,) = tmp_path.glob("*/*")
     result = json.loads((directory / "result.json").read_text())
     assert result["method"].startswith(f"{head} + ")
-    assert result["adapter"]["lr"] > 0
+    settings = {name: value for name, value in result["adapter"].items() if name not in ("lr", "scale")}
+    adapter = getattr(adapters, result["method"].removeprefix(f"{head} + "))(**settings)
+    assert result["adapter"]["lr"] == pytest.approx(adapter.default_lr(64)), "its own, on a tower 64 wide"
     assert result["trainable_parameters"] > 0
 
 

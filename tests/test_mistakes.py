@@ -382,6 +382,13 @@ def notes(*words: str) -> list[str]:
     return line.notes
 
 
+@pytest.mark.parametrize("name", ["SGD", "torch.optim.AdamW"])
+def test_a_rate_left_open_is_not_carried_into_another_optimizer(name):
+    line = read_command_line(["fit", "--config", "clip_16shot.yaml", "--model.optimizer", name], list(OPTIONS))
+    _, tree = settings(line)
+    assert tree["model"]["init_args"]["optimizer"]["init_args"] == {"weight_decay": 0.01}
+
+
 def test_an_adapter_at_the_rate_of_a_method_without_one_is_told():
     maple = ["--config", "methods/maple.yaml"]
     (note,) = notes(*maple, "--model.adapter", "LoRA")
@@ -393,6 +400,7 @@ def test_an_adapter_at_the_rate_of_a_method_without_one_is_told():
         [],
         maple,
         ["--config", "methods/dora.yaml"],
+        ["--config", "methods/linear_probe.yaml", "--model.adapter", "LoRA"],  # at LoRA's own
         [*maple, "--model.adapter", "LoRA", "--model.optimizer.lr", "1e-3"],
         ["--config", "methods/zero_shot.yaml", "--model.adapter", "LoRA"],
     ):

@@ -1,6 +1,7 @@
 """The schedules against their closed forms, and that only what trains is optimised."""
 
 import math
+from collections import defaultdict
 from functools import partial
 
 import lightning.pytorch as pl
@@ -8,12 +9,12 @@ import pytest
 import torch
 from torch.optim import lr_scheduler
 
-from kshot.adapters import DoRA, HydraLoRA, LoRA, PiSSA
+from kshot.adapters import DoRA, FullTuning, HydraLoRA, LoRA, PiSSA, VeRA
 from kshot.backbones import OpenClip
 from kshot.classifiers import CoOp, LinearProbe, NearestClassMean, TextPrompt
 from kshot.errors import UserError
 from kshot.module import FewShotModule
-from kshot.optim import WHOLE_RUN, DasslCosine, WarmupCosine, make_optimizer, scheduling, watches
+from kshot.optim import WHOLE_RUN, AdamW, DasslCosine, WarmupCosine, make_optimizer, scheduling, watches
 from kshot.prepare import planned_steps, try_step
 from kshot.run import make_trainer
 
@@ -202,14 +203,9 @@ class TestRoles:
     """Parameter groups: what weight decay spares, and the head's own rate."""
 
     def groups(self, **options) -> list[dict]:
-        module = FewShotModule(
-            OpenClip("kshot:glyph_clip"),
-            options.pop("classifier", TextPrompt),
-            NAMES,
-            targets=["image.0.*"],
-            optimizer=partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.1),
-            **options,
-        )
+        start = {"targets": ["image.0.*"], "optimizer": partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.1)}
+        classifier = options.pop("classifier", TextPrompt)
+        module = FewShotModule(OpenClip("kshot:glyph_clip"), classifier, NAMES, **start | options)
         self.names = {id(p): n.rsplit(".", 1)[-1] for n, p in module.named_parameters()}
         return module.optimizer_for().param_groups
 
@@ -232,6 +228,34 @@ class TestRoles:
         groups = self.groups(adapter=LoRA(rank=2), classifier=LinearProbe, head_lr=0.5)
         rates = {g["lr"]: {self.names[id(p)] for p in g["params"]} for g in groups}
         assert rates == {1e-3: {"A", "B"}, 0.5: {"weight", "bias"}}
+
+    @pytest.mark.parametrize(
+        ("options", "expected"),
+        [
+            ({}, {2e-3: {"A", "B"}, 1e-3: {"weight", "bias"}}),  # the tower is 192 wide
+            ({"adapter": PiSSA(rank=2)}, {5e-4: {"A", "B"}, 1e-3: {"weight", "bias"}}),
+            ({"adapter": VeRA(rank=2)}, {1e-2: {"lambda_b", "lambda_d"}, 1e-3: {"weight", "bias"}}),
+            ({"head_lr": 0.5}, {2e-3: {"A", "B"}, 0.5: {"weight", "bias"}}),
+            ({"optimizer": partial(AdamW, lr=7e-3)}, {7e-3: {"A", "B", "weight", "bias"}}),
+            ({"optimizer": torch.optim.AdamW}, {1e-3: {"A", "B", "weight", "bias"}}),
+            ({"optimizer": partial(torch.optim.SGD, lr=0.1)}, {0.1: {"A", "B", "weight", "bias"}}),
+        ],
+        ids=["lora", "pissa", "vera", "head", "given", "torch", "sgd"],
+    )
+    def test_a_rate_that_is_left_open_is_the_adapters_own(self, options, expected):
+        groups = self.groups(**{"adapter": LoRA(rank=2), "optimizer": AdamW, "classifier": LinearProbe} | options)
+        found = defaultdict(set)
+        for group in groups:
+            found[group["lr"]] |= {self.names[id(p)] for p in group["params"]}
+            assert not {"rate", "lr_factor"} & group.keys()
+        assert found == expected
+
+    def test_rates_of_matrices_fall_with_the_width_of_the_tower(self):
+        assert LoRA().default_lr(384) == LoRA().default_lr(768) * 2 == 1e-3
+        assert VeRA().default_lr(384) == VeRA().default_lr(768) == 1e-2
+        assert LoRA().default_lr(0) == LoRA.rate, "a tower that tells no width"
+        assert FullTuning().default_lr(384) == 5e-5
+        assert [FullTuning(only).default_lr(384) for only in ("bias", "norm")] == [1e-2, 3e-2]
 
 
 @pytest.mark.parametrize(

@@ -412,7 +412,7 @@ def test_a_saved_config_of_another_command_is_taken(capsys, here):
 
 MISTAKES = {
     "--model.optimizer.lr nan": "model.optimizer.lr is nan, and must be a positive number",
-    "--model.optimizer.lr many": "model.optimizer.lr: Expected float or Tensor. Got value: many",
+    "--model.optimizer.lr many": "model.optimizer.lr: Expected float or null. Got value: many",
     "--trainer.max_epoch 3": "Did you mean 'max_epochs'?",
     "--lr 3": "Did you mean --model.optimizer.lr?",
     "--epochs 3": "Did you mean --trainer.max_epochs?",

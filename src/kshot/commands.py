@@ -40,7 +40,7 @@ from kshot.module import FewShotModule
 from kshot.optim import watches
 from kshot.prepare import check_classes
 from kshot.record import RunOptions
-from kshot.run import DEFAULTS, evaluate, finish, fit
+from kshot.run import DEFAULTS, evaluate, finish, fit, set_length
 from kshot.settings import LINKED, OPTIONS, add_options, help_text, settings
 from kshot.surroundings import RESUME_FROM, mistake_behind, settle_chatter, told_to_stderr, with_resume
 
@@ -158,10 +158,17 @@ class FewShotCLI(LightningCLI):
             if self.line.command == "fit" and not decided:
                 kwargs["limit_val_batches"] = 0
         plugins = [*listed(given["plugins"]), self.files]
+        limits = {"max_epochs": None, "max_steps": -1, "max_time": None, "fast_dev_run": False}
+        left_open = self.line.command == "fit" and all(given[name] == value for name, value in limits.items())
+        if left_open:
+            kwargs["max_epochs"] = 1  # until the number of devices is known
         try:
-            return super().instantiate_trainer(callbacks=callbacks, plugins=plugins, **kwargs)
+            trainer = super().instantiate_trainer(callbacks=callbacks, plugins=plugins, **kwargs)
         except (MisconfigurationException, ValueError, ModuleNotFoundError) as error:
             raise UserError(f"trainer: {first_line(error)}") from error
+        if left_open:
+            self.line.notes.append(set_length(trainer, self.datamodule))
+        return trainer
 
     def open_directory(self) -> None:
         """Makes the run directory, which of several processes the first alone has, and starts logging there."""

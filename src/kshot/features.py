@@ -177,10 +177,12 @@ def needs_pixels(module: Module, data: Data, trainer: Trainer, part: str) -> boo
     return asked and not keeps
 
 
-def starts_from_shots(module: Module, trainer: Trainer) -> bool:
-    """Whether a fit begins with a classifier's own fit to the shots."""
-    resumes = trainer.ckpt_path is not None
-    return "shots" in module.classifier.needs and (closed_form(module.classifier) or not resumes)
+def parts_to_start(module: Module, data: Data, trainer: Trainer) -> list[str]:
+    """Parts with whose features a fit begins, by the classifier's own; none where it has none, or a run goes on."""
+    needs, closed, resumes = module.classifier.needs, closed_form(module.classifier), trainer.ckpt_path is not None
+    if "shots" not in needs or (resumes and not closed):
+        return []
+    return ["train", "val"] if data.draw.val and (closed or "val" in needs) else ["train"]
 
 
 def judges(module: Module, trainer: Trainer) -> bool:
@@ -205,9 +207,7 @@ def look_up(module: Module, data: Data, trainer: Trainer) -> None:
 
     Images that it takes are known to be readable then, or raised.
     """
-    featured = set(kept_parts(module, data, trainer))
-    if starts_from_shots(module, trainer):
-        featured |= {"train", "val"}
+    featured = {*kept_parts(module, data, trainer), *parts_to_start(module, data, trainer)}
 
     def settle() -> None:
         for name in ("train", "val") if data.draw.val else ("train",):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
@@ -18,7 +19,8 @@ from kshot.optim import built_by
 FORMAT = 3  # 2: without digest, and without settings but the adapter's. 1: also averages and PromptSRC kept otherwise
 INDIFFERENT = frozenset({"path", "save_bits", "wise_alpha"})  # how a method runs and is stored, not what it learns
 TOLERANCE = 1e-4  # of fingerprints: rounding moves them by less than 1e-8, the flip of one pair in a thousand by 0.1
-TRAINED_WITH = frozenset({"dropout"})  # what a measurement does not depend on
+STARTS = frozenset({"head_start", "head_scale"})  # where training began
+TRAINED_WITH = STARTS | {"dropout"}  # what a measurement does not depend on
 
 
 def header_of(module: Any) -> dict[str, Any]:
@@ -117,7 +119,8 @@ def stated_of(own: Mapping[str, Any], stated: Mapping[str, Any]) -> dict[str, An
 
 def check_same_run(header: Mapping[str, Any], own: Mapping[str, Any], path: Any) -> None:
     """Raises UserError, with the option and both values, where going on would be another run than the one begun."""
-    found = first_difference(header["model"], stated_of(own["model"], header["model"]), "model", INDIFFERENT)
+    unsaid = frozenset() if "head_start" in json.dumps(header["model"]) else STARTS  # by heads that all began at zero
+    found = first_difference(header["model"], stated_of(own["model"], header["model"]), "model", INDIFFERENT | unsaid)
     found = found or first_difference(header["training"], own["training"])
     if found is not None:
         raise UserError(

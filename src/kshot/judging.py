@@ -58,3 +58,19 @@ def best_scale(logits: Tensor, label: Tensor) -> float:
         rising = ((logits * math.exp(middle)).softmax(-1) * logits).sum() > wanted
         low, high = (low, middle) if rising else (middle, high)
     return math.exp((low + high) / 2)
+
+
+def scale_of_loss(logits: Tensor, label: Tensor, loss: float) -> float:
+    """The least inverse temperature at which logits, (N, C), have a log loss; the best one where none reaches it.
+
+    The loss is convex: it falls from that of a guess, log C at 0, to its least value.
+    """
+    low, high = math.log(LEAST), math.log(MOST)
+    truth = logits.gather(1, label[:, None])[:, 0].mean()
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        scaled = logits * math.exp(middle)
+        rising = (scaled.softmax(-1) * logits).sum(-1).mean() > truth
+        there = bool(rising) or float(F.cross_entropy(scaled, label)) <= loss
+        low, high = (low, middle) if there else (middle, high)
+    return math.exp((low + high) / 2)

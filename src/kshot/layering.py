@@ -202,7 +202,7 @@ def check_range(where: str, value: Any) -> None:
 
 
 def lay_class(place: Place, old: Any, new: Any, where: str) -> Tree:
-    """A class and its settings, laid over those before."""
+    """A class and its settings, laid over those before; null, what a class decides itself, is not another's."""
     own = new if isinstance(new, dict) else {"class_path": new}
     if "class_path" not in own and not own.keys() <= SPEC.keys():
         own = {"init_args": own}  # settings alone, for the class that is there
@@ -229,7 +229,7 @@ def lay_class(place: Place, old: Any, new: Any, where: str) -> Tree:
     elif before:
         for name, value in old["init_args"].items():
             with suppress(UserError):  # the class has no such name, or does not take the value
-                kept |= lay_all(places, {}, {name: value}, where, chosen.__name__)
+                kept |= {} if value is None else lay_all(places, {}, {name: value}, where, chosen.__name__)
     laid = lay_all(places, kept, arguments, where, chosen.__name__, more)
     return {"class_path": public_path(chosen), "init_args": laid} | ({"dict_kwargs": extra} if extra else {})
 

@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 from torchmetrics.classification import MulticlassAccuracy
 
 from kshot.adapters.base import Adapter, Layers, Shared, derived_seed
@@ -29,7 +29,7 @@ from kshot.evaluate import Evaluation
 from kshot.features import FeatureStore, store_of
 from kshot.header import data_settings, header_of
 from kshot.layering import check_stored
-from kshot.optim import OptimizerFactory, ScheduleFactory, make_optimizer, scheduling
+from kshot.optim import AdamW, OptimizerFactory, ScheduleFactory, make_optimizer, scheduling
 from kshot.templates import DEFAULT_TEMPLATE
 
 
@@ -210,7 +210,8 @@ class FewShotModule(pl.LightningModule):
         spared = {id(p): p for v in self.layers.values() for n, p in v.named_parameters() if n in v.undecayed}
         named = {id(p) for group in groups for p in group["params"]} | spared.keys()
         others = [p for p in self.trained().values() if id(p) not in named]
-        return [*groups, {"params": others}, {"params": list(spared.values()), "weight_decay": 0.0}]
+        rate = {} if self.adapter is None else {"rate": self.adapter.default_lr(self.backbone.image_width)}
+        return [*groups, {"params": others} | rate, {"params": list(spared.values()), "weight_decay": 0.0} | rate]
 
     def optimizer_for(self, parameters: Collection[nn.Parameter] | None = None, fused: bool = True) -> Optimizer:
         """The optimizer over all that trains, or over some of it."""

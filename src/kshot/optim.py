@@ -10,12 +10,14 @@ from functools import partial
 from itertools import accumulate
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau, SequentialLR
 
 from kshot.errors import UserError, first_line, require
 
+STEPS = 90  # of a run whose epochs have one step
 WHOLE_RUN = 0  # as T_max of torch's CosineAnnealingLR, which refuses 0: all steps of the run
 
 
@@ -25,6 +27,21 @@ class OptimizerFactory(Protocol):
     def __call__(self, params: Iterable[nn.Parameter]) -> Optimizer:
         """Builds the optimizer."""
         ...
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW, whose learning rate may be left to what it trains.
+
+    Args:
+        params: tensors, or groups of them.
+        lr: None takes each adapter's own by the width of the tower (``Adapter.default_lr``), and 1e-3 for all else.
+        weight_decay: times the learning rate, the share that a step takes off.
+        options: torch's.
+    """
+
+    def __init__(self, params: Any, lr: float | None = None, weight_decay: float = 0.01, **options: Any) -> None:
+        super().__init__(params, lr=1e-3 if lr is None else lr, weight_decay=weight_decay, **options)
+        self.left_open = lr is None
 
 
 class ScheduleFactory(Protocol):
@@ -210,6 +227,16 @@ class DasslCosine(LRScheduler):
         return [0.5 * eta * (1 + math.cos(math.pi * epoch / self.epochs)) for eta in self.base_lrs]
 
 
+def epochs_for(steps: int) -> int:
+    """Epochs of a run for which no length is given: as many as make 90 √n steps, where an epoch has n.
+
+    Fixed epochs shrink to one step each at one shot and take hours where there are many classes; fixed steps see an
+    image of many classes once. With 32 images a step, one shot of 7 classes, 16 of them, 16 of 43 and 16 of 1,000 come
+    to 90, 52, 20 and 4 epochs.
+    """
+    return max(1, round(STEPS / math.sqrt(steps)))
+
+
 def make_optimizer(
     factory: OptimizerFactory,
     groups: Sequence[Mapping[str, Any]],
@@ -221,8 +248,8 @@ def make_optimizer(
 
     Args:
         factory: makes it.
-        groups: each with ``params``; ``weight_decay`` is its own, ``lr_factor`` multiplies its learning rate, and
-            ``head`` lets it take ``head_lr``.
+        groups: each with ``params``; ``weight_decay`` is its own, ``rate`` its learning rate where the optimizer leaves
+            that open, ``lr_factor`` multiplies it, and ``head`` lets it take ``head_lr``.
         head_lr: None for the optimizer's.
         only: leave out all other parameters.
         fused: False where the fused form cannot be used.
@@ -234,7 +261,7 @@ def make_optimizer(
     chosen = []
     for group in groups:
         params = [p for p in group["params"] if p.requires_grad and (wanted is None or id(p) in wanted)]
-        own = {key: value for key, value in group.items() if key in ("weight_decay", "lr_factor")}
+        own = {key: value for key, value in group.items() if key in ("weight_decay", "rate", "lr_factor")}
         own |= {"lr": head_lr} if group.get("head") and head_lr is not None else {}
         chosen += [{"params": params} | own] if params else []
     build: Callable[..., Optimizer] = factory
@@ -248,5 +275,8 @@ def make_optimizer(
         with suppress(RuntimeError, TypeError):  # a device or a dtype without a fused form
             optimizer = build(params=[dict(group) for group in chosen], fused=True)
     for settings in optimizer.param_groups:
+        own_rate = settings.pop("rate", None)
+        if own_rate is not None and getattr(optimizer, "left_open", False):
+            settings["lr"] = own_rate
         settings["lr"] *= settings.pop("lr_factor", 1.0)
     return optimizer

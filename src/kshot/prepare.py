@@ -13,7 +13,7 @@ from kshot.adapters.base import SearchProblem, Shared, derived_seed
 from kshot.classifiers import Shots
 from kshot.data.parts import Batch
 from kshot.errors import UserError
-from kshot.features import encoded, keep_features, look_up, place, starts_from_shots, untouched_shots
+from kshot.features import encoded, keep_features, look_up, parts_to_start, place, untouched_shots
 from kshot.holding import merged
 from kshot.optim import staged_schedule
 
@@ -43,11 +43,10 @@ def prepare(module: Module, data: Data, trainer: Trainer) -> None:
     check_stages(module, stages)
     for shared in module.shared:
         shared.plan(steps)
-    if data is not None and starts_from_shots(module, trainer):
-        train, val = untouched_shots(module, data, trainer, "train"), None
-        if data.draw.val:
-            val = untouched_shots(module, data, trainer, "val")
-        module.classifier.fit(train, val)
+    start = [] if data is None else parts_to_start(module, data, trainer)
+    if start:
+        shots = {part: untouched_shots(module, data, trainer, part) for part in start}
+        module.classifier.fit(shots["train"], shots.get("val"))
     if module.takes_steps:
         try_step(module, trainer, steps)
         if data is not None:

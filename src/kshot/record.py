@@ -22,6 +22,7 @@ from torch import Tensor
 
 from kshot import __version__
 from kshot.calibration import Calibration
+from kshot.classifiers import LinearProbe
 from kshot.data.sampling import FewShotDraw
 from kshot.errors import UserError
 from kshot.features import of_run
@@ -163,8 +164,9 @@ def result(module: Any, data: Any, trainer: Any, tested: Any, directory: Path) -
     ranks = {name: rank for shared in module.shared for name, rank in shared.ranks(module.layers).items()}
     return {
         "method": module.method,
-        "adapter": adapter and adapter | {"lr": next(iter(rates), None)},  # a head's rate comes later
+        "adapter": adapter and adapter | {"lr": next(reversed(rates), None)},  # a head's rate comes first
         "ranks": ranks or None,
+        "head_start": next((part.started for part in module.modules() if isinstance(part, LinearProbe)), None),
         "backbone": module.backbone.name,
         "backbone_sha256": module.backbone.weight_sha256,
         "dataset": data.dataset_name,
@@ -184,6 +186,7 @@ def result(module: Any, data: Any, trainer: Any, tested: Any, directory: Path) -
         "zero_shot_summary": summary(data.protocol, tested.sets, "zero_shot_acc"),
         "per_class": "per_class.csv" if first else None,
         "selection": selection(data.draw) if "val" in module.classifier.needs else "none",
+        "steps": trainer.global_step,
         "trainable_parameters": sum(p.numel() for p in module.parameters() if p.requires_grad),
         "total_parameters": sum(p.numel() for p in module.parameters()),
         "checkpoint_bytes": tuned.stat().st_size if tuned.is_file() else None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from kshot.errors import UserError
 from kshot.evaluate import Evaluation, Tested
 from kshot.features import FeatureStore
 from kshot.module import FewShotModule
+from kshot.optim import epochs_for
 
 QUIET: dict[str, Any] = {
     "logger": False,
@@ -62,6 +64,17 @@ def make_trainer(callbacks: Sequence[Callback] = (), **settings: Any) -> Trainer
     keeps_files = any(isinstance(callback, Checkpoint) for callback in callbacks)
     settings = QUIET | DEFAULTS | {"enable_checkpointing": keeps_files} | settings
     return Trainer(**settings, callbacks=list(callbacks), plugins=[AtomicCheckpoints()])
+
+
+def set_length(trainer: Trainer, data: FewShotDataModule) -> str:
+    """Lets a trainer fit for :func:`~kshot.optim.epochs_for` its data; gives the sentence that tells it."""
+    images, joint = len(data.draw.train), data.batch_size * trainer.world_size
+    each = math.ceil(max(1, images // joint) / trainer.accumulate_grad_batches)
+    trainer.fit_loop.max_epochs = epochs = epochs_for(each)
+    return (
+        f"No length is given: {images:,} images are trained on for {epochs * each:,} steps ({epochs} epochs). Another: "
+        "--trainer.max_epochs or --trainer.max_steps."
+    )
 
 
 def fit(

@@ -24,8 +24,8 @@ from kshot.data.datamodule import FewShotDataModule
 from kshot.errors import UserError, nearest_first
 from kshot.layering import UnknownOptionError, lay, lay_all, listed, options_below
 from kshot.module import FewShotModule
-from kshot.optim import WHOLE_RUN
-from kshot.places import REQUIRED, Place, Places, arguments_of, named, place_of, subclasses
+from kshot.optim import WHOLE_RUN, AdamW
+from kshot.places import REQUIRED, Place, Places, arguments_of, named, place_of, public_path, subclasses
 from kshot.record import RunOptions
 
 LINKED = ("class_names", "templates")  # of the model, which the data set knows
@@ -134,7 +134,7 @@ def laid(line: CommandLine) -> tuple[Places, Tree]:
     """The places for a command's settings, and the settings of a command line laid over each other.
 
     An adapter over a config without one trains with that config's optimizer, made for prompts or a head. It stays so,
-    and ``line.notes`` tells it unless an optimizer was chosen later.
+    and ``line.notes`` tells it unless an optimizer was chosen later, or its rate is the adapter's own.
     """
     for setting, value in SAFE.items():
         with suppress(TypeError):  # a release without it has kshot.layering alone, which refuses before
@@ -162,8 +162,9 @@ def laid(line: CommandLine) -> tuple[Places, Tree]:
         if model.get("optimizer") != before:
             rates = config if config and not isinstance(model.get("adapter"), dict) else ""
     model = tree["model"]["init_args"]
-    if rates and isinstance(model.get("adapter"), dict):
-        optimizer = model["optimizer"]
+    optimizer = model.get("optimizer") or {}
+    left_open = optimizer.get("class_path") == public_path(AdamW) and optimizer["init_args"].get("lr") is None
+    if rates and isinstance(model.get("adapter"), dict) and not left_open:
         line.notes.append(
             f"{class_name(model['adapter'])} trains with the optimizer of {rates}, which has no adapter: "
             f"{class_name(optimizer)}, lr {optimizer['init_args'].get('lr')}. Another: --model.optimizer.lr."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,9 @@ class AdaLoRA(SlotAdapter):
         orthogonality: γ, weight of the term that keeps A and B orthogonal.
         squared: the term sums squared norms, as the paper has it, instead of norms, as its code and PEFT have it.
     """
+
+    rate: ClassVar[float] = 4e-3
+    rate_width: ClassVar[int | None] = 192
 
     initial_rank: int = 12
     target_rank: int = 8

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,9 @@ class AutoLoRA(SlotAdapter):
         first_order: takes the gradient of a at the weights as they are, without looking ahead (DARTS with ξ = 0): two
             passes a step instead of five.
     """
+
+    rate: ClassVar[float] = 4e-3
+    rate_width: ClassVar[int | None] = 192
 
     max_rank: int = 8
     alpha: float = 16.0

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from fnmatch import fnmatchcase
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, ClassVar, TypeVar, get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,8 @@ class Adapter(ABC):
         wise_alpha: α of WiSE-FT (arXiv:2109.01903): evaluation, and what is merged and exported, runs with
             W + α (W' - W), where W' is the trained weight and W the frozen one. Training knows nothing of it, and files
             hold W'. A field of those that can do it.
+        rate: learning rate at which AdamW trains it, where a run leaves that open.
+        rate_width: width of the tower for which that holds; None for any.
 
     Raises:
         UserError: a setting outside its range, when it is made.
@@ -39,6 +41,17 @@ class Adapter(ABC):
     def __post_init__(self) -> None:
         number = isinstance(self.wise_alpha, (int, float)) and 0 <= self.wise_alpha <= 1
         self.require("wise_alpha", number, "be a number from 0 (the frozen weights) to 1 (the trained ones)")
+
+    rate: ClassVar[float] = 1e-3
+    rate_width: ClassVar[int | None] = None
+
+    def default_lr(self, width: int) -> float:
+        """The learning rate for a tower of a width.
+
+        That of what meets the tower's own features is in inverse proportion to their width, as each of Adam's steps
+        moves every number alike, and the output by their sum (LoRA+, Hayou et al. 2024, arXiv:2402.12354, section 3).
+        """
+        return self.rate * self.rate_width / width if self.rate_width and width else self.rate
 
     @abstractmethod
     def attach(self, backbone: Backbone, targets: Sequence[str]) -> None:

@@ -23,6 +23,8 @@ class DoRA(LoRA):
     The settings are LoRA's. The paper takes alpha = 2 rank.
     """
 
+    rate: ClassVar[float] = 5e-4
+
     def wrap(self, slot: Slot, shared: Any) -> DoRALayer:  # noqa: ARG002  shares nothing
         return DoRALayer(slot, self.rank, self.scale)
 

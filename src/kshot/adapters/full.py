@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
@@ -29,9 +29,16 @@ class FullTuning(Adapter):
     only: Literal["all", "bias", "norm"] = "all"
     wise_alpha: float = 1.0
 
+    rate: ClassVar[float] = 1e-4
+    rate_width: ClassVar[int | None] = 192
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require_known("only")
+
+    def default_lr(self, width: int) -> float:
+        alone = {"bias": 1e-2, "norm": 3e-2}  # as many numbers as the tower is wide, that are summed over nothing
+        return alone.get(self.only) or super().default_lr(width)
 
     @torch.inference_mode(False)
     def attach(self, backbone: Backbone, targets: Sequence[str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,9 @@ class HydraLoRA(RankAdapter):
     Args:
         heads: N, each of the rank. With one head it is LoRA.
     """
+
+    rate: ClassVar[float] = 4e-3
+    rate_width: ClassVar[int | None] = 192
 
     heads: int = 3
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -22,6 +22,9 @@ class LoRA(RankAdapter):
     Args:
         rank_stabilised: s = alpha / √rank (rsLoRA, arXiv:2312.03732), as CLIP-LoRA uses.
     """
+
+    rate: ClassVar[float] = 2e-3
+    rate_width: ClassVar[int | None] = 192
 
     rank_stabilised: bool = False
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,9 @@ class LoRAXS(LoRA):
         save_factors: put the frozen factors into the checkpoint, r (in + out) numbers for each slot: it then loads even
             where singular vectors are found otherwise. Without them, such a checkpoint is refused.
     """
+
+    rate: ClassVar[float] = 2e-2
+    rate_width: ClassVar[int | None] = None
 
     init_std: float = 0.0
     save_factors: bool = False

@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,8 @@ class NOLA(RankAdapter):
         save_bits: of a coefficient in the tuned file; training takes 32.
         seed: of A0 and the basis, apart from the run's.
     """
+
+    rate: ClassVar[float] = 5e-3
 
     rank: int = 4
     bases: int = 1024

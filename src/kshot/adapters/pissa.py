@@ -20,6 +20,8 @@ class PiSSA(LoRA):
     The settings are LoRA's. The paper takes alpha = rank and no dropout.
     """
 
+    rate: ClassVar[float] = 5e-4
+
     def wrap(self, slot: Slot, shared: Any) -> PiSSALayer:  # noqa: ARG002  shares nothing
         return PiSSALayer(slot, self.rank, self.scale)
 

@@ -41,6 +41,8 @@ class SVFT(SlotAdapter):
         seed: of the random pattern.
     """
 
+    rate: ClassVar[float] = 5e-3
+
     pattern: Literal["plain", "banded", "random", "top_k"] = "plain"
     band: int = 2
     entries: int | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -25,6 +26,8 @@ class VeRA(SlotAdapter):
         initial: where λ_d starts; λ_b starts at 0.
         seed: of the frozen pair, apart from the run's.
     """
+
+    rate: ClassVar[float] = 1e-2
 
     rank: int = 256
     initial: float = 0.1

@@ -59,11 +59,7 @@ class GDA(LinearBlend, Holder):
         self.register_buffer("rows", torch.zeros(0, backbone.feature_dim))
 
     def solve(self, features: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        classes = len(self.task.class_names)
-        shots = Gaussians.of(features, label, classes)
-        if shots.sizes.max() < 2 or shots.trace < 1e-12 * len(label):
-            return ridge(features, label, classes, None)
-        return *shots.solution(), shots.left_out()[judgeable(label)]
+        return gda(features, label, len(self.task.class_names))
 
     @torch.inference_mode(False)  # a state may be loaded over the rows later
     @torch.no_grad()
@@ -97,6 +93,14 @@ class GDA(LinearBlend, Holder):
         shrinkage = apart.square().sum((1, 2)) / (near.shape[1] - 1)
         weight = torch.stack([precise(mean, a, s) for a, s in zip(apart, shrinkage, strict=True)]).mean(0)
         return torch.cat([weight, biases(mean, weight, mean.new_full((len(mean),), 1 / len(mean)))[:, None]], 1)
+
+
+def gda(features: Tensor, label: Tensor, classes: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """:meth:`LinearBlend.solve` of :class:`GDA`."""
+    shots = Gaussians.of(features, label, classes)
+    if shots.sizes.max() < 2 or shots.trace < 1e-12 * len(label):
+        return ridge(features, label, classes, None)
+    return *shots.solution(), shots.left_out()[judgeable(label)]
 
 
 class Gaussians(NamedTuple):

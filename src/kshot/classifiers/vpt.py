@@ -51,6 +51,8 @@ class VPT(Around):
             )
         if self.inner.image_tokens():
             raise UserError(f"VPT: {kind} has image prompts of its own: use it without VPT.")
+        if isinstance(self.inner, LinearProbe):
+            self.inner.moving = True
         self.image_prompts = nn.Parameter(torch.randn(depth, prompt_length, backbone.image_width) * 0.02)
 
     def image_tokens(self) -> Sequence[Tensor]:
