@@ -160,7 +160,7 @@ class Evaluation(Callback):
         if self.zero_shot_text is not None:
             if not self.untouched:
                 with trainer.precision_plugin.forward_context():
-                    features = pl_module.frozen_features_of(batch)
+                    features = pl_module.frozen_features_of(outputs["batch"])
             zero_shot = cosine_logits(features, self.zero_shot_text, pl_module.backbone.logit_scale)
         if self.parts and batch.frozen is None and (self.untouched or zero_shot is not None):
             of_run(trainer).note(self.parts[dataloader_idx], batch.index, features)
