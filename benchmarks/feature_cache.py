@@ -65,7 +65,7 @@ class Clock(Callback):
 
 
 def carried(batch: Batch) -> str:
-    return "images" if batch.features is None else "features"
+    return "features" if batch.features is not None else "tokens" if batch.tokens is not None else "images"
 
 
 def generate(folder: Path, shots: int, size: int) -> None:

@@ -68,6 +68,7 @@ def run(settings: dict[str, Any], processes: int, measured: bool) -> dict[str, A
         "counts": tested.counts,
         "ranks": ranks,
         "steps": steps,
+        "kept_tokens": module.kept_tokens,
     }
 
 

@@ -108,6 +108,14 @@ def test_feature_cache(run, tmp_path):
     assert all(float(row["loss_diff"]) < 1e-5 for row in rows)
 
 
+def test_kept_tokens(run, tmp_path):
+    given = ["--shots", "1", "--batch", "5", "--size", "32", "--epochs", "2", "--rounds", "1", "--blocks", "1"]
+    rows = run("kept_tokens", *CLIP, *given, "--out", str(tmp_path / "kept_tokens.csv"))["kept_tokens"]
+    assert [row["blocks"] for row in rows] == ["1 of 6"]
+    assert positive(rows[0], "images_s", "tokens_s", "ratio", "kB an image")
+    assert float(rows[0]["loss_diff"]) < 1e-5
+
+
 def test_prompts(run, tmp_path):
     given = ["--quick", "--seconds", "0", "--in-process"]
     rows = run("prompts", *CLIP, *given, "--out", str(tmp_path / "prompts.csv"))["prompts"]

@@ -10,6 +10,7 @@ from data_fixtures import collected, digits, fitted, image_folder, parted_folder
 from kshot.backbones import Preprocessing
 from kshot.data import CropFlip, FewShotDataModule
 from kshot.data.images import FileImages
+from kshot.data.parts import Tokens
 from kshot.errors import UserError
 
 
@@ -34,6 +35,23 @@ class TestFeatures:
             assert torch.equal(kept.features, batch.image.flatten(1).float())
         module.forget_features()
         assert all(same(collected(module.train_dataloader(), epoch), batch) for epoch, batch in enumerate(expected))
+
+    def test_tokens_take_the_place_of_images(self):
+        module = fitted(augment=CropFlip(), views=3, num_workers=1)
+        states, part = torch.randn(40, 3, 4, 5).transpose(0, 1), module.part("train")  # as they come, image by image
+        module.keep_features("train", tokens=Tokens(states, 7), free=True)
+        loader = module.train_dataloader()
+        for epoch in (0, 1, 5):
+            loader.sampler.set_epoch(epoch)
+            for batch in loader:
+                assert (batch.image, batch.features, batch.frozen) == (None, None, None)
+                assert batch.tokens.blocks == 7
+                assert torch.equal(batch.tokens.states, states[epoch % 3, batch.index])
+                assert torch.equal(batch.label, part.labels[batch.index])
+        assert loader.num_workers == 0
+        assert part.arrays == [], "nothing is decoded for them"
+        module.forget_features()
+        assert next(iter(module.train_dataloader())).tokens is None
 
     def test_validation_features(self):
         module = fitted()
@@ -64,6 +82,8 @@ class TestFeatures:
             fitted().keep_features("train", torch.zeros(shape))
         with pytest.raises(ValueError, match="for val, which needs \\(1, 40, D\\)"):
             fitted().keep_features("val", torch.zeros(shape))
+        with pytest.raises(ValueError, match="needs \\(1, 40, L, width\\)"):
+            fitted().keep_features("val", tokens=Tokens(torch.zeros(*shape, 2), 1))
 
 
 class TestTestParts:

@@ -16,7 +16,8 @@ MODULES = sorted(ROOT.rglob("*.py"))
 ORDER = (
     "errors", "judging", "calibration", "lean", "templates", "files", "sealing", "store", "products", "holding",
     "slots", "layers", "backbones",
-    "adapters", "classifiers", "config", "places", "layering", "data", "optim", "header", "features", "prepare",
+    "adapters", "classifiers", "config", "places", "layering", "data", "optim", "header", "features", "kept_tokens",
+    "prepare",
     "metrics", "callbacks", "checkpoint", "evaluate", "module", "run", "folds", "forecast", "foreign",
 )  # fmt: skip
 LIGHT = set(ORDER[: ORDER.index("classifiers") + 1])  # plain torch: no trainer, no command line

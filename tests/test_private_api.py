@@ -31,8 +31,8 @@ PRIVATE = {  # names with an underscore in src
 UNDOCUMENTED = {  # names without one
     "jsonargparse: a factory is partial(builder, class, **settings)": "kshot.optim.built_by finds the class in it",
     "importlib.metadata: what the first finder raises ends a search": "kshot.lean: a start in half the time",
-    "open_clip: visual.ln_pre, _pool, proj; text.attn_mask": "kshot.backbones.open_clip",
-    "timm: norm_pre, patch_drop, q_bias": "kshot.backbones.timm and unfuse",
+    "open_clip: visual.ln_pre, _pool, proj, output_tokens; text.attn_mask": "kshot.backbones.towers and open_clip",
+    "timm: norm_pre, patch_drop, rope, rope_mixed, forward_head, q_bias": "kshot.backbones.towers and unfuse",
 }
 WRITTEN = {  # attributes of foreign modules that src sets
     "hub.py: constants.HF_HUB_OFFLINE": "for as long as weights are loaded: a hub out of reach costs no minute",

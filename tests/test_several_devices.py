@@ -33,6 +33,8 @@ def test_two_processes_equal_one_with_the_doubled_batch(method, both):
     one, two = (found[method] for found in both)
     assert one["moved"] > 0.01, "too little was trained to tell"
     assert one["steps"] == two["steps"] == 4
+    assert one["kept_tokens"] == two["kept_tokens"]
+    assert bool(one["kept_tokens"]) == (method in {"LoRA", "AdaLoRA", "RandLoRA"})  # on the image tower's fifth block
     assert one["counts"] == two["counts"] == ({"test": 539} if method == "LoRA" else {})
     assert one["ranks"] == two["ranks"]
     assert bool(one["ranks"]) == (method == "AdaLoRA")

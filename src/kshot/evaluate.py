@@ -207,7 +207,7 @@ class Evaluation(Callback):
         if self.zero_shot_text is not None:
             if not self.untouched:
                 with trainer.precision_plugin.forward_context():
-                    features = pl_module.frozen_features_of(batch)
+                    features = pl_module.frozen_features_of(outputs["batch"])
             backbone = pl_module.backbone
             compared = projected(features, backbone.projection) if pl_module.classifier.unprojected else features
             zero_shot = cosine_logits(compared, self.zero_shot_text, backbone.logit_scale)

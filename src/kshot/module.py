@@ -28,6 +28,7 @@ from kshot.errors import UserError
 from kshot.evaluate import Evaluation
 from kshot.features import FeatureStore, store_of
 from kshot.header import data_settings, header_of
+from kshot.kept_tokens import begun, encoded_batch
 from kshot.layering import check_stored
 from kshot.optim import AdamW, OptimizerFactory, ScheduleFactory, make_optimizer, scheduling
 from kshot.templates import DEFAULT_TEMPLATE
@@ -47,7 +48,8 @@ class FewShotModule(pl.LightningModule):
         schedule: of the learning rate, per step; None keeps it constant.
         head_lr: learning rate of the classifier's own tensors, prompts in the image tower excepted; None takes the
             optimizer's.
-        cache_features: run an image tower that nothing trains once per image and keep the features.
+        cache_features: run an image tower that nothing trains once per image and keep the features; of one whose last
+            blocks alone train, keep the tokens before them.
 
     Raises:
         UserError: a part refuses another, such as a text classifier a backbone without text tower.
@@ -86,6 +88,7 @@ class FewShotModule(pl.LightningModule):
         self.calibration = Calibration()  # of what was learnt, by held-out shots
         self.split: dict[str, Any] | None = None  # of the data that it runs on, for the header
         self.drawn_from: dict[str, Any] | None = None  # and how that gives it images
+        self.kept_tokens: dict[str, Any] | None = None  # in its last fit
         self.accuracy = MulticlassAccuracy(max(2, len(class_names)), average="micro")  # of the validation shots
 
     @classmethod
@@ -155,19 +158,17 @@ class FewShotModule(pl.LightningModule):
         return self.backbone.encode_image(image, self.classifier.image_tokens(), self.classifier.unprojected)
 
     def features_of(self, batch: Batch) -> Tensor:
-        """Image features, (B, D): those of the batch, or computed from its images."""
+        """Image features, (B, D): those of the batch, or computed from its images or tokens."""
         if batch.features is not None:
             return batch.features
-        assert batch.image is not None, "a batch has images or features"
-        return self.encode_image(batch.image)
+        return encoded_batch(self.backbone, batch, self.classifier.image_tokens(), self.classifier.unprojected)
 
     def frozen_features_of(self, batch: Batch) -> Tensor:
         """Image features, (B, D), of the untouched backbone."""
         if batch.frozen is not None:
             return batch.frozen
-        assert batch.image is not None, "a batch has images or features"
         with self.backbone.unadapted(), torch.no_grad():
-            return self.backbone.encode_image(batch.image, (), self.classifier.unprojected)
+            return encoded_batch(self.backbone, batch, (), self.classifier.unprojected)
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """The classifier's terms and the adapter's penalty."""
@@ -269,10 +270,11 @@ class FewShotModule(pl.LightningModule):
         self.accuracy(self.classifier(self.features_of(batch)), batch.label)
         self.log("val/acc", self.accuracy, prog_bar=True, batch_size=len(batch.label))
 
-    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:  # noqa: ARG002  Lightning's signature
-        """Image features, (B, D), and logits, (B, classes), for the test set that :class:`Evaluation` has opened."""
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:  # noqa: ARG002  Lightning's signature
+        """Image features, (B, D), and logits, (B, classes), for the test set that is open, and the batch as it ran."""
+        batch = begun(self, batch)
         features = self.features_of(batch)
-        return {"features": features, "logits": self.classifier(features)}
+        return {"features": features, "logits": self.classifier(features), "batch": batch}
 
     def predict_step(self, batch: Batch, batch_idx: int) -> tuple[Tensor, ...]:  # noqa: ARG002  Lightning's signature
         """Positions, (B,), calibrated class probabilities, (B, classes), and negative energies, (B,)."""

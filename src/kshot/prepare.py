@@ -15,6 +15,7 @@ from kshot.data.parts import Batch
 from kshot.errors import UserError
 from kshot.features import encoded, keep_features, look_up, parts_to_start, place, untouched_shots
 from kshot.holding import merged
+from kshot.kept_tokens import keep_tokens
 from kshot.optim import staged_schedule
 
 Module = Any  # a FewShotModule, which imports this file
@@ -51,6 +52,7 @@ def prepare(module: Module, data: Data, trainer: Trainer) -> None:
         try_step(module, trainer, steps)
         if data is not None:
             keep_features(module, data, trainer)
+            module.kept_tokens = keep_tokens(module, data, trainer)
         if trainer.ckpt_path is None:
             search(module, data, trainer, steps)
 

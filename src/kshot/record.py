@@ -182,6 +182,7 @@ def result(module: Any, data: Any, trainer: Any, tested: Any, directory: Path) -
         "test_images": tested.sizes,
         "left_out": tested.left_out,
         "features": features_of(trainer),
+        "kept_tokens": module.kept_tokens,
         "summary": summary(data.protocol, tested.sets),
         "zero_shot_summary": summary(data.protocol, tested.sets, "zero_shot_acc"),
         "per_class": "per_class.csv" if first else None,

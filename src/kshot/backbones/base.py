@@ -7,13 +7,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
-from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from kshot.backbones import towers
 from kshot.backbones.preprocessing import Preprocessing
+from kshot.backbones.tokens import PARTS
 from kshot.backbones.unfuse import restore
 from kshot.errors import UserError
 from kshot.slots import AdapterLayer, Slot, adapters_off, projections_of
@@ -67,9 +68,26 @@ class Backbone(nn.Module, ABC):
     def encode_normalised(self, image: Tensor) -> Tensor:
         """Image features, (B, feature_dim), of normalised images, (B, 3, H, W)."""
 
+    @property
+    def tower(self) -> Any:
+        """The image tower of open_clip or timm, without a head that stands beside it; None for one of another kind."""
+        return None
+
+    def head(self, pooled: Tensor) -> Tensor:
+        """Image features, (B, feature_dim), of what the tower makes of its last tokens, (B, D)."""
+        return pooled
+
     def encode_prompted(self, image: Tensor, tokens: Sequence[Tensor]) -> Tensor:
-        """The same with learned tokens, as :meth:`encode_image`; for a tower with ``image_blocks``."""
-        raise NotImplementedError(f"the image tower of {self.name} takes no learned tokens")
+        """Features of normalised images with learned tokens, as :meth:`encode_image`, in a tower with blocks."""
+        return self.head(towers.pooled(self.tower, self.last_state(image, tokens)))
+
+    def last_state(self, image: Tensor, tokens: Sequence[Tensor]) -> Tensor:
+        """Tokens, (B, L, width), behind the last block, of normalised images with learned tokens."""
+        if self.tower is None:
+            raise NotImplementedError(f"the image tower of {self.name} takes no learned tokens")
+        tokens = [*map(towers.norm_before(self.tower), tokens[:1]), *tokens[1:]]
+        runs = towers.runs_of(self.tower, self.image_size)
+        return towers.run_prompted(runs, towers.embedded(self.tower, image), tokens)
 
     def encode_unprojected(self, image: Tensor, tokens: Sequence[Tensor]) -> Tensor:
         """What the last projection is put on, (B, width), as :meth:`encode_image`; for a tower with one."""
@@ -84,13 +102,53 @@ class Backbone(nn.Module, ABC):
                 tokens of the image, those of a later block replace them (Jia et al. 2022, arXiv:2203.12119).
             unprojected: gives (B, width) from before the last projection instead, of a tower with one.
         """
-        dtype = torch.promote_types(self.mean.dtype, torch.float32)
-        image = image.to(dtype) / 255 if image.dtype == torch.uint8 else image.to(dtype)
-        image = ((image - self.mean) / self.std).to(self.mean.dtype)
+        image = self.normalised(image)
         with self.passing("image"):
             if unprojected:
                 return self.encode_unprojected(image, tokens)
             return self.encode_prompted(image, tokens) if tokens else self.encode_normalised(image)
+
+    def normalised(self, image: Tensor) -> Tensor:
+        """Images as :meth:`encode_image` takes them, by the mean and deviation of the weights."""
+        dtype = torch.promote_types(self.mean.dtype, torch.float32)
+        image = image.to(dtype) / 255 if image.dtype == torch.uint8 else image.to(dtype)
+        return ((image - self.mean) / self.std).to(self.mean.dtype)
+
+    def leading_blocks(self) -> int:
+        """The number of first blocks of the image tower that all that is attached or unfrozen leaves as they are.
+
+        Nothing before them is changed either, so that the tokens behind them are those of the untouched tower: 0 where
+        anything is, or the tower cannot be entered behind a block. Features of four blocks need the last four states.
+        """
+        if self.tower is None or not towers.enterable(self.tower):
+            return 0
+        count = len(towers.blocks_of(self.tower))
+        trained = [name for name, p in self.named_tower_parameters() if name.startswith("image.") and p.requires_grad]
+        changed = [towers.first_effect(name, count) for name in (*trained, *self.layers("image"))]
+        return min([count + 1 - self._states, *changed])
+
+    @property
+    def _states(self) -> int:
+        """How many of the last states of the image tower its features are made of."""
+        return 1 if self.features == "default" else max(1, PARTS[self.features][0])
+
+    def encode_start(self, image: Tensor, blocks: int) -> Tensor:
+        """Tokens, (B, L, width), behind the first blocks, of images as :meth:`encode_image` takes them.
+
+        Args:
+            image: (B, 3, image_size, image_size).
+            blocks: at most :meth:`leading_blocks`.
+        """
+        runs = towers.runs_of(self.tower, self.image_size)[:blocks]
+        return towers.run_on(runs, towers.embedded(self.tower, self.normalised(image)), 1)[0]
+
+    def encode_rest(self, tokens: Tensor, blocks: int) -> Tensor:
+        """Image features, (B, feature_dim), from tokens, (B, L, width), that :meth:`encode_start` gave."""
+        with self.passing("image"):
+            states = towers.run_on(towers.runs_of(self.tower, self.image_size)[blocks:], tokens, self._states)
+            if self.features != "default":
+                return towers.probed_states(self.tower, states, self.features)
+            return self.head(towers.pooled(self.tower, states[-1]))
 
     def passing(self, tower: str = "") -> Any:
         """A pass through a tower, or both: what its adapter layers make together is made at the start."""
@@ -250,8 +308,14 @@ class Backbone(nn.Module, ABC):
         self.requires_grad_(False)
 
     def train(self, mode: bool = True) -> Backbone:
-        """Switches adapters; the frozen towers stay in evaluation mode unless a method trains their own parameters."""
+        """Switches adapters; the frozen towers stay in evaluation mode unless a method trains their own parameters.
+
+        Leading blocks of the image tower, which no method changes, stay in it even then.
+        """
         super().train(mode and self.initial_values is not None)
+        if self.training:
+            for module in towers.leading_modules(self.tower, self.leading_blocks()):
+                module.eval()
         for module in self.modules():
             if isinstance(module, AdapterLayer):
                 module.train(mode)
@@ -286,19 +350,6 @@ def require_image_prompts(backbone: Backbone, who: str) -> None:
             f"{who} puts learned tokens into the image tower, which that of {backbone.name} cannot take: use a plain "
             "vision transformer (no ResNet, no rotary positions)."
         )
-
-
-def run_prompted(blocks: Iterable[nn.Module], x: Tensor, prompts: Sequence[Tensor]) -> Tensor:
-    """Runs blocks on tokens, (B, L, width), with prompts behind them; returns the L tokens without prompts.
-
-    There are prompts, (n, width), for each of the first blocks; after these, the states of the last ones stay.
-    """
-    length = x.shape[1]
-    for block, prompt in zip_longest(blocks, prompts):
-        if prompt is not None:
-            x = torch.cat([x[:, :length], prompt.to(x.dtype).expand(len(x), -1, -1)], 1)
-        x = block(x)
-    return x[:, :length]
 
 
 def sha256_of(model: nn.Module) -> str:

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from kshot.backbones.attention import Attention, PackedText
-from kshot.backbones.base import check_image_size, run_prompted, sha256_of
+from kshot.backbones.base import check_image_size, sha256_of
 from kshot.backbones.hub import out_of_reach, quiet_loading
 from kshot.backbones.language import VisionLanguageBackbone
 from kshot.backbones.preprocessing import Preprocessing
-from kshot.backbones.timm import prompt_shape, prompted_features
 from kshot.backbones.tokens import Features, probed, width_of
+from kshot.backbones.towers import prompt_shape
 from kshot.backbones.unfuse import unfuse_open_clip, unfuse_timm
 from kshot.errors import UserError, first_line, nearest_first
 from kshot.lean import without
@@ -131,8 +131,7 @@ class OpenClip(VisionLanguageBackbone):
 
     def encode_normalised(self, image: Tensor) -> Tensor:
         if self.features != "default":
-            visual = self.clip.visual
-            return probed(getattr(visual, "trunk", visual), image, self.features)
+            return probed(self.tower, image, self.features)
         return cast(Tensor, self.clip.encode_image(image))
 
     @property
@@ -141,19 +140,15 @@ class OpenClip(VisionLanguageBackbone):
         return projection.detach() if isinstance(projection, Tensor) else None
 
     def encode_unprojected(self, image: Tensor, tokens: Sequence[Tensor]) -> Tensor:
-        visual = self.clip.visual
-        x = visual._embeds(image)  # ends with ln_pre, which treats tokens alike
-        first = [visual.ln_pre(each) for each in tokens[:1]]
-        x = run_prompted(visual.transformer.resblocks, x, [*first, *tokens[1:]])
-        pooled, _ = visual._pool(x)
+        pooled, _ = self.tower._pool(self.last_state(image, tokens))
         return cast(Tensor, pooled)
 
-    def encode_prompted(self, image: Tensor, tokens: Sequence[Tensor]) -> Tensor:
-        visual = self.clip.visual
-        if hasattr(visual, "trunk"):
-            return cast(Tensor, visual.head(prompted_features(visual.trunk, image, tokens)))
-        pooled = self.encode_unprojected(image, tokens)
-        return pooled if visual.proj is None else pooled @ visual.proj
+    @property
+    def tower(self) -> Any:
+        return getattr(self.clip.visual, "trunk", self.clip.visual)
+
+    def head(self, pooled: Tensor) -> Tensor:
+        return cast(Tensor, self.clip.visual.head(pooled)) if hasattr(self.clip.visual, "trunk") else pooled
 
     def named_tower_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         for name, parameter in self.clip.named_parameters():

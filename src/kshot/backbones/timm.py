@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from kshot.backbones.base import Backbone, check_image_size, run_prompted, sha256_of
+from kshot.backbones.base import Backbone, check_image_size, sha256_of
 from kshot.backbones.hub import out_of_reach, quiet_loading
 from kshot.backbones.preprocessing import Preprocessing
 from kshot.backbones.tokens import Features, probed, width_of
+from kshot.backbones.towers import prompt_shape
 from kshot.backbones.unfuse import unfuse_timm
 from kshot.errors import UserError, first_line, nearest_first
 
@@ -98,27 +99,11 @@ class Timm(Backbone):
             return probed(self.vit, image, self.features)
         return cast(Tensor, self.vit(image))
 
-    def encode_prompted(self, image: Tensor, tokens: Sequence[Tensor]) -> Tensor:
-        return prompted_features(self.vit, image, tokens)
+    @property
+    def tower(self) -> Any:
+        return self.vit
 
     def named_tower_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         for name, parameter in self.vit.named_parameters():
             if ".adapters." not in name:
                 yield f"image.{name}", parameter
-
-
-def prompt_shape(vit: Any) -> tuple[int, int]:
-    """Blocks that learned tokens can enter and their width; (0, 0) for what is no plain vision transformer.
-
-    Rotary positions are given to all tokens but the first few, so that tokens without a position have no place there.
-    """
-    from timm.models.vision_transformer import VisionTransformer
-
-    return (len(vit.blocks), vit.embed_dim) if isinstance(vit, VisionTransformer) else (0, 0)
-
-
-def prompted_features(vit: Any, image: Tensor, prompts: Sequence[Tensor]) -> Tensor:
-    """Features, (B, D), of a plain vision transformer of timm with learned tokens, as ``Backbone.encode_image``."""
-    x = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(image))))
-    x = run_prompted(vit.blocks, x, [vit.norm_pre(prompts[0]), *prompts[1:]])
-    return cast(Tensor, vit.forward_head(vit.norm(x)))

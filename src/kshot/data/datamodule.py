@@ -257,13 +257,13 @@ class FewShotDataModule(PredictionData):
         return 1 if self.augment is None else self.views or 0
 
     def keep_features(self, part: str, *features: Tensor | None, **how: Any) -> None:
-        """``Part.keep`` for features in the order of ``eval_order_dataloader``."""
+        """``Part.keep`` for features, or tokens, in the order of ``eval_order_dataloader``."""
         self.part(part).keep(*features, **how)
 
     def forget_features(self) -> None:
         """Lets the batches of all parts carry images again, and nothing else."""
         for part in self._parts.values():
-            part.features, part.frozen, part.known, part.idle = None, None, None, False
+            part.features, part.frozen, part.tokens, part.known, part.idle = None, None, None, None, False
 
     def test_sizes(self) -> dict[str, int]:
         """Gives the number of images that could be read by name of the test set; there after ``setup("test")``."""

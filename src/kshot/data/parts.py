@@ -28,15 +28,28 @@ logger = logging.getLogger("kshot")
 KEPT_AT_ONCE = 1024  # decoded images that are written to one file
 
 
+class Tokens(NamedTuple):
+    """Tokens behind the first blocks of an image tower.
+
+    Attributes:
+        states: (B, L, width), or (V, N, L, width) of V views of N images, in the dtype in which they were computed.
+        blocks: the number of these blocks.
+    """
+
+    states: Tensor
+    blocks: int
+
+
 class Batch(NamedTuple):
     """What a data loader yields.
 
     Attributes:
-        image: (B, 3, S, S) uint8; None where features are kept.
+        image: (B, 3, S, S) uint8; None where features or tokens are kept.
         label: (B,) int64, -1 where unknown.
         index: (B,) int64 position in the part.
         features: (B, D) by this run's image tower, where they are kept.
         frozen: (B, D) by the untouched backbone, where they are kept.
+        tokens: of the images, where they are kept.
     """
 
     image: Tensor | None
@@ -44,6 +57,7 @@ class Batch(NamedTuple):
     index: Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody looks for in a batch
     features: Tensor | None = None
     frozen: Tensor | None = None
+    tokens: Tokens | None = None
 
 
 @dataclass(eq=False, repr=False)
@@ -77,6 +91,7 @@ class Part(Dataset[Batch]):
         left_out: number of images that cannot be read.
         features: (V, N, D) for V views, once kept; loaders that exist already hand them out.
         frozen: the same for ``Batch.frozen``.
+        tokens: the same for ``Batch.tokens``.
         known: (N,) bool, of which images both have rows; None for all.
         idle: no step asks for images: features are to come, or there are no steps.
         places: of a subset, the positions in the whole part, which decide what its random views are.
@@ -104,6 +119,7 @@ class Part(Dataset[Batch]):
     arrays: list[np.ndarray] = field(default_factory=list, init=False)
     features: Tensor | None = field(default=None, init=False)
     frozen: Tensor | None = field(default=None, init=False)
+    tokens: Tokens | None = field(default=None, init=False)
     known: Tensor | None = field(default=None, init=False)
     idle: bool = field(default=False, init=False)
     places: Sequence[int] | None = field(default=None, init=False)
@@ -165,21 +181,24 @@ class Part(Dataset[Batch]):
         features: Tensor | None = None,
         frozen: Tensor | None = None,
         *,
+        tokens: Tokens | None = None,
         free: bool = False,
         known: Tensor | None = None,
     ) -> None:
-        """Lets batches carry features: of this run in the place of images, of the untouched backbone beside them.
+        """Lets batches carry features or tokens in the place of images, and features of the untouched backbone beside.
 
-        Both are (V, N, D) on the CPU; None leaves them as they are. With ``free`` decoded images are dropped until they
-        are asked for. ``known``, (N,), says which images have features; None for all. A batch with another one carries
-        images. Raises ValueError for another shape, and for endless views.
+        Features are (V, N, D) and tokens (V, N, L, width), on the CPU; None leaves them as they are. With ``free``
+        decoded images are dropped until they are asked for. ``known``, (N,), says which images have features; None for
+        all. A batch with another one carries images. Raises ValueError for another shape, and for endless views.
         """
-        for given in (features, frozen):
-            if given is not None and (given.ndim, *given.shape[:2]) != (3, self.views or -1, len(self)):
-                expected = f"({self.views}, {len(self)}, D)"
+        for given, more in ((features, "D"), (frozen, "D"), (tokens and tokens.states, "L, width")):
+            dimensions = 2 + len(more.split())
+            if given is not None and (given.ndim, *given.shape[:2]) != (dimensions, self.views or -1, len(self)):
+                expected = f"({self.views}, {len(self)}, {more})"
                 raise ValueError(f"features of shape {tuple(given.shape)} for {self.name}, which needs {expected}")
         self.features = self.features if features is None else features
         self.frozen = self.frozen if frozen is None else frozen
+        self.tokens = self.tokens if tokens is None else tokens
         self.known = None if known is None or known.all() else known
         if free:
             self.arrays = []
@@ -196,7 +215,7 @@ class Part(Dataset[Batch]):
     @property
     def opens_images(self) -> bool:
         """Whether any batch carries images."""
-        return self.features is None or self.known is not None
+        return (self.features is None and self.tokens is None) or self.known is not None
 
     def context(self) -> dict[str, Any]:
         """All that decides the pixels of a view beside its key, in plain data."""
@@ -234,8 +253,9 @@ class Part(Dataset[Batch]):
             kept[view % self.views, index] if kept is not None and there else None
             for kept in (self.features, self.frozen)
         )
-        image = self.images(keys) if features is None else None
-        return Batch(image, self.labels[index], index, features, frozen)
+        tokens = self.tokens and self.tokens._replace(states=self.tokens.states[view % self.views, index])
+        image = self.images(keys) if features is None and tokens is None else None
+        return Batch(image, self.labels[index], index, features, frozen, tokens)
 
     def images(self, keys: Sequence[Key]) -> Tensor:
         """Makes views of images, uint8 (B, 3, S, S); each image is decoded at most once for all of them."""
