@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import yaml  # type: ignore[import-untyped]
 from jsonargparse import ArgumentError
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -113,10 +114,14 @@ class FewShotCLI(LightningCLI):
         add_options(parser, self.line.command)
 
     def before_instantiate_classes(self) -> None:
-        """Answers --print_config."""
+        """Answers --print_config; else writes the settings out once, for config.yaml and for checkpoints."""
         if "print_config" in self.line.flags:
             print(self.parser.dump(self.config, skip_none=False), end="")
             raise SystemExit(0)
+        run = self.config["run"]  # with its name, so that the saved file, given again, adds to the same folder
+        run["name"] = run["name"] or "+".join(Path(c).stem for c in self.line.configs) or self.line.command
+        self.config_text = self.parser.dump(self.config, skip_none=False, skip_validation=True)
+        self.config_dump = yaml.safe_load(self.config_text)  # which LightningCLI would make, with all checks once more
 
     def instantiate_classes(self) -> None:
         """Builds data, model and trainer, and gives the data the preprocessing of the backbone.
@@ -162,13 +167,10 @@ class FewShotCLI(LightningCLI):
             print(note, file=sys.stderr)
         if getattr(self.trainer, "fast_dev_run", False):
             return
-        name = self.options.name or "+".join(Path(c).stem for c in self.line.configs) or self.line.command
         begun = self.unfinished_run()
-        self.directory = begun or record.new_directory(Path(self.options.root), name)
+        self.directory = begun or record.new_directory(Path(self.options.root), str(self.options.name))
         self.lock.enter_context(record.owned(self.directory))
-        self.config["run"]["name"] = name  # so that the saved file, given again, adds to the same folder
-        text = self.parser.dump(self.config, skip_none=False, skip_validation=True)
-        write_text(self.directory / "config.yaml", text)
+        write_text(self.directory / "config.yaml", self.config_text)
         self.resume_file.folder = self.directory / RESUME_FROM[0]
         make_folder(self.resume_file.folder, parents=False)
         self.resume_file.metrics.file = self.directory / "metrics.csv"

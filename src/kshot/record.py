@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, distribution, version
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch import Tensor
 from kshot import __version__
 from kshot.data.sampling import FewShotDraw
 from kshot.errors import UserError
-from kshot.features import of_run
+from kshot.features import of_run, version
 from kshot.files import amount, write_csv
 
 LIBRARIES = ("torch", "lightning", "open_clip_torch", "timm", "torchvision", "torchmetrics", "jsonargparse")
