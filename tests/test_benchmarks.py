@@ -1,7 +1,6 @@
 """Every script in ``benchmarks`` runs for one tiny round and writes its rows; ``side_by_side.py`` is shared."""
 
 import csv
-import gc
 import logging
 import math
 import runpy
@@ -22,12 +21,10 @@ def run(monkeypatch, tmp_path):
 
     def start(script: str, *arguments: str) -> dict[str, list[dict[str, str]]]:
         main = runpy.run_path(str(FOLDER / f"{script}.py"))["main"]
-        gc.freeze()  # what is there already need not be searched each time that memory is measured
         main(list(arguments))
         return {file.stem: list(csv.DictReader(file.open(newline=""))) for file in tmp_path.glob("*.csv")}
 
     yield start
-    gc.unfreeze()
     logging.disable(logging.NOTSET)  # scripts silence what libraries say
 
 

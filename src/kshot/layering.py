@@ -9,6 +9,7 @@ import re
 import typing
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from functools import cache
 from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser
@@ -168,16 +169,23 @@ def check_plain(place: Place, value: Any, where: str) -> None:
     if place.calls and isinstance(word, str) and (is_path(word) or os.path.isfile(word)):  # noqa: PTH113  of any length
         raise UserError(f"{where} takes a function, which a config cannot give: not {word!r}.")
     check_range(where, value)
-    if place.hint is not Any:
-        parser = ArgumentParser(exit_on_error=False)
+    kinds = alternatives(place.hint)
+    if Any not in kinds and type(value) not in kinds:  # else it is taken as it is
         with suppress(ValueError):  # a type that jsonargparse has no rule for
             try:
-                parser.add_argument("--value", type=place.hint)
-                parser.parse_object({"value": value})
+                parser_of(place.hint).parse_object({"value": value})
             except (ArgumentError, TypeError) as error:
-                names = [name for part in alternatives(place.hint) for name in names_of(part)]
+                names = [name for part in kinds for name in names_of(part)]
                 wanted = " or ".join(dict.fromkeys(names))
                 raise UserError(f"{where}: Expected {wanted}. Got value: {value}") from error
+
+
+@cache
+def parser_of(hint: Any) -> ArgumentParser:
+    """What reads a value of a type; raises ValueError for one that jsonargparse has no rule for."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--value", type=hint)
+    return parser
 
 
 def names_of(hint: Any) -> list[str]:
