@@ -31,7 +31,7 @@ from kshot.evaluate import Tested
 from kshot.files import make_folder, write_text
 from kshot.foreign import released_tensors
 from kshot.header import header_of
-from kshot.layering import listed
+from kshot.layering import listed, written_out
 from kshot.module import FewShotModule
 from kshot.optim import watches
 from kshot.prepare import check_classes
@@ -61,9 +61,10 @@ def run(arguments: Sequence[str], started: float | None = None) -> FewShotCLI:
     if line.help_for or "help" in line.flags:
         print(help_text(line))
         raise SystemExit(0)
-    _, tree = settings(line)
+    places, tree = settings(line)
+    tree["trainer"] = TRAINER_DEFAULTS | tree["trainer"]
     try:
-        cli = FewShotCLI(line, tree, started)
+        cli = FewShotCLI(line, written_out(places, tree), started)
     except ArgumentError as error:
         raise UserError(" ".join(str(error).split())[:600]) from error
     try:
@@ -100,7 +101,6 @@ class FewShotCLI(LightningCLI):
             seed_everything_default=1,
             auto_configure_optimizers=False,
             save_config_callback=None,
-            trainer_defaults=TRAINER_DEFAULTS,
             parser_kwargs={"exit_on_error": False, "dump_header": [f"kshot=={__version__}"]},
             args=tree,
             run=False,
@@ -112,6 +112,12 @@ class FewShotCLI(LightningCLI):
         for name in LINKED:
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
         add_options(parser, self.line.command)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Reads settings of which each is there, so that jsonargparse need not look for defaults class by class."""
+        self.config = parser.parse_object(args, defaults=False)
+        for name in LINKED:
+            self.config["model"]["init_args"][name] = None  # the place where the data set's are put
 
     def before_instantiate_classes(self) -> None:
         """Answers --print_config; else writes the settings out once, for config.yaml and for checkpoints."""

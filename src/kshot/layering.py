@@ -19,6 +19,7 @@ from kshot.classifiers import Classifier
 from kshot.config import Tree, read_word, walk
 from kshot.errors import UserError, nearest_first
 from kshot.places import (
+    REQUIRED,
     Place,
     Places,
     alternatives,
@@ -33,6 +34,7 @@ DURATION = ("weeks", "days", "hours", "minutes", "seconds")
 BUILDER = "lightning.pytorch.cli.instantiate_module"  # what LightningCLI writes into checkpoints
 Rule = tuple[Callable[[Any], Any], str]  # what holds of a value, and what completes "is 0, and must ..."
 SPEC: Tree = {"class_path": str, "init_args": dict | None, "dict_kwargs": dict | None}  # a class and its settings
+PLAIN = {bool, int, float, str, type(None), list, tuple, dict}  # what a config holds
 INF, MANY = math.inf, 2**31
 POSITIVE: Rule = (lambda x: 0 < x < INF, "be a positive number, such as 1e-3")
 FROM_0: Rule = (lambda x: 0 <= x < INF, "be finite, and 0 or more")
@@ -265,3 +267,30 @@ def options_below(places: Places, tree: Tree, where: str = "") -> Iterator[tuple
             chosen = place.group or named(value["class_path"], place.bases, inner)
             own = value if place.group else value["init_args"]
             yield from options_below(arguments_of(chosen, place.given)[0], own, inner)
+
+
+def written_out(places: Places, tree: Tree) -> Tree:
+    """Settings with the defaults of what is not given, at every depth; a default that no config can hold stays out."""
+    found = {name: _stated(place) for name, place in places.items()} | tree
+    found = {name: value for name, value in found.items() if value is not REQUIRED}
+    return {name: _with_defaults(places.get(name, Place()), value) for name, value in found.items()}
+
+
+def _stated(place: Place) -> Any:
+    """The default of a place as a config states it, or REQUIRED."""
+    if place.bases and isinstance(place.default, type):
+        return {"class_path": public_path(place.default), "init_args": {}}
+    return place.default if all(type(each) in PLAIN for each in walk(place.default)) else REQUIRED
+
+
+def _with_defaults(place: Place, value: Any) -> Any:
+    if isinstance(value, list) and place.items is not None:
+        return [_with_defaults(place.items, each) for each in value]
+    if not isinstance(value, dict):
+        return value
+    if place.bases and "class_path" in value:
+        chosen = named(value["class_path"], place.bases, "")
+        return value | {"init_args": written_out(arguments_of(chosen, place.given)[0], value["init_args"])}
+    if place.group:
+        return written_out(arguments_of(place.group)[0], value)
+    return value if place.items is None else {key: _with_defaults(place.items, each) for key, each in value.items()}
