@@ -26,10 +26,21 @@ hypothesis.settings.register_profile("kshot", deadline=None)  # a busy machine i
 hypothesis.settings.load_profile("kshot")
 
 
-def pytest_collection_finish():
-    """What is there before the first test stays to the end: nobody need search it for garbage again and again."""
+def keep_what_is_there():
+    """Takes what outlives a file for what stays to the end, which nobody searches for garbage again and again."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_collection_finish():
+    keep_what_is_there()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _kept():
+    """In a process that has run half of all files, one search for garbage took five seconds."""
+    yield
+    keep_what_is_there()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -3,6 +3,7 @@
 import csv
 import logging
 import math
+import re
 import runpy
 import shutil
 from pathlib import Path
@@ -132,6 +133,14 @@ def test_few_shot(run, tmp_path, capsys):
     assert positive(rows[0], "acc", "peak_memory_mb")
     assert run("few_shot", *given)["few_shot"] == rows  # the row is there: no process is started
     assert "| class_mean |" in capsys.readouterr().out
+
+
+def test_few_shot__by_processes_of_their_own(run, tmp_path, capsys):
+    """As the table of the README is made."""
+    given = ["--methods", "class_mean", "--shots", "1", "--seeds", "1", "2", "--out", str(tmp_path / "few_shot.csv")]
+    rows = run("few_shot", *given, *RUN, "--trainer.limit_test_batches", "1")["few_shot"]
+    assert [row["seed"] for row in rows] == ["1", "2"]
+    assert re.search(r"\| class_mean \| \d\d\.\d ± \d+\.\d \| 0 \|", capsys.readouterr().out)
 
 
 def test_base_to_new(run, tmp_path):
