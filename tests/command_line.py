@@ -21,6 +21,8 @@ QUICK += ["--data.views", "2"]  # recorded crops of the ten
 QUICK += ["--data.eval_batch_size", "16", "--trainer.limit_test_batches", "1"]  # of the 539 test scans
 WHOLE = ["--trainer.limit_test_batches", "1.0", "--data.eval_batch_size", "64"]
 UNTESTED = ["--run.test", "false"]
+TWO = ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp", *QUICK]
+TWO[TWO.index("--trainer.enable_progress_bar") + 1] = "true"  # a bar on the first device alone asks for means
 FIT = ["fit", "--config", "clip_16shot.yaml"]
 
 

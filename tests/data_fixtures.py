@@ -7,6 +7,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from PIL import Image
+from sklearn.datasets import load_digits
 
 from kshot.data import Batch, FewShotDataModule
 from kshot.data.splits import Row, Split, make_split
@@ -23,6 +24,19 @@ def image_folder(root: Path, classes: dict[str, int], part: str = "") -> Path:
     for c, (name, count) in enumerate(classes.items()):
         for i in range(count):
             save_image(root / part / name / f"{i:02}.png", seed=100 * c + i + len(part))
+    return root
+
+
+def digit_folder(root: Path, words: tuple[str, ...] = ("zero", "one", "two"), **parts: int) -> Path:
+    """Scans of handwritten digits in folders of parts and classes; ``train=4`` gives each class four to train on."""
+    digits = load_digits()
+    for label, word in enumerate(words):
+        images = iter(digits.images[digits.target == label])
+        for part, count in parts.items():
+            folder = root / part / word
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.fromarray((next(images) * (255 / 16)).astype(np.uint8)).save(folder / f"{i:02}.png")
     return root
 
 

@@ -25,6 +25,7 @@ from kshot.lean import load_lightning
 load_lightning()
 
 import towers  # noqa: E402
+from data_fixtures import digit_folder  # noqa: E402
 
 import kshot.adapters  # noqa: E402
 import kshot.classifiers  # noqa: E402
@@ -70,9 +71,9 @@ def cases() -> dict[str, dict[str, Any]]:
     return found
 
 
-def data_for(**settings: Any) -> FewShotDataModule:
-    sizes = {"shots": 2, "batch_size": 8, "eval_batch_size": 16}
-    return FewShotDataModule("digits", **sizes, augment=CropFlip(flip=0.0), views=2, **settings)
+def data_for(scans: Path, **settings: Any) -> FewShotDataModule:
+    sizes = {"shots": 2, "batch_size": 3, "eval_batch_size": 16}
+    return FewShotDataModule(str(scans), **sizes, augment=CropFlip(flip=0.0), views=2, **settings)
 
 
 def figures(backbone: Backbone, data: FewShotDataModule, settings: dict[str, Any], store: Any = None) -> dict[str, Any]:
@@ -104,8 +105,8 @@ def in_child(work: Any) -> Any:
     return json.loads(text) if text else None
 
 
-def all_in_one(backbone: Backbone) -> dict[str, Any]:
-    data = data_for()
+def all_in_one(backbone: Backbone, scans: Path) -> dict[str, Any]:
+    data = data_for(scans)
     store = FeatureStore(backbone)
     before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
     found: dict[str, Any] = {}
@@ -122,10 +123,11 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         towers.use_folder(Path(folder))
+        scans = digit_folder(Path(folder) / "scans", train=4, val=2, test=6)
         backbone = towers.build("clip")
-        shared = in_child(lambda: all_in_one(backbone))
+        shared = in_child(lambda: all_in_one(backbone, scans))
         fresh = {  # in which nothing is shared
-            name: in_child(lambda settings=settings: figures(backbone, data_for(store_gb=0), settings))
+            name: in_child(lambda settings=settings: figures(backbone, data_for(scans, store_gb=0), settings))
             for name, settings in cases().items()
         }
     json.dump({name: {"fresh": fresh[name], "shared": (shared or {}).get(name)} for name in fresh}, sys.stdout)

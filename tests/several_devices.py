@@ -1,7 +1,8 @@
 """Fits five methods in one process, and in two with half the batch each, and writes what rank 0 found.
 
-``python tests/several_devices.py FOLDER`` writes one.pt and two.pt, {method: {"tuned": tensors, "figures": ...,
-"counts": ..., "ranks": ..., "steps": ...}}.
+``python tests/several_devices.py FOLDER SCANS WORD ...`` writes one.pt and two.pt, {method: {"tuned": tensors,
+"figures": ..., "counts": ..., "ranks": ..., "steps": ...}}, tested on a folder of scans; at last two processes run the
+command line of the words.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from kshot.lean import load_lightning
 
 load_lightning()
 
+from kshot import cli  # noqa: E402
 from kshot.adapters import AdaLoRA, LoRA, RandLoRA  # noqa: E402
 from kshot.backbones import OpenClip  # noqa: E402
 from kshot.classifiers import CoOp, PromptSRC  # noqa: E402
@@ -44,7 +46,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def run(settings: dict[str, Any], processes: int, measured: bool) -> dict[str, Any]:
+def run(settings: dict[str, Any], processes: int, scans: str) -> dict[str, Any]:
     settings = dict(settings)
     # SGD, because the first steps of Adam divide a gradient near zero by itself, which no rounding survives
     optimizer = partial(torch.optim.SGD, lr=settings.pop("lr"), momentum=0.9)
@@ -57,7 +59,11 @@ def run(settings: dict[str, Any], processes: int, measured: bool) -> dict[str, A
     trainer = make_trainer(max_epochs=4, limit_val_batches=0, **options)
     fit(module, data, trainer)
     steps = trainer.global_step
-    tested = evaluate(module, data, trainer) if measured else Tested({"test": {}})
+    tested = Tested({"test": {}})
+    if scans:
+        data = FewShotDataModule(scans, shots=1, eval_batch_size=8)
+        data.use_preprocessing(module.backbone.preprocessing)
+        tested = evaluate(module, data, trainer)
     state = {name: tensor.detach().clone() for name, tensor in module.tuned_state().items()}
     ranks = {name: rank for shared in module.shared for name, rank in shared.ranks(module.layers).items()}
     floating = {name: tensor for name, tensor in before.items() if tensor.is_floating_point()}
@@ -72,9 +78,9 @@ def run(settings: dict[str, Any], processes: int, measured: bool) -> dict[str, A
     }
 
 
-def main(out: Path) -> None:
+def main(out: Path, scans: str) -> None:
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    found = {name: run(settings, processes, name == "LoRA") for name, settings in CASES.items()}
+    found = {name: run(settings, processes, scans if name == "LoRA" else "") for name, settings in CASES.items()}
     if os.environ.get("RANK", "0") == "0":
         torch.save(found, out)
 
@@ -82,6 +88,7 @@ def main(out: Path) -> None:
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    folder = Path(sys.argv[1])
+    folder, scans, words = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
     for name, count in (("one", 1), ("two", 2)):  # each encodes its images itself
-        in_children(count, partial(main, folder / f"{name}.pt"), KSHOT_CACHE=str(folder / name))
+        in_children(count, partial(main, folder / f"{name}.pt", scans), KSHOT_CACHE=str(folder / name))
+    in_children(2, partial(cli.main, words), KSHOT_CACHE=str(folder / "words"))

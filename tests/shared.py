@@ -1,5 +1,6 @@
 """Fixtures of all tests: an own cache, the same random state for each, tiny models that are written once a session."""
 
+import gc
 import socket
 import sys
 import threading
@@ -14,6 +15,7 @@ from kshot.lean import load_lightning
 load_lightning()
 
 import command_line  # noqa: E402
+import data_fixtures  # noqa: E402
 import towers  # noqa: E402
 
 from kshot.backbones import OpenClip  # noqa: E402
@@ -22,6 +24,23 @@ from kshot.data import FewShotDataModule  # noqa: E402
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("kshot", deadline=None)  # a busy machine is no fault
 hypothesis.settings.load_profile("kshot")
+
+
+def keep_what_is_there():
+    """Takes what outlives a file for what stays to the end, which nobody searches for garbage again and again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_collection_finish():
+    keep_what_is_there()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _kept():
+    """In a process that has run half of all files, one search for garbage took five seconds."""
+    yield
+    keep_what_is_there()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -85,6 +104,13 @@ def backbone(glyph_clip):
 def data() -> FewShotDataModule:
     """Two shots of each digit, 20 images, and 539 test scans."""
     return FewShotDataModule("digits", shots=2)
+
+
+@pytest.fixture(scope="session")
+def few_scans(tmp_path_factory) -> list[str]:
+    """Options for three digits in a folder: a third of the images and texts of ``digits``, and 18 to test on."""
+    root = data_fixtures.digit_folder(tmp_path_factory.mktemp("digits") / "scans", train=4, val=2, test=6)
+    return ["--data.dataset", str(root), "--data.template", "a photo of the number: {}."]
 
 
 @pytest.fixture(scope="session")

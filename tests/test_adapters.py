@@ -248,7 +248,7 @@ class Block(torch.nn.Module):
 def test_compiles_whole_and_exports(label):
     """Training through torch.compile without a graph break, torch.export of the adapted and of the merged model."""
     kind, case = SLOT_CASES[label]
-    mine, x = oracle.ours(kind(**case.settings)), torch.randn(2, 9, 24)
+    mine, x = oracle.ours(kind(**case.settings), ["image.0.qkv", "image.0.fc2"]), torch.randn(2, 9, 24)  # both shapes
     perturb(mine)
     expected = mine.run(x)
     expected.square().sum().backward()

@@ -5,6 +5,8 @@ import io
 import json
 import logging
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from command_line import (
     QUICK,
     ROOT,
     TINY_VIT,
+    TWO,
     UNTESTED,
     WHOLE,
     fit,
@@ -21,6 +24,7 @@ from command_line import (
     refused,
     run_test,
 )
+from data_fixtures import digit_folder
 from processes import finished
 from safetensors.torch import load_file
 
@@ -180,12 +184,24 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path, monkeypatch):
     assert losses[0] == losses[1]
 
 
+@pytest.fixture(scope="module")
+def whole_runs(tmp_path_factory, few_scans) -> Callable[[str], tuple[Path, list[str]]]:
+    """A run of a method with phases that nothing interrupts, made once, and its options."""
+
+    @cache
+    def whole(method: str) -> tuple[Path, list[str]]:
+        options = ["--config", f"methods/{method}.yaml", "--trainer.max_epochs", "6", "--run.save_every", "0"]
+        options += ["--data.batch_size", "3", *few_scans, "--model.targets", "[image.0.*, image.5.*]"]
+        options += ["--model.adapter.search_steps", "3"] * (method == "autolora")
+        return fit(tmp_path_factory.mktemp("whole"), *options), options
+
+    return whole
+
+
 @pytest.mark.parametrize(("method", "cut_at"), [("adalora", 1), ("adalora", 5), ("autolora", 2)])
-def test_methods_with_phases_resume_to_the_same_bits(method, cut_at, tmp_path, monkeypatch):
+def test_methods_with_phases_resume_to_the_same_bits(method, cut_at, whole_runs, tmp_path, monkeypatch):
     """AdaLoRA before and after its ranks are fixed; AutoLoRA after its search, which is not repeated."""
-    options = ["--config", f"methods/{method}.yaml", "--trainer.max_epochs", "6", "--run.save_every", "0"]
-    options += ["--data.batch_size", "8"] + ["--model.adapter.search_steps", "3"] * (method == "autolora")
-    whole = fit(tmp_path / "whole", *options)
+    whole, options = whole_runs(method)
     start = FewShotModule.on_train_epoch_start
 
     def power_cut(self):
@@ -207,16 +223,16 @@ def test_methods_with_phases_resume_to_the_same_bits(method, cut_at, tmp_path, m
     results = [json.loads((d / "result.json").read_text()) for d in (whole, cut)]
     assert results[0]["ranks"] == results[1]["ranks"]
     ranks = results[0]["ranks"].values()
-    assert len(ranks) == 30
-    assert (sum(ranks) == 8 * 30) if method == "adalora" else (1 <= min(ranks) <= max(ranks) <= 8)
+    assert len(ranks) == 12
+    assert (sum(ranks) == 8 * 12) if method == "adalora" else (1 <= min(ranks) <= max(ranks) <= 8)
     tested = run_test(whole, tmp_path / "tested")
     assert tested["acc"] == results[0]["acc"]
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
-def test_nola_stores_few_bits_and_tests_what_it_stored(bits, tmp_path):
+def test_nola_stores_few_bits_and_tests_what_it_stored(bits, tmp_path, few_scans):
     options = ["--config", "methods/nola.yaml", "--model.adapter.save_bits", str(bits), "--trainer.max_epochs", "3"]
-    directory = fit(tmp_path, *options)
+    directory = fit(tmp_path, *options, *few_scans)
     result = json.loads((directory / "result.json").read_text())
     assert result["acc_unrounded"] is not None
     coefficients = 30 * 2 * 1024
@@ -226,8 +242,8 @@ def test_nola_stores_few_bits_and_tests_what_it_stored(bits, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["vera", "randlora", "nola", "pranc"])
-def test_coefficients_of_another_basis_are_refused(method, tmp_path, capsys):
-    directory = fit(tmp_path, "--config", f"methods/{method}.yaml", "--trainer.max_epochs", "1")
+def test_coefficients_of_another_basis_are_refused(method, tmp_path, capsys, few_scans):
+    directory = fit(tmp_path, "--config", f"methods/{method}.yaml", "--trainer.max_epochs", "1", *few_scans)
     size = (directory / "tuned.safetensors").stat().st_size
     result = json.loads((directory / "result.json").read_text())
     assert size < 4 * result["trainable_parameters"] + 40_000, "no basis in the file"
@@ -381,17 +397,23 @@ def test_the_readme_command_ends_with_the_table(tmp_path):
     assert "Epoch 39" in done.stdout + done.stderr  # the progress bar
 
 
-TWO = ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp", *QUICK]
-TWO[TWO.index("--trainer.enable_progress_bar") + 1] = "true"  # a bar on the first device alone asks for means
-
-
-@pytest.mark.parametrize("launcher", [[], ["-m", "torch.distributed.run", "--nproc_per_node", "2"]])
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        [],
+        pytest.param(  # what it gives its processes is given in test_several_devices.py
+            ["-m", "torch.distributed.run", "--nproc_per_node", "2"], marks=pytest.mark.slow
+        ),
+    ],
+)
 def test_several_processes_leave_one_run_and_one_table(launcher, tmp_path):
-    arguments = [*FIT, *TWO, *WHOLE, "--model.targets", '["image.5.*"]', "--run.root", str(tmp_path)]
+    folder = digit_folder(tmp_path / "scans", train=2, test=7)
+    arguments = [*FIT, *TWO, *WHOLE, "--model.targets", '["image.5.*"]', "--run.root", str(tmp_path / "runs")]
+    arguments += ["--data.dataset", str(folder)]
     done = finished([sys.executable, *launcher, str(ROOT / "main.py"), *arguments], cwd=tmp_path)
     assert done.stdout.count("adapted accuracy") == 1
-    (directory,) = tmp_path.glob("*/*")
-    assert json.loads((directory / "result.json").read_text())["tested"] == {"test": 539}
+    (directory,) = (tmp_path / "runs").glob("*/*")
+    assert json.loads((directory / "result.json").read_text())["tested"] == {"test": 21}
     assert torch.load(directory / "checkpoints" / "last.ckpt", weights_only=True)["epoch"] == 1
 
 

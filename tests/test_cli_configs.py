@@ -29,7 +29,7 @@ def test_every_config_parses(config, capsys):
 
 
 @pytest.mark.parametrize("config", EXPERIMENTS)
-def test_every_experiment_runs_with_a_small_backbone(config, tmp_path):
+def test_every_experiment_runs_with_a_small_backbone(config, tmp_path, few_scans):
     text = "OpenClip" in (FOLDER / config).read_text()
     small = ["model", "kshot:glyph_clip", "pretrained", "null", "image_size", "null"]
     if not text:
@@ -37,7 +37,7 @@ def test_every_experiment_runs_with_a_small_backbone(config, tmp_path):
     overrides = [f"--model.backbone.{a}" if i % 2 == 0 else a for i, a in enumerate(small)]
     main(
         [
-            *["fit", "--config", config, *overrides, "--data.dataset", "digits", "--data.num_workers", "0"],
+            *["fit", "--config", config, *overrides, *few_scans, "--data.num_workers", "0"],
             *["--data.shots", "2", "--data.batch_size", "8", "--data.eval_batch_size", "8"],
             *["--trainer.fast_dev_run", "true", "--trainer.precision", "32-true", "--run.root", str(tmp_path)],
         ]
@@ -60,8 +60,8 @@ WITHOUT_GRADIENT = {
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_layers_over_the_default(method, tmp_path):
-    directory = fit(tmp_path, "--config", method, "--trainer.max_epochs", "2")
+def test_every_method_layers_over_the_default(method, tmp_path, few_scans):
+    directory = fit(tmp_path, "--config", method, "--trainer.max_epochs", "2", *few_scans)
     assert directory.parent.name == f"clip_16shot+{Path(method).stem}"
     result = json.loads((directory / "result.json").read_text())
     assert 0 < result["acc"] <= 1
@@ -77,12 +77,12 @@ WEIGHT_TUNING = [m for m in METHODS if "adapter: null" not in (FOLDER / m).read_
 @pytest.mark.parametrize(
     ("method", "head"), [(m, ("LinearProbe", "NearestClassMean")[i % 2]) for i, m in enumerate(WEIGHT_TUNING)]
 )
-def test_every_weight_tuning_method_layers_over_an_image_backbone(method, head, tmp_path):
+def test_every_weight_tuning_method_layers_over_an_image_backbone(method, head, tmp_path, few_scans):
     trainable = ["--model.classifier.trainable", "true"] if head == "NearestClassMean" else []
     main(
         [
             *["fit", "--config", "dinov2_vits14_16shot.yaml", "--config", method, *QUICK, *TINY_VIT],
-            *["--model.backbone.image_size", "null", "--model.classifier", head, *trainable],
+            *["--model.backbone.image_size", "null", "--model.classifier", head, *trainable, *few_scans],
             *["--run.root", str(tmp_path), "--trainer.max_epochs", "3"],  # steps: enough for AdaLoRA to prune in
         ]
     )
@@ -99,8 +99,8 @@ NO_TEXT_NEEDED = {"average", "class_mean", "gda", "kernel_ridge", "linear_probe"
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m not in WEIGHT_TUNING])
-def test_every_other_method_runs_on_an_image_backbone_or_says_why_not(method, tmp_path, capsys):
-    arguments = ["fit", "--config", "dinov2_vits14_16shot.yaml", "--config", method, *QUICK, *TINY_VIT]
+def test_every_other_method_runs_on_an_image_backbone_or_says_why_not(method, tmp_path, capsys, few_scans):
+    arguments = ["fit", "--config", "dinov2_vits14_16shot.yaml", "--config", method, *QUICK, *TINY_VIT, *few_scans]
     arguments += ["--model.backbone.image_size", "null", "--run.root", str(tmp_path), "--trainer.max_epochs", "1"]
     arguments += ["--data.eval_batch_size", "64"]  # of which an untrained backbone tells some
     if Path(method).stem in NO_TEXT_NEEDED:

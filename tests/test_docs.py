@@ -1,22 +1,22 @@
 """The code on the documentation pages runs, and what it defines works through ``class_path``."""
 
-import csv
 import json
 import pkgutil
 import re
 import shlex
 import sys
+import warnings
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from messy import scans
-from processes import finished
 
 from kshot.cli import main
 from kshot.data.catalogue import load_split
 
 ROOT = Path(__file__).parents[1]
+SOME = ["--data.eval_batch_size", "16", "--trainer.limit_test_batches", "1"]  # of the test images
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def my_package(tmp_path, monkeypatch) -> Path:
 )
 def test_the_examples_work_by_class_path(my_package, options, method, trainable, monkeypatch):
     monkeypatch.chdir(my_package)
-    main(["fit", "--config", "clip_16shot.yaml", "--trainer.max_epochs", "2", "--data.shots", "2", *options])
+    main(["fit", "--config", "clip_16shot.yaml", "--trainer.max_epochs", "2", "--data.shots", "2", *SOME, *options])
     result = json.loads(next(my_package.rglob("result.json")).read_text())
     assert result["method"] == method
     assert result["trainable_parameters"] == trainable
@@ -71,15 +71,6 @@ def test_the_program_of_the_tour_runs(capsys):
     exec(compile(program, "tour.md", "exec"), {})
     lines = capsys.readouterr().out.strip().splitlines()
     assert [line.rsplit(" ", 1)[0] for line in lines] == ["CoOp", "TextPrompt + LoRA"]
-
-
-def test_the_table_of_the_readme_can_be_made(tmp_path):
-    command = [sys.executable, "benchmarks/few_shot.py", "--methods", "class_mean", "--shots", "1", "--seeds", "1", "2"]
-    command += ["--out", str(tmp_path / "rows.csv")]
-    done = finished(command, cwd=ROOT)  # a second call would run nothing: see test_benchmarks.py
-    rows = list(csv.DictReader((tmp_path / "rows.csv").open()))
-    assert [row["seed"] for row in rows] == ["1", "2"]
-    assert re.search(r"\| class_mean \| \d\d\.\d ± \d+\.\d \| 0 \|", done.stdout)
 
 
 def shown_after(command: str) -> tuple[list[str], list[str]]:
@@ -124,13 +115,16 @@ def test_the_readme_shows_the_accuracy_on_the_divided_folder(folder_of_the_readm
         assert abs(float(found[1]) - float(value.strip().rstrip("%"))) < 4, "two of 56 images, on any machine"
 
 
-def test_a_run_on_the_messy_folder_warns_of_copies_once(folder_of_the_readme, tmp_path):
-    command = [sys.executable, str(ROOT / "main.py"), "fit", "--config", "clip_16shot.yaml", "--data.dataset", "photos"]
-    command += ["--config", "methods/class_mean.yaml", "--data.views", "1", "--data.shots", "4"]
-    command += ["--data.skip_unreadable", "true", "--run.root", str(tmp_path), "--trainer.limit_test_batches", "1"]
-    done = finished([*command, "--data.eval_batch_size", "8"], cwd=folder_of_the_readme)
-    assert done.stderr.count("test images have the same bytes as one that was drawn") == 1
-    assert done.stderr.count("class names of photos") == 1
+def test_a_run_on_the_messy_folder_warns_of_copies_once(folder_of_the_readme, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(folder_of_the_readme)
+    words = ["fit", "--config", "clip_16shot.yaml", "--data.dataset", "photos", "--config", "methods/class_mean.yaml"]
+    words += ["--data.views", "1", "--data.shots", "4", "--data.skip_unreadable", "true", "--run.root", str(tmp_path)]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        main([*words, *SOME])
+    said = capsys.readouterr().err + "".join(f"{each.message}\n" for each in caught)
+    assert said.count("test images have the same bytes as one that was drawn") == 1
+    assert said.count("class names of photos") == 1
 
 
 def test_links_in_the_pages_lead_somewhere():

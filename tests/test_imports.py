@@ -112,6 +112,7 @@ def test_methods_load_without_the_trainer():
 def test_a_run_loads_no_library_that_it_does_not_need(tmp_path):
     command = ["fit", "--config", "clip_16shot.yaml", "--data.shots", "1", "--trainer.max_epochs", "1"]
     command += ["--trainer.enable_progress_bar", "false", "--run.root", str(tmp_path)]
+    command += ["--data.eval_batch_size", "16", "--trainer.limit_test_batches", "1"]
     modules = loaded_by(f"from kshot.cli import main\nmain({command!r})")
     assert {"open_clip", "lightning"} <= modules
     assert modules & {"transformers", "matplotlib", "scipy", "sklearn"} == set()

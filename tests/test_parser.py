@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Trainer
 from test_cli import refused
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR, ReduceLROnPlateau
 
@@ -267,6 +268,7 @@ def test_a_file_at_hand_or_beside_the_program_shadows_nothing(tmp_path):
     for name in SHADOWS:
         (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / MARK)!r}, 'w')\n")
     command = [sys.executable, "main.py", *FIT, "--trainer.max_epochs", "1", "--data.shots", "1"]
+    command += ["--data.eval_batch_size", "16", "--trainer.limit_test_batches", "1"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / MARK).exists()
@@ -402,6 +404,44 @@ def test_the_default_class_leaves_nothing_to_another(capsys, here):
     )
     base = in_model(printed(capsys, "--config", "c.yaml"), "classifier")["init_args"]["base"]
     assert base["init_args"]["init_words"] == "a photo of a"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--config", "methods/dept.yaml"],
+        ["--trainer.callbacks", "[{class_path: EarlyStopping, init_args: {monitor: val/acc}}, Timer]"],
+        ["--model.adapter", "null", "--data.augment", "null"],
+    ],
+)
+def test_all_settings_are_written_out_and_given_again_come_to_the_same(options, capsys, here):
+    first = printed(capsys, *options)
+    (here / "all.yaml").write_text(yaml.safe_dump(first))
+    assert printed(capsys, "--config", "all.yaml") == first
+
+    def lacking(places: dict[str, Place], tree: dict[str, Any], where: str) -> list[str]:
+        inner = [
+            each
+            for name, value in tree.items()
+            for spec in (value if isinstance(value, list) else [value])
+            if isinstance(spec, dict) and "class_path" in spec
+            for each in lacking_in_class(spec, f"{where}.{name}", (places[name].items or places[name]).given)
+        ]
+        return [f"{where}.{name}" for name in places.keys() - tree.keys()] + inner
+
+    def lacking_in_class(spec: dict[str, Any], where: str, given: frozenset[str]) -> list[str]:
+        return lacking(arguments_of(imported(spec["class_path"], where), given)[0], spec["init_args"], where)
+
+    assert lacking_in_class(first["model"], "model", frozenset({"class_names", "templates"})) == []
+    assert lacking_in_class(first["data"], "data", frozenset()) == []
+    assert lacking(arguments_of(Trainer)[0], first["trainer"], "trainer") == []
+
+
+def test_an_optimizer_has_its_own_defaults(capsys):
+    """Not those of the default one, whose eps is 1e-8."""
+    assert (
+        in_model(printed(capsys, "--model.optimizer", "torch.optim.Adagrad"), "optimizer")["init_args"]["eps"] == 1e-10
+    )
 
 
 def test_a_saved_config_of_another_command_is_taken(capsys, here):

@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 from jsonargparse import ArgumentParser
+from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
@@ -30,6 +31,7 @@ PRIVATE = {  # names with an underscore in src
 }
 UNDOCUMENTED = {  # names without one
     "jsonargparse: a factory is partial(builder, class, **settings)": "kshot.optim.built_by finds the class in it",
+    "lightning: a LightningCLI that has config_dump makes no other": "kshot.commands: settings are written out once",
     "importlib.metadata: what the first finder raises ends a search": "kshot.lean: a start in half the time",
     "open_clip: visual.ln_pre, _pool, proj, output_tokens; text.attn_mask": "kshot.backbones.towers and open_clip",
     "timm: norm_pre, patch_drop, rope, rope_mixed, forward_head, q_bias": "kshot.backbones.towers and unfuse",
@@ -93,6 +95,13 @@ def test_the_class_lies_in_the_factory_of_a_config(monkeypatch):
     assert isinstance(factory, partial)
     assert built_by(factory) is CosineAnnealingLR
     assert built_by(partial(partial(CosineAnnealingLR, T_max=1), eta_min=0.1)) is CosineAnnealingLR
+
+
+def test_lightning_makes_no_second_dump_of_the_settings():
+    cli = LightningCLI.__new__(LightningCLI)  # without a parser, which a dump would ask
+    cli.config_dump = given = {"model": {}}
+    cli._dump_config()
+    assert cli.config_dump is given
 
 
 def test_lightning_loads_without_what_it_would_load_in_vain():

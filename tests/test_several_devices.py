@@ -1,5 +1,6 @@
 """Two processes on the CPU do what one does with the doubled batch; tests/test_cli.py starts them by launchers."""
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -7,6 +8,8 @@ from pathlib import Path
 import pytest
 import several_devices
 import torch
+from command_line import FIT, TWO, WHOLE
+from data_fixtures import digit_folder
 from processes import finished
 
 from kshot.adapters import AutoLoRA
@@ -22,10 +25,19 @@ ALONE = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", 
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory) -> tuple[dict, dict]:
-    folder = tmp_path_factory.mktemp("devices")
-    finished([sys.executable, str(SCRIPT), str(folder)], env=ALONE)
-    return torch.load(folder / "one.pt"), torch.load(folder / "two.pt")
+def work(tmp_path_factory, few_scans) -> tuple[Path, str]:
+    """Where the script worked, and what it printed."""
+    folder, words = tmp_path_factory.mktemp("devices"), ("zero", "one", "two", "three", "four", "five", "six", "seven")
+    scans = digit_folder(folder / "scans", (*words, "eight", "nine"), train=1, test=3)
+    (scans / "test" / "nine" / "02.png").unlink()  # an odd number
+    command = [*FIT, *TWO, *WHOLE, *few_scans, "--model.targets", "[image.5.*]", "--run.root", str(folder / "runs")]
+    done = finished([sys.executable, str(SCRIPT), str(folder), str(scans), *command], env=ALONE)
+    return folder, done.stdout
+
+
+@pytest.fixture(scope="module")
+def both(work) -> tuple[dict, dict]:
+    return torch.load(work[0] / "one.pt"), torch.load(work[0] / "two.pt")
 
 
 @pytest.mark.parametrize("method", several_devices.CASES)
@@ -35,7 +47,7 @@ def test_two_processes_equal_one_with_the_doubled_batch(method, both):
     assert one["steps"] == two["steps"] == 4
     assert one["kept_tokens"] == two["kept_tokens"]
     assert bool(one["kept_tokens"]) == (method in {"LoRA", "AdaLoRA", "RandLoRA"})  # on the image tower's fifth block
-    assert one["counts"] == two["counts"] == ({"test": 539} if method == "LoRA" else {})
+    assert one["counts"] == two["counts"] == ({"test": 29} if method == "LoRA" else {})
     assert one["ranks"] == two["ranks"]
     assert bool(one["ranks"]) == (method == "AdaLoRA")
     assert one["tuned"].keys() == two["tuned"].keys()
@@ -43,6 +55,13 @@ def test_two_processes_equal_one_with_the_doubled_batch(method, both):
         torch.testing.assert_close(two["tuned"][name].double(), tensor.double(), rtol=0, atol=1e-5, msg=name)
     for name, figure in one["figures"].items():
         assert two["figures"][name] == pytest.approx(figure, abs=1e-4), name
+
+
+def test_processes_of_a_launcher_leave_one_run_and_one_table(work):
+    folder, said = work
+    assert said.count("adapted accuracy") == 1
+    (directory,) = (folder / "runs").glob("*/*")
+    assert json.loads((directory / "result.json").read_text())["tested"] == {"test": 18}
 
 
 class Two:

@@ -468,11 +468,20 @@ def test_two_devices_share_what_is_to_be_encoded(root):
     assert torch.equal(first[0]["features"], first[1]["features"])
 
 
-def test_the_command_line_tells_and_shows_and_clears(tmp_path, monkeypatch, capsys):
+def test_the_command_line_tells_and_shows_and_clears(tmp_path, monkeypatch, capsys, few_scans):
     from kshot.cli import main
 
     monkeypatch.setenv("KSHOT_CACHE", str(tmp_path / "cache"))
-    words = ["fit", "--config", "clip_16shot.yaml", "--config", "methods/class_mean.yaml", "--data.shots", "2"]
+    words = [
+        "fit",
+        "--config",
+        "clip_16shot.yaml",
+        "--config",
+        "methods/class_mean.yaml",
+        "--data.shots",
+        "2",
+        *few_scans,
+    ]
     words += ["--trainer.enable_progress_bar", "false", "--run.root", str(tmp_path / "runs")]
     results = []
     for number in (1, 2):
@@ -482,9 +491,9 @@ def test_the_command_line_tells_and_shows_and_clears(tmp_path, monkeypatch, caps
         results.append(json.loads((folder / "result.json").read_text()))
         assert err.count("are read from") == number - 1
     first, second = (result.pop("features") for result in results)
-    assert first == {"encoded": {"test": 539, "train": 200, "val": 20}, "read": {"test": 0, "train": 0, "val": 0}}
-    assert second == {"encoded": {}, "read": {"test": 539, "train": 200, "val": 20}}
-    assert re.search(r"features +│ 0 encoded by the untouched tower, 759 read", out)
+    assert first == {"encoded": {"test": 18, "train": 60, "val": 6}, "read": {"test": 0, "train": 0, "val": 0}}
+    assert second == {"encoded": {}, "read": {"test": 18, "train": 60, "val": 6}}
+    assert re.search(r"features +│ 0 encoded by the untouched tower, 84 read", out)
     assert results[0]["test_sets"] == results[1]["test_sets"]
     for words, wanted in ((["--json"], "kshot:glyph_clip"), ([], "CropFlip"), (["--clear"], "freed"), ([], "0 bytes")):
         with pytest.raises(SystemExit, match="0"):

@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import yaml  # type: ignore[import-untyped]
 from jsonargparse import ArgumentError
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -35,7 +36,7 @@ from kshot.folds import fold_settings, twin_of
 from kshot.forecast import look_ahead
 from kshot.foreign import import_released
 from kshot.header import header_of
-from kshot.layering import listed
+from kshot.layering import listed, written_out
 from kshot.module import FewShotModule
 from kshot.optim import watches
 from kshot.prepare import check_classes
@@ -65,13 +66,14 @@ def run(arguments: Sequence[str], started: float | None = None) -> FewShotCLI:
     if line.help_for or "help" in line.flags:
         print(help_text(line))
         raise SystemExit(0)
-    _, tree = settings(line)
+    places, tree = settings(line)
     choice = None
     if tree.get("budget") is not None and "print_config" not in line.flags:
         line, choice = choose(line, tree)
-        _, tree = settings(line)
+        places, tree = settings(line)
+    tree["trainer"] = TRAINER_DEFAULTS | tree["trainer"]
     try:
-        cli = FewShotCLI(line, tree, started, choice)
+        cli = FewShotCLI(line, written_out(places, tree), started, choice)
     except ArgumentError as error:
         raise UserError(" ".join(str(error).split())[:600]) from error
     try:
@@ -108,7 +110,6 @@ class FewShotCLI(LightningCLI):
             seed_everything_default=1,
             auto_configure_optimizers=False,
             save_config_callback=None,
-            trainer_defaults=TRAINER_DEFAULTS,
             parser_kwargs={"exit_on_error": False, "dump_header": [f"kshot=={__version__}"]},
             args=tree,
             run=False,
@@ -121,11 +122,21 @@ class FewShotCLI(LightningCLI):
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
         add_options(parser, self.line.command)
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Reads settings of which each is there, so that jsonargparse need not look for defaults class by class."""
+        self.config = parser.parse_object(args, defaults=False)
+        for name in LINKED:
+            self.config["model"]["init_args"][name] = None  # the place where the data set's are put
+
     def before_instantiate_classes(self) -> None:
-        """Answers --print_config."""
+        """Answers --print_config; else writes the settings out once, for config.yaml and for checkpoints."""
         if "print_config" in self.line.flags:
             print(self.parser.dump(self.config, skip_none=False), end="")
             raise SystemExit(0)
+        run = self.config["run"]  # with its name, so that the saved file, given again, adds to the same folder
+        run["name"] = run["name"] or "+".join(Path(c).stem for c in self.line.configs) or self.line.command
+        self.config_text = self.parser.dump(self.config, skip_none=False, skip_validation=True)
+        self.config_dump = yaml.safe_load(self.config_text)  # which LightningCLI would make, with all checks once more
 
     def instantiate_classes(self) -> None:
         """Builds data, model and trainer, and gives the data the preprocessing of the backbone.
@@ -178,14 +189,11 @@ class FewShotCLI(LightningCLI):
             print(note, file=sys.stderr)
         if getattr(self.trainer, "fast_dev_run", False):
             return
-        name = self.options.name or "+".join(Path(c).stem for c in self.line.configs) or self.line.command
         begun = self.unfinished_run()
-        self.directory = begun or record.new_directory(Path(self.options.root), name)
+        self.directory = begun or record.new_directory(Path(self.options.root), str(self.options.name))
         self.lock.enter_context(record.owned(self.directory))
         self.choice = kept(self.choice, self.directory)
-        self.config["run"]["name"] = name  # so that the saved file, given again, adds to the same folder
-        text = self.parser.dump(self.config, skip_none=False, skip_validation=True)
-        write_text(self.directory / "config.yaml", text)
+        write_text(self.directory / "config.yaml", self.config_text)
         self.resume_file.folder = self.directory / RESUME_FROM[0]
         make_folder(self.resume_file.folder, parents=False)
         self.resume_file.metrics.file = self.directory / "metrics.csv"

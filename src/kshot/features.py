@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from importlib.metadata import version
+from functools import cache
+from importlib import metadata
 from typing import Any, NamedTuple
 
 import PIL
@@ -31,6 +32,7 @@ Module = Any  # a FewShotModule, which imports this file
 Data = Any  # a FewShotDataModule, or None
 Encode = Callable[[Batch], Tensor]
 logger = logging.getLogger("kshot")
+version = cache(metadata.version)  # of a library; what is loaded stays what it is, and each look reads a file
 
 
 class Found(NamedTuple):

@@ -9,6 +9,7 @@ import re
 import typing
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from functools import cache
 from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser
@@ -18,6 +19,7 @@ from kshot.classifiers import Classifier
 from kshot.config import Tree, read_word, walk
 from kshot.errors import UserError, nearest_first
 from kshot.places import (
+    REQUIRED,
     Place,
     Places,
     alternatives,
@@ -32,6 +34,7 @@ DURATION = ("weeks", "days", "hours", "minutes", "seconds")
 BUILDER = "lightning.pytorch.cli.instantiate_module"  # what LightningCLI writes into checkpoints
 Rule = tuple[Callable[[Any], Any], str]  # what holds of a value, and what completes "is 0, and must ..."
 SPEC: Tree = {"class_path": str, "init_args": dict | None, "dict_kwargs": dict | None}  # a class and its settings
+PLAIN = {bool, int, float, str, type(None), list, tuple, dict}  # what a config holds
 INF, MANY = math.inf, 2**31
 POSITIVE: Rule = (lambda x: 0 < x < INF, "be a positive number, such as 1e-3")
 FROM_0: Rule = (lambda x: 0 <= x < INF, "be finite, and 0 or more")
@@ -168,16 +171,23 @@ def check_plain(place: Place, value: Any, where: str) -> None:
     if place.calls and isinstance(word, str) and (is_path(word) or os.path.isfile(word)):  # noqa: PTH113  of any length
         raise UserError(f"{where} takes a function, which a config cannot give: not {word!r}.")
     check_range(where, value)
-    if place.hint is not Any:
-        parser = ArgumentParser(exit_on_error=False)
+    kinds = alternatives(place.hint)
+    if Any not in kinds and type(value) not in kinds:  # else it is taken as it is
         with suppress(ValueError):  # a type that jsonargparse has no rule for
             try:
-                parser.add_argument("--value", type=place.hint)
-                parser.parse_object({"value": value})
+                parser_of(place.hint).parse_object({"value": value})
             except (ArgumentError, TypeError) as error:
-                names = [name for part in alternatives(place.hint) for name in names_of(part)]
+                names = [name for part in kinds for name in names_of(part)]
                 wanted = " or ".join(dict.fromkeys(names))
                 raise UserError(f"{where}: Expected {wanted}. Got value: {value}") from error
+
+
+@cache
+def parser_of(hint: Any) -> ArgumentParser:
+    """What reads a value of a type; raises ValueError for one that jsonargparse has no rule for."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--value", type=hint)
+    return parser
 
 
 def names_of(hint: Any) -> list[str]:
@@ -257,3 +267,30 @@ def options_below(places: Places, tree: Tree, where: str = "") -> Iterator[tuple
             chosen = place.group or named(value["class_path"], place.bases, inner)
             own = value if place.group else value["init_args"]
             yield from options_below(arguments_of(chosen, place.given)[0], own, inner)
+
+
+def written_out(places: Places, tree: Tree) -> Tree:
+    """Settings with the defaults of what is not given, at every depth; a default that no config can hold stays out."""
+    found = {name: _stated(place) for name, place in places.items()} | tree
+    found = {name: value for name, value in found.items() if value is not REQUIRED}
+    return {name: _with_defaults(places.get(name, Place()), value) for name, value in found.items()}
+
+
+def _stated(place: Place) -> Any:
+    """The default of a place as a config states it, or REQUIRED."""
+    if place.bases and isinstance(place.default, type):
+        return {"class_path": public_path(place.default), "init_args": {}}
+    return place.default if all(type(each) in PLAIN for each in walk(place.default)) else REQUIRED
+
+
+def _with_defaults(place: Place, value: Any) -> Any:
+    if isinstance(value, list) and place.items is not None:
+        return [_with_defaults(place.items, each) for each in value]
+    if not isinstance(value, dict):
+        return value
+    if place.bases and "class_path" in value:
+        chosen = named(value["class_path"], place.bases, "")
+        return value | {"init_args": written_out(arguments_of(chosen, place.given)[0], value["init_args"])}
+    if place.group:
+        return written_out(arguments_of(place.group)[0], value)
+    return value if place.items is None else {key: _with_defaults(place.items, each) for key, each in value.items()}

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, distribution, version
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from kshot.calibration import Calibration
 from kshot.classifiers import LinearProbe
 from kshot.data.sampling import FewShotDraw
 from kshot.errors import UserError
-from kshot.features import of_run
+from kshot.features import of_run, version
 from kshot.files import amount, write_csv
 
 LIBRARIES = ("torch", "lightning", "open_clip_torch", "timm", "torchvision", "torchmetrics", "jsonargparse")

@@ -145,7 +145,7 @@ def laid(line: CommandLine) -> tuple[Places, Tree]:
         "data": Place(FewShotDataModule, bases=(FewShotDataModule,)),
         "trainer": Place(Trainer, group=Trainer),
         "run": place_of(RunOptions),
-        **{name: place_of(kind) for name, (kind, _, _) in OPTIONS[line.command].items()},
+        **{name: place_of(kind, default) for name, (kind, default, _) in OPTIONS[line.command].items()},
     }
     others = PASSED_OVER.union(*OPTIONS.values()) - set(places)
     tree: Tree = {"trainer": {}, "run": {}} | {name: lay(places[name], None, {}, name) for name in ("model", "data")}

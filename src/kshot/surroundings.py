@@ -73,7 +73,6 @@ def settle_chatter() -> None:
         ".*this fit will run with no optimizer.*",  # what has a closed form needs none
         ".*LeafSpec.*",  # Lightning 2.6 on newer torch
         ".*module.s. in eval mode.*",  # frozen towers are meant to be
-        ".*LightningCLI's args parameter is intended.*",  # the words are read here, and sys.argv is left to launchers
     ):
         warnings.filterwarnings("ignore", message=message)
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning 2.6 calls what jsonargparse 5 drops

@@ -14,7 +14,7 @@ from kshot.module import FewShotModule
 BASE = ("--config", "clip_16shot.yaml")
 QUICK = (  # after the config of the method, which has a number of epochs of its own
     *("--trainer.max_epochs", "2", "--trainer.enable_progress_bar", "false", "--run.save_every", "0"),
-    *("--data.shots", "2", "--data.batch_size", "5", "--data.views", "2"),
+    *("--data.shots", "2", "--data.batch_size", "2", "--data.views", "2"),
 )
 LORA = "--model.adapter LoRA --model.adapter.rank 2 --model.adapter.dropout 0.2"
 CASES = {
@@ -44,8 +44,8 @@ def run(command: str, case: str, root: Path, *options: str) -> Path:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_fit_test_and_resume(case, tmp_path, monkeypatch):
-    whole = run("fit", case, tmp_path / "whole")
+def test_fit_test_and_resume(case, tmp_path, monkeypatch, few_scans):
+    whole = run("fit", case, tmp_path / "whole", *few_scans)
     result, tuned = json.loads((whole / "result.json").read_text()), load_file(whole / "tuned.safetensors")
     assert result["method"] == case
     assert tuned.keys() > CASES[case][1]
@@ -63,13 +63,12 @@ def test_fit_test_and_resume(case, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(FewShotModule, "on_train_epoch_start", power_cut)
         with pytest.raises(RuntimeError, match="power cut"):
-            run("fit", case, tmp_path / "cut")
+            run("fit", case, tmp_path / "cut", *few_scans)
     (last,) = tmp_path.glob("cut/*/*/checkpoints/last.ckpt")
-    resumed = load_file(
-        run("fit", case, tmp_path / "cut", "--ckpt_path", str(last), "--run.test", "false") / "tuned.safetensors"
-    )
+    again = run("fit", case, tmp_path / "cut", *few_scans, "--ckpt_path", str(last), "--run.test", "false")
+    resumed = load_file(again / "tuned.safetensors")
     assert tuned.keys() == resumed.keys()
     assert [name for name in tuned if not torch.equal(tuned[name], resumed[name])] == []
 
-    tested = run("test", case, tmp_path / "tested", "--ckpt_path", str(whole / "tuned.safetensors"))
+    tested = run("test", case, tmp_path / "tested", *few_scans, "--ckpt_path", str(whole / "tuned.safetensors"))
     assert json.loads((tested / "result.json").read_text())["test_sets"] == result["test_sets"]
