@@ -26,7 +26,7 @@ from kshot.data.prediction import PredictionData, of_run
 from kshot.errors import UserError
 from kshot.header import header_of
 from kshot.module import FewShotModule
-from kshot.record import write_predictions
+from kshot.predicting import write_predictions
 from kshot.run import build, fit, make_trainer
 from kshot.sealing import check_seal
 

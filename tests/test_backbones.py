@@ -12,7 +12,7 @@ from towers import IMAGE_ONLY, LAYOUTS, TOWERS, WITH_TEXT
 from kshot.adapters import FullTuning
 from kshot.backbones import Backbone, OpenClip, Timm, VisionLanguageBackbone
 from kshot.backbones.attention import Attention
-from kshot.backbones.base import sha256_of
+from kshot.backbones.identity import sha256_of
 from kshot.errors import UserError
 from kshot.slots import Projection, merge
 

@@ -21,7 +21,7 @@ from cases import (
 from towers import LAYOUTS
 
 from kshot.backbones import Backbone
-from kshot.backbones.base import sha256_of
+from kshot.backbones.identity import sha256_of
 from kshot.errors import UserError
 from kshot.slots import merge, projections_of, unmerge
 

@@ -27,7 +27,7 @@ from kshot.callbacks import Progress, ResumeFile
 from kshot.checkpoint import HEADER, AtomicCheckpoints, packed, write_tensors
 from kshot.choice import Choice, kept
 from kshot.config import CommandLine, Tree, read_command_line
-from kshot.data.prediction import PredictionData, of_run, told_changes, white_in
+from kshot.data.prediction import PredictionData, of_run, white_in
 from kshot.data.splits import TEST_SHARE
 from kshot.errors import UserError, first_line
 from kshot.evaluate import Tested
@@ -39,6 +39,7 @@ from kshot.header import header_of
 from kshot.layering import listed, written_out
 from kshot.module import FewShotModule
 from kshot.optim import watches
+from kshot.predicting import predict
 from kshot.prepare import check_classes
 from kshot.record import RunOptions
 from kshot.run import DEFAULTS, evaluate, finish, fit, set_length
@@ -333,32 +334,7 @@ class FewShotCLI(LightningCLI):
 
     def run_predict(self) -> None:
         """Labels images and writes the CSV."""
-        images, out, data = self.config["images"], self.config["out"], self.datamodule
-        if not images:
-            raise UserError("predict needs --images: a folder, an image, or a list of them.")
-        if self.trainer.world_size > 1:
-            raise UserError("predict writes one file, and runs on one device: --trainer.devices 1.")
-        path, rate, abstain = self.check_checkpoint(), self.config["abstain_error"], None
-        if rate is not None:
-            abstain = self.config["abstain_by"], self.model.calibration.threshold(self.config["abstain_by"], rate)
-        if self.alone is not None:
-            folder = Path(path or "").parent
-            folder = folder.parent if Path(path or "").parts[-2:] == RESUME_FROM else folder
-            told = told_changes(self.config["data"]["init_args"], self.alone.class_names, folder / "split.json")
-            self.line.notes += told
-        data.images = [images] if isinstance(images, str) else list(images)
-        data.setup("predict")
-        if out and Path(out).exists():
-            raise UserError(f"{out} exists already: choose another --out.")
-        if out:
-            make_folder(Path(out).parent)
-        self.open_directory()
-        flat: Any = self.trainer.predict(self.model, datamodule=data, ckpt_path=path) or []
-        if self.directory is not None:
-            file, top_k = Path(out or self.directory / "predictions.csv"), self.config["top_k"]
-            unsure = record.write_predictions(file, data.predict_paths, flat, data.class_names, top_k, abstain)
-            said = f", of which {unsure} are marked as too unsure" if abstain else ""
-            print(f"{len(data.predict_paths)} images labelled{said}: {file}")
+        predict(self)
 
     def run_import(self) -> None:
         """Turns a file that CoOp or CLIP-LoRA released into a checkpoint of the config's model, which it must fit."""

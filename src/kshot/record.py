@@ -9,7 +9,7 @@ import math
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch.loggers.logger import Logger
-from torch import Tensor
 
 from kshot import __version__
 from kshot.calibration import Calibration
@@ -237,45 +236,6 @@ def base_to_new_over_runs(runs: Sequence[tuple[float, float]]) -> dict[str, floa
         "h_of_averages": harmonic_mean(base, new),
         "average_of_h": sum(harmonic_mean(*run) for run in runs) / len(runs),
     }
-
-
-def write_predictions(
-    path: Path,
-    paths: Sequence[str],
-    batches: Iterable[tuple[Tensor, ...]],
-    class_names: Sequence[str],
-    top_k: int,
-    abstain: tuple[str, float] | None = None,
-) -> int:
-    """Writes ``path,label_1,probability_1,...`` rows, best first, with ``top_k`` labels or as many as there are.
-
-    Args:
-        path: of the file.
-        paths: of the images.
-        batches: positions of images in ``paths``, (B,), probabilities, (B, classes), and negative energies, (B,).
-        class_names: in label order.
-        top_k: labels a row.
-        abstain: a score, ``probability`` or ``energy``, and the least of it that is answered: rows end with a column
-            ``abstain``, which says yes for what lies below.
-
-    Returns:
-        the number of images that are abstained from.
-    """
-    unsure = 0
-    k = min(top_k, len(class_names))
-    rows = [["path", *(f"{word}_{i + 1}" for i in range(k) for word in ("label", "probability"))]]
-    rows[0] += ["abstain"] if abstain else []
-    for positions, probabilities, energy in batches:
-        values, labels = probabilities.topk(k, dim=-1)
-        by, least = abstain or ("", -math.inf)
-        low = (energy if by == "energy" else values[:, 0]) < least
-        unsure += int(low.sum())
-        each = (positions.tolist(), labels.tolist(), values.tolist(), low.tolist())
-        for position, ranked, probability, below in zip(*each, strict=True):
-            cells = [x for label, p in zip(ranked, probability, strict=True) for x in (class_names[label], f"{p:.6f}")]
-            rows.append([paths[position], *cells, *(["yes" if below else ""] if abstain else [])])
-    write_csv(path, rows)
-    return unsure
 
 
 def print_result(result: Mapping[str, Any], directory: Path) -> None:

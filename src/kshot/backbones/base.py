@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from typing import Any
@@ -13,13 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from kshot.backbones import towers
+from kshot.backbones.identity import is_own, plain_attributes, values_sha256
 from kshot.backbones.preprocessing import Preprocessing
 from kshot.backbones.tokens import PARTS
 from kshot.backbones.unfuse import restore
 from kshot.errors import UserError
 from kshot.slots import AdapterLayer, Slot, adapters_off, projections_of
-
-PASSING = frozenset({"training", "held", "lowered", "enabled"})  # attributes of modules that a run changes for a while
 
 
 class Backbone(nn.Module, ABC):
@@ -327,18 +326,6 @@ def key_of(name: str) -> str:
     return name.replace(".", "/")
 
 
-def is_own(name: str) -> bool:
-    """Whether a module or tensor of a backbone was there before anything was attached."""
-    return ".adapters" not in name and name.split(".")[0] not in ("shared", "initial_values")
-
-
-def plain_attributes(module: nn.Module) -> dict[str, Any]:
-    """What a module is set to by plain values, but for its mode."""
-    kinds = (bool, int, float, str, tuple, type(None))
-    found = {name: value for name, value in vars(module).items() if isinstance(value, kinds)}
-    return {name: found[name] for name in sorted(found) if not name.startswith("_") and name not in PASSING}
-
-
 def require_image_prompts(backbone: Backbone, who: str) -> None:
     """Raises UserError unless learned tokens can enter the image tower."""
     if backbone.features != "default":
@@ -350,21 +337,6 @@ def require_image_prompts(backbone: Backbone, who: str) -> None:
             f"{who} puts learned tokens into the image tower, which that of {backbone.name} cannot take: use a plain "
             "vision transformer (no ResNet, no rotary positions)."
         )
-
-
-def sha256_of(model: nn.Module) -> str:
-    """SHA-256 over names, shapes and values of a model's state, independent of device and of module order."""
-    return values_sha256(sorted(model.state_dict().items()))
-
-
-def values_sha256(named: Iterable[tuple[str, Tensor]]) -> str:
-    """SHA-256 over names, shapes and values of tensors in their order."""
-    digest = hashlib.sha256()
-    for name, tensor in named:
-        value = tensor.detach().cpu().contiguous()
-        digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def check_image_size(image_size: int, patch: int, name: str) -> None:

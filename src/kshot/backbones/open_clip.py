@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from kshot.backbones.attention import Attention, PackedText
-from kshot.backbones.base import check_image_size, sha256_of
+from kshot.backbones.base import check_image_size
 from kshot.backbones.hub import out_of_reach, quiet_loading
+from kshot.backbones.identity import sha256_of
 from kshot.backbones.language import VisionLanguageBackbone
 from kshot.backbones.preprocessing import Preprocessing
 from kshot.backbones.tokens import Features, probed, width_of

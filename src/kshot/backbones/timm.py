@@ -9,8 +9,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from kshot.backbones.base import Backbone, check_image_size, sha256_of
+from kshot.backbones.base import Backbone, check_image_size
 from kshot.backbones.hub import out_of_reach, quiet_loading
+from kshot.backbones.identity import sha256_of
 from kshot.backbones.preprocessing import Preprocessing
 from kshot.backbones.tokens import Features, probed, width_of
 from kshot.backbones.towers import prompt_shape

@@ -158,15 +158,14 @@ class Part(Dataset[Batch]):
             self.source.close()
 
     def subset(self, positions: Sequence[int]) -> "Part":
-        """Some of the images as a part of their own, with the views, pixels and features that they have in this one."""
+        """Some of the images as a part of their own, with the views and pixels that they have in this one."""
         self.settle()
-        some, index = copy.copy(self), torch.tensor(positions)
-        some.paths, some.labels = [self.paths[i] for i in positions], self.labels[index]
-        some.places = [self._place(i) for i in positions]
+        some = copy.copy(self)
+        some.paths, some.places = ([each(i) for i in positions] for each in (self.paths.__getitem__, self._place))
+        some.labels = self.labels[torch.tensor(positions)]
         some.digests = None if self.digests is None else [self.digests[i] for i in positions]
         some.arrays = [self.arrays[i] for i in positions] if self.arrays else []
-        some.features, some.frozen = (None if x is None else x[:, index] for x in (self.features, self.frozen))
-        some.known = None if self.known is None else self.known[index]
+        some.features = some.frozen = some.tokens = some.known = None
         return some
 
     def load(self) -> None:
