@@ -9,8 +9,8 @@ from kshot.adapters import LoRA
 from kshot.classifiers import GDA, CoOp, LinearProbe, NearestClassMean, Ridge, Shots, TextPrompt
 from kshot.data import CropFlip, FewShotDataModule
 from kshot.features import FeatureStore, place
-from kshot.folds import FOLDS, HeldOut, Judge, fold_settings, folds_for, joined, stratified_folds, twin_of
-from kshot.run import build, evaluate, fit, make_trainer
+from kshot.folds import FOLDS, HeldOut, Judge, fold_settings, folds_for, joined, shorten, stratified_folds, twin_of
+from kshot.run import build, evaluate, fit, make_trainer, set_length
 
 
 @pytest.fixture
@@ -178,3 +178,26 @@ def test_trainers_of_folds_keep_no_files_and_validate_nothing():
         **{"max_epochs": 3, "precision": "64-true"},
         **{"limit_val_batches": 0, "check_val_every_n_epoch": 1},
     }
+
+
+def test_short_rounds_take_a_part_of_the_steps():
+    for given, part, expected in (({"max_epochs": 40}, 4, (10, -1)), ({"max_epochs": 2, "max_steps": 99}, 4, (1, 24))):
+        trainer = make_trainer(**given)
+        shorten(trainer, part)
+        assert (trainer.max_epochs, trainer.max_steps) == expected
+
+
+def test_an_answer_without_a_length_takes_as_many_epochs_as_a_run(backbone, shots, monkeypatch):
+    """The length follows from all shots; a limit of time is none."""
+    judge, module = judged_by(backbone, shots, classifier=LinearProbe)
+    seen = []
+    monkeypatch.setattr("kshot.folds.fit", lambda twin, data, trainer, store: seen.append(trainer.max_epochs))
+    judge.settings, judge.seconds = fold_settings({}), 60
+    whole = make_trainer()
+    set_length(whole, shots)
+    fold = stratified_folds(judge.label, 3, 1)
+    judge.out_of_fold(module, fold, range(1))
+    judge.part = 4
+    judge.out_of_fold(module, fold, range(1))
+    assert seen == [whole.max_epochs, whole.max_epochs // 4]
+    module.detach()

@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -129,7 +128,8 @@ class Search:
         module = build(judge.backbone, self.data, self.seed, **method_of(tree))
         try:
             place(module, judge.trainer)
-            judge.owner, judge.settings = module, settings_of_folds(tree)
+            judge.owner, judge.settings, judge.part = module, settings_of_folds(tree), 1
+            judge.seconds = None
             yield module, judge
         finally:
             judge.backbone.detach()
@@ -166,7 +166,7 @@ class Search:
                     self.forms |= {trial.words} if closed_form(module.classifier) else set()
                     self.note(trial, judge.out_of_fold(module, fold, which))
                 elif which:
-                    shorten(judge.settings, SHORT)
+                    judge.part = SHORT
                     self.note(trial, self.within(judge, self.left / 12, module, fold, range(1)))
                 else:
                     trial.state = "not judged: no class has two images"
@@ -206,10 +206,9 @@ class Search:
         Raises:
             UserError: it takes longer.
         """
-        judge.settings["max_time"] = {"seconds": max(1, math.ceil(seconds))}
-        clock = time.monotonic()
+        judge.seconds, clock = max(1, math.ceil(seconds)), time.monotonic()
         found = judge.out_of_fold(module, fold, which)
-        if time.monotonic() - clock >= max(1, math.ceil(seconds)):
+        if time.monotonic() - clock >= judge.seconds:
             raise UserError(f"training does not fit into the budget, of which {max(0, self.left):.0f} s are left")
         return found
 
@@ -317,10 +316,3 @@ def stated(spec: Tree) -> Tree:
     """A class with those of its settings that decide something."""
     given = {name: value for name, value in spec.get("init_args", {}).items() if value is not None}
     return {"class_path": spec["class_path"].rpartition(".")[2], **({"init_args": given} if given else {})}
-
-
-def shorten(settings: dict[str, Any], part: int) -> None:
-    """Lets a trainer take a part of its steps."""
-    for name, least in (("max_epochs", 1), ("max_steps", 1)):
-        if settings.get(name) is not None and settings[name] > 0:
-            settings[name] = max(least, settings[name] // part)

@@ -42,7 +42,7 @@ from kshot.optim import watches
 from kshot.predicting import predict
 from kshot.prepare import check_classes
 from kshot.record import RunOptions
-from kshot.run import DEFAULTS, evaluate, finish, fit, set_length
+from kshot.run import DEFAULTS, evaluate, finish, fit, has_length, set_length
 from kshot.settings import LINKED, OPTIONS, add_options, help_text, settings
 from kshot.surroundings import RESUME_FROM, mistake_behind, settle_chatter, told_to_stderr, with_resume
 
@@ -170,8 +170,7 @@ class FewShotCLI(LightningCLI):
             if self.line.command == "fit" and not decided:
                 kwargs["limit_val_batches"] = 0
         plugins = [*listed(given["plugins"]), self.files]
-        limits = {"max_epochs": None, "max_steps": -1, "max_time": None, "fast_dev_run": False}
-        left_open = self.line.command == "fit" and all(given[name] == value for name, value in limits.items())
+        left_open = self.line.command == "fit" and not has_length(given)
         if left_open:
             kwargs["max_epochs"] = 1  # until the number of devices is known
         try:

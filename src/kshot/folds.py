@@ -19,7 +19,7 @@ from kshot.data.datamodule import FewShotDataModule
 from kshot.features import FeatureStore, encoded_keys, of_run, place, untouched_features, untouched_shots
 from kshot.holding import merged
 from kshot.module import FewShotModule
-from kshot.run import QUIET, fit, make_trainer
+from kshot.run import QUIET, fit, has_length, make_trainer, set_length
 
 FOLDS = 4
 OF_ONE_RUN = QUIET.keys() | {"callbacks", "plugins", "profiler", "default_root_dir", "enable_checkpointing"}
@@ -108,13 +108,22 @@ class Judge:
         trainer: gives device and precision, and carries the :class:`FeatureStore` of the backbone.
         owner: a module on that backbone, by which features are encoded; each of several in turn.
         settings: of the trainers of answers that take steps.
+        part: such an answer takes one in so many of the steps that its run would take.
+        seconds: after which it is stopped; None for never.
     """
 
     data: FewShotDataModule
     trainer: Trainer
     owner: Any = None
     settings: dict[str, Any] = field(default_factory=dict)
+    part: int = 1
+    seconds: int | None = None
     encoded: tuple[FewShotModule, list[Tensor]] | None = field(default=None, init=False)
+
+    @property
+    def limit(self) -> dict[str, Any]:
+        """Of time, for a trainer."""
+        return {} if self.seconds is None else {"max_time": {"seconds": self.seconds}}
 
     @property
     def backbone(self) -> Backbone:
@@ -186,8 +195,11 @@ class Judge:
     def trained(self, unfitted: FewShotModule, seen: Tensor, held: Tensor) -> Tensor:
         """Logits of held-out shots by a run on the others."""
         twin, data = self.twin(unfitted), self.data.fold(seen.tolist())
-        store, trainer = FeatureStore(twin.backbone, tells=False), make_trainer(**self.settings)
+        store, trainer = FeatureStore(twin.backbone, tells=False), make_trainer(**self.settings, **self.limit)
         store.memory = of_run(self.trainer).memory
+        if not has_length(self.settings):
+            set_length(trainer, self.data)
+        shorten(trainer, self.part)
         fit(twin, data, trainer, store=store)
         self.data.open_judged()
         context = trainer.precision_plugin.forward_context()
@@ -205,6 +217,14 @@ class Judge:
         twin = twin_of(unfitted)
         place(twin, self.trainer)
         return twin.eval()
+
+
+def shorten(trainer: Trainer, part: int) -> None:
+    """Lets a trainer take one in so many of its steps."""
+    for loop, name in ((trainer.fit_loop, "max_epochs"), (trainer.fit_loop.epoch_loop, "max_steps")):
+        whole = getattr(loop, name)
+        if whole is not None and whole > 0:
+            setattr(loop, name, max(1, whole // part))
 
 
 def texts_in(module: FewShotModule) -> list[TextClassifier]:

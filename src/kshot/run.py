@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,12 @@ def make_trainer(callbacks: Sequence[Callback] = (), **settings: Any) -> Trainer
     keeps_files = any(isinstance(callback, Checkpoint) for callback in callbacks)
     settings = QUIET | DEFAULTS | {"enable_checkpointing": keeps_files} | settings
     return Trainer(**settings, callbacks=list(callbacks), plugins=[AtomicCheckpoints()])
+
+
+def has_length(given: Mapping[str, Any]) -> bool:
+    """Whether settings of a trainer say how long it fits."""
+    limits = {"max_epochs": None, "max_steps": -1, "max_time": None, "fast_dev_run": False}
+    return any(given.get(name, unset) != unset for name, unset in limits.items())
 
 
 def set_length(trainer: Trainer, data: FewShotDataModule) -> str:

@@ -149,8 +149,8 @@ class Part(Dataset[Batch]):
         if self.paths and not kept:
             raise UserError(f"none of the {len(self.paths)} images can be read: {next(iter(wrong.values()))}")
         if wrong:
-            first = next(iter(wrong.values()))
-            warnings.warn(f"{len(wrong)} of {len(self.paths)} images are left out: {first}", stacklevel=5)
+            said = f"{len(wrong)} of {len(self.paths)} images are left out: {next(iter(wrong.values()))}"
+            warnings.warn(said, stacklevel=5)
         self.left_out, self.paths, self.labels = len(wrong), [self.paths[i] for i in kept], self.labels[kept]
         self.digests = None if self.digests is None else [self.digests[i] for i in kept]
         self.settled = True
@@ -160,8 +160,8 @@ class Part(Dataset[Batch]):
     def subset(self, positions: Sequence[int]) -> "Part":
         """Some of the images as a part of their own, with the views and pixels that they have in this one."""
         self.settle()
-        some = copy.copy(self)
-        some.paths, some.places = ([each(i) for i in positions] for each in (self.paths.__getitem__, self._place))
+        some, places = copy.copy(self), self.places or range(len(self))
+        some.paths, some.places = [self.paths[i] for i in positions], [places[i] for i in positions]
         some.labels = self.labels[torch.tensor(positions)]
         some.digests = None if self.digests is None else [self.digests[i] for i in positions]
         some.arrays = [self.arrays[i] for i in positions] if self.arrays else []
@@ -199,13 +199,11 @@ class Part(Dataset[Batch]):
         self.frozen = self.frozen if frozen is None else frozen
         self.tokens = self.tokens if tokens is None else tokens
         self.known = None if known is None or known.all() else known
-        if free:
-            self.arrays = []
+        self.arrays = [] if free else self.arrays
 
     def keep_decoded(self, most: int) -> None:
         """Keeps decoded evaluation images in a store of ``most`` bytes for later runs, where all find room there."""
-        need = 3 * self.preprocessing.size**2 * len(self.paths)
-        if need > most:
+        if (need := 3 * self.preprocessing.size**2 * len(self.paths)) > most:
             too = f"{amount(need)}, and data.store_gb allows {amount(most)}"
             logger.info("Decoded images of %s are not kept: they take %s.", self.name, too)
         elif self.augment is None:
@@ -309,11 +307,8 @@ class Part(Dataset[Batch]):
         keys = self.row_keys()
         return [row if row is None else row.numpy() for row in self.kept.find([keys[i] for i in positions])]
 
-    def _place(self, position: int) -> int:
-        return position if self.places is None else self.places[position]
-
     def _chance(self, position: int, view: int) -> str:
-        return f"{self.seed}/{self._place(position)}/{view}"
+        return f"{self.seed}/{position if self.places is None else self.places[position]}/{view}"
 
     def _decoded(self, position: int) -> np.ndarray:
         try:
