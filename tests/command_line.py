@@ -18,6 +18,7 @@ METHODS = [name for name in CONFIGS if name.startswith("methods/")]
 EXPERIMENTS = [name for name in CONFIGS if not name.startswith("methods/")]
 QUICK = ["--trainer.max_epochs", "2", "--trainer.enable_progress_bar", "false", "--data.shots", "2"]
 QUICK += ["--data.views", "2"]  # recorded crops of the ten
+QUICK += ["--run.calibrate", "false"]  # which fits once more; its own tests turn it on
 QUICK += ["--data.eval_batch_size", "16", "--trainer.limit_test_batches", "1"]  # of the 539 test scans
 WHOLE = ["--trainer.limit_test_batches", "1.0", "--data.eval_batch_size", "64"]
 UNTESTED = ["--run.test", "false"]

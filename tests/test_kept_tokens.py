@@ -290,7 +290,7 @@ class TestRuns:
         assert kept["carried"] == {("train", "tokens"), ("val", "tokens")}
         assert whole["carried"] == {("train", "image"), ("val", "image")}
         once, noise = 2 * 20 + 20, 2  # all views; images of the step that is tried
-        shots = once * (settings.get("classifier") is MEANS)  # which starts from their features
+        shots = 2 * 20 * (settings.get("classifier") in (MEANS, LinearProbe))  # which start from their features
         assert kept["images"][0] == shots + noise + once + 1  # an image that tells the size of tokens
         assert whole["images"][0] == shots + noise + 4 * (20 + 20)
         assert kept["images"][1] == whole["images"][1] == 64  # test images, for this run and the zero-shot row
@@ -311,13 +311,15 @@ class TestRuns:
         teachers = []
 
         class Near(LinearProbe):
-            needs = frozenset({"teacher"})
+            def __init__(self, *given, **settings):
+                super().__init__(*given, **settings)
+                self.needs = frozenset({"teacher"})
 
             def losses(self, features, label, teacher=None):
                 teachers.append(teacher.clone())
                 return {"near": (features - teacher).square().sum(-1).mean(), **super().losses(features, label)}
 
-        settings = {"adapter": LoRA(rank=2), "targets": ["image.1.*"], "classifier": Near}
+        settings = {"adapter": LoRA(rank=2), "targets": ["image.1.*"], "classifier": partial(Near, head_start="zero")}
         kept, whole = (
             run(made("vit_dinov3"), digits(image_size=32), cache_features=each, **settings) for each in (True, False)
         )
