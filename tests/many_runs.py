@@ -6,6 +6,7 @@ Every process is forked from one that has imported what a run needs, built a bac
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import inspect
 import json
@@ -17,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import torch
 import torch._dynamo  # which the first optimizer of a process imports, for a second
 
@@ -92,6 +94,7 @@ def figures(backbone: Backbone, data: FewShotDataModule, settings: dict[str, Any
 def in_child(work: Any) -> Any:
     """What a forked process finds."""
     read, write = os.pipe()
+    gc.freeze()  # a child that searches what is here for garbage copies all of it
     child = os.fork()
     if not child:
         os.close(read)
@@ -121,6 +124,7 @@ def all_in_one(backbone: Backbone, scans: Path) -> dict[str, Any]:
 def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    PIL.Image.init()  # as the first image does
     with tempfile.TemporaryDirectory() as folder:
         towers.use_folder(Path(folder))
         scans = digit_folder(Path(folder) / "scans", train=4, val=2, test=6)

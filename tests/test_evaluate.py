@@ -52,11 +52,11 @@ class TestMeter:
         assert figures["acc"] == pytest.approx(0.5)
 
     def test_a_single_class_has_one_figure(self):
-        meter = Meter(1)
-        meter.update(torch.zeros(3, 2), torch.zeros(3, dtype=torch.long), None)
+        meter = Meter(1, zero_shot=True)
+        meter.update(torch.tensor([[-3.0], [0.0], [2.0]]), torch.zeros(3, dtype=torch.long), torch.zeros(3, 1))
         figures, per_class, _ = meter.results()
         assert per_class == [1.0]
-        assert figures["acc_class_mean"] == figures["f1_macro"] == 1.0
+        assert figures["acc_class_mean"] == figures["f1_macro"] == figures["zero_shot_acc"] == 1.0
 
     def test_a_confidence_of_one_lies_in_the_last_bin(self):
         """One bin holds 1.0, wrong, and 0.97, right: |1/2 - 0.985|; apart they would give 0.515."""

@@ -108,6 +108,7 @@ def test_lightning_loads_without_what_it_would_load_in_vain():
     code = (
         "import sys\nfrom kshot.lean import load_lightning\nload_lightning()\nimport kshot.commands\n"
         "assert not {'transformers', 'matplotlib', 'scipy', 'torchvision'} & set(sys.modules)\n"
+        "import gc\nassert gc.isenabled() and gc.get_freeze_count() > 100_000, 'nobody need search them for garbage'\n"
         "import torchvision, scipy.signal\n"
         "from importlib.metadata import version\nassert version('torchvision') != 'none'\n"
         "import torch\nfrom torchmetrics.classification import MulticlassCalibrationError\n"

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import QUICK, fit, refused
+from data_fixtures import digit_folder
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -61,6 +62,15 @@ def test_base_to_new(method, tmp_path):
     assert [row["label"] for row in rows] == 2 * list("01234")
     if method == "zero_shot":
         assert (base["acc"], new["acc"]) == (base["zero_shot_acc"], new["zero_shot_acc"])
+
+
+@pytest.mark.parametrize("words", [("zero", "one"), ("zero", "one", "two")])
+def test_a_half_of_one_class(words, tmp_path):
+    """Of three classes the new one is alone, and of two each."""
+    folder = digit_folder(tmp_path / "scans", words, train=2, val=2, test=3)
+    options = ["--config", "methods/coop.yaml", "--data.dataset", str(folder), "--trainer.check_val_every_n_epoch", "1"]
+    result = result_of(fit(tmp_path / "runs", *options, *B2N))
+    assert result["test_sets"]["new"]["acc"] == 1.0
 
 
 def test_the_shots_and_the_manifest_are_those_of_the_whole_run(tmp_path):

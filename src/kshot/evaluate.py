@@ -31,6 +31,11 @@ from kshot.holding import merged
 Module = Any  # a FewShotModule, which imports this file
 
 
+def comparable(logits: Tensor) -> Tensor:
+    """Logits, (B, C), of two classes or more, which torchmetrics asks for: a single one has no rival that could win."""
+    return logits if logits.shape[-1] > 1 else nn.functional.pad(logits, (0, 1), value=-torch.inf)
+
+
 class Meter(nn.Module):
     """Accuracy, micro and class-mean, macro F1, calibration, and the accuracy of zero-shot on the same images.
 
@@ -64,6 +69,7 @@ class Meter(nn.Module):
 
     def update(self, logits: Tensor, label: Tensor, zero_shot: Tensor | None) -> None:
         """Counts a batch: logits, (B, C), labels, (B,), and zero-shot logits, (B, C), where there is a text tower."""
+        logits = comparable(logits)
         # torchmetrics puts a confidence of exactly 1 into a bin of its own (its issue 3510): stay just below.
         before, after = (z.softmax(-1).clamp(max=1 - 1e-6) for z in (logits, self.calibration.logits(logits)))
         given = {"ece": after, "ece_before": before}
@@ -73,7 +79,7 @@ class Meter(nn.Module):
         self.by_class.update(logits, label)
         self.counted.update(len(label))
         if self.zero_shot is not None and zero_shot is not None:
-            self.zero_shot.update(zero_shot, label)
+            self.zero_shot.update(comparable(zero_shot), label)
 
     def results(self) -> tuple[dict[str, float], list[float], int]:
         """The figures by name, the accuracy of each class, and the number of images; of all devices together.

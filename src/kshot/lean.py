@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -41,13 +42,27 @@ def without(*names: str) -> Iterator[None]:
         importlib.invalidate_caches()
 
 
+@contextmanager
+def ungathered() -> Iterator[None]:
+    """Python searches nothing for garbage while libraries load, nor what they leave, again and again, afterwards."""
+    loaded, enabled = len(sys.modules), gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+        if len(sys.modules) > loaded:
+            gc.freeze()
+
+
 def load_lightning() -> None:
     """Loads Lightning, whose torchmetrics takes every optional package that it finds for metrics of text and images.
 
     In this process those metrics, and the plotting of metrics, then say that their package is not installed; all others
     work. The packages themselves are there for whoever imports them later.
     """
-    with without("transformers", "matplotlib", "scipy", "torchvision"):
+    with without("transformers", "matplotlib", "scipy", "torchvision"), ungathered():
         importlib.import_module("lightning.pytorch")
     utilities = importlib.import_module("lightning_utilities.core.imports")
     for answers in (utilities.package_available, utilities.module_available):

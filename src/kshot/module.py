@@ -25,7 +25,7 @@ from kshot.classifiers import Classifier, ClassifierFactory, Task, TextPrompt
 from kshot.classifiers.base import closed_form, title_of, total
 from kshot.data.parts import Batch
 from kshot.errors import UserError
-from kshot.evaluate import Evaluation
+from kshot.evaluate import Evaluation, comparable
 from kshot.features import FeatureStore, store_of
 from kshot.header import data_settings, header_of
 from kshot.kept_tokens import begun, encoded_batch
@@ -267,7 +267,7 @@ class FewShotModule(pl.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002  Lightning's signature
         """Counts correct validation shots."""
-        self.accuracy(self.classifier(self.features_of(batch)), batch.label)
+        self.accuracy(comparable(self.classifier(self.features_of(batch))), batch.label)
         self.log("val/acc", self.accuracy, prog_bar=True, batch_size=len(batch.label))
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:  # noqa: ARG002  Lightning's signature
