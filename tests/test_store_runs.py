@@ -53,7 +53,8 @@ def root(tmp_path, monkeypatch):
 @pytest.fixture
 def seen(monkeypatch):
     """Counts images that are opened and images that are encoded."""
-    count, opened, encode = Counter(), FileImages.open, OpenClip.encode_normalised
+    count, opened = Counter(), FileImages.open
+    encode, unprojected = OpenClip.encode_normalised, OpenClip.encode_unprojected
 
     def open_one(self, path, *rest, **options):
         count["opened"] += 1
@@ -64,7 +65,13 @@ def seen(monkeypatch):
         return encode(self, image)
 
     monkeypatch.setattr(FileImages, "open", open_one)
+
+    def encode_unprojected(self, image, tokens):
+        count["encoded"] += len(image) * (not tokens)
+        return unprojected(self, image, tokens)
+
     monkeypatch.setattr(OpenClip, "encode_normalised", encode_some)
+    monkeypatch.setattr(OpenClip, "encode_unprojected", encode_unprojected)
     return count
 
 

@@ -110,7 +110,7 @@ def fit(
     if ckpt_path is not None:
         check_resume(Path(ckpt_path), module, data, trainer)
     with attached(trainer, store, None if on_prepared is None else Prepared(on_prepared)):
-        trainer.ckpt_path = ckpt_path  # or Lightning says no sooner than the run is prepared that it goes on
+        trainer.ckpt_path = ckpt_path  # which preparing asks for; Lightning itself would set it after that
         try:
             trainer.fit(module, datamodule=data)
         finally:

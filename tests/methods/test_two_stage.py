@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader
 
 from kshot.adapters import FullTuning, LoRA
-from kshot.classifiers import Task, TextPrompt, TwoStage
+from kshot.classifiers import VPT, Task, TextPrompt, TwoStage
 from kshot.cli import main
 from kshot.data.parts import Batch
 from kshot.errors import UserError
@@ -111,6 +111,21 @@ def test_a_stage_leaves_the_other_alone():
     perturb(module.backbone)
     given.after_step(7)
     assert torch.equal(given.head, before)
+
+
+def test_behind_learned_tokens():
+    """They train in the first stage, as the adapter does."""
+    given = VPT(towers.backbone(), Task(NAMES), head=TwoStage)
+    FullTuning(only="norm").attach(given.backbone, ["*"])
+    assert given.plan(10) == (6, 4)
+    for step, trains in ((5, True), (6, False)):
+        given.zero_grad()
+        given.after_step(step)
+        image = towers.images(given.backbone, 5)
+        features = given.backbone.encode_image(image, given.image_tokens())
+        sum(given.losses(features, LABEL).values()).backward()
+        assert (given.image_prompts.grad is not None) is trains
+        assert (given.inner.head.grad is None) is trains
 
 
 @pytest.mark.parametrize(("steps", "stages"), [(1, (1, 0)), (2, (1, 1)), (5, (3, 2)), (4800, (2880, 1920))])

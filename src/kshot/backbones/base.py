@@ -50,7 +50,8 @@ class Backbone(nn.Module, ABC):
         self.shared = nn.ModuleList()  # what the layers of an attached method share
         self.initial_values: nn.Module | None = None  # of parameters that are unfrozen, by name
         self.is_unadapted = False
-        self.wise_alpha, self.is_between = 1.0, False
+        self.wise_alpha = 1.0  # of what is unfrozen; layers have their own
+        self.is_between = False  # moved there for a pass
         self.register_buffer("mean", torch.tensor(preprocessing.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(preprocessing.std).view(1, 3, 1, 1), persistent=False)
 
