@@ -5,7 +5,9 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 from command_line import (
+    BACKBONES,
     EXPERIMENTS,
     FOLDER,
     METHODS,
@@ -26,6 +28,25 @@ def test_every_config_parses(config, capsys):
         main(["fit", "--config", config, "--print_config"])
     assert exit_code.value.code == 0
     assert "class_path: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("config", BACKBONES)
+def test_every_backbone_layers_over_an_experiment_and_says_nothing_else(config, capsys):
+    given = yaml.safe_load((FOLDER / config).read_text())
+    (settings,) = given["model"]["init_args"].values()
+    experiments = {"OpenClip": "clip_16shot.yaml", "Timm": "dinov2_vits14_16shot.yaml"}
+    printed = []
+    for layers in ([], ["--config", config]):
+        with pytest.raises(SystemExit) as exit_code:
+            main(["fit", "--config", experiments[settings["class_path"]], *layers, "--print_config"])
+        assert exit_code.value.code == 0
+        printed.append(yaml.safe_load(capsys.readouterr().out))
+    before, after = printed
+    backbone = after["model"]["init_args"].pop("backbone")
+    assert backbone["class_path"].endswith(settings["class_path"])
+    assert backbone["init_args"] | settings["init_args"] == backbone["init_args"]
+    before["model"]["init_args"].pop("backbone")
+    assert after == before
 
 
 @pytest.mark.parametrize("config", EXPERIMENTS)

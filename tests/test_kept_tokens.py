@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 import towers
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 from torch.optim import SGD
 
 from kshot import kept_tokens
@@ -352,12 +352,14 @@ class TestRuns:
         assert more["note"]["not_kept"] == {}
 
     @pytest.mark.parametrize(
-        ("room", "parts"), [(1.5, ("train", "val")), (1.4, ("train",)), (0.6, ("val",)), (0.4, ())]
+        ("room", "devices", "parts"),
+        [(1.5, 1, ("train", "val")), (1.4, 1, ("train",)), (0.6, 1, ("val",)), (0.4, 1, ()), (1.5, 2, ("val",))],
     )
-    def test_keep_to_a_quarter_of_the_memory_and_say_what_they_leave(self, room, parts, monkeypatch, caplog):
+    def test_keep_to_a_quarter_of_the_memory_and_say_what_they_leave(self, room, devices, parts, monkeypatch, caplog):
         train = 40 * 17 * 32 * 4  # bytes of two views of 20 images; of validation, half of it
         monkeypatch.setattr(kept_tokens, "memory_of", lambda _: int(4 * room * train))
         monkeypatch.setattr(kept_tokens, "AT_ONCE", train // 3)  # in several rounds
+        monkeypatch.setattr(Trainer, "num_devices", devices)  # of one machine, each with tokens of its own
         with caplog.at_level(logging.INFO, "kshot"):
             found = run(made("clip"), digits(), adapter=LoRA(), targets=["image.1.q"])
         assert found["note"] | {"not_kept": {}} == {

@@ -41,7 +41,11 @@ class VisionLanguageBackbone(Backbone):
     @property
     @abstractmethod
     def logit_scale(self) -> Tensor:
-        """The frozen inverse temperature, exp already applied: a scalar."""
+        """The frozen inverse temperature, exp already applied: a scalar.
+
+        A model's own logits may have a bias beside it (SigLIP's). It is the same for all classes, so that neither
+        softmax nor cross-entropy nor their gradients know of it: logits here go without.
+        """
 
     @property
     def projection(self) -> Tensor | None:
