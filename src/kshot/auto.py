@@ -250,9 +250,9 @@ class Search:
         possible = [trial for trial in self.trials if not trial.state.startswith(("refused", "left out"))]
         if not possible:
             raise UserError(f"No candidate can be fitted: {self.trials[0].words} is {self.trials[0].state}.")
-        contenders = {t.words: self.found[t.words] for t in possible if t.words in {*self.whole, *self.closed}}
         if not self.plan or not self.plan[1]:
             return self.by_rule(possible)
+        contenders = {t.words: self.found[t.words] for t in possible if t.words in {*self.whole, *self.closed}}
         contenders |= self.pools(contenders)
         if not contenders:
             return Choice(possible[0].words, "nothing else was judged within the budget")
