@@ -129,7 +129,7 @@ class Search:
         module = build(judge.backbone, self.data, self.seed, **method_of(tree))
         try:
             place(module, judge.trainer)
-            judge.owner, judge.settings = module, settings_of_folds(tree)
+            judge.owner, judge.settings = module, settings_of_folds(tree) if module.takes_steps else {}
             yield module, judge
         finally:
             judge.backbone.detach()
