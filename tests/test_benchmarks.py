@@ -188,6 +188,47 @@ def test_defaults(run, tmp_path, capsys, monkeypatch):
     assert run("defaults", *given, "--methods", *methods)["defaults"] == rows  # they are there: nothing is measured
 
 
+def test_choose(run, tmp_path):
+    given = ["--in-process", "--only", "digits+clip", "--seeds", "1", "--out", str(tmp_path / "choose.csv")]
+    small = [*given, "--methods", "class_mean", "ridge_layers", "auto_30s", "--shots", "1", "2"]
+    rows = run("choose", *small, *RUN, "--candidates", '["--config methods/ridge.yaml"]')["choose"]
+    cells = [("class_mean", "1"), ("ridge_layers", "1"), ("class_mean", "2"), ("ridge_layers", "2")]
+    assert [(row["method"], row["shots"]) for row in rows] == [*cells, ("auto_30s", "1"), ("auto_30s", "2")]
+    assert all(positive(row, "acc", "ece", "brier", "seconds") for row in rows)
+    assert all(positive(row, "forecast", "low", "high") for row in rows if row["shots"] == "2")
+    assert [row["chosen"] for row in rows if row["chosen"]] == ["--config methods/ridge.yaml"] * 2
+    assert run("choose", *small, *RUN)["choose"] == rows  # no row is made again
+
+
+def test_choose__report(run, tmp_path, capsys):
+    def row(method: str, shots: int, seed: int, acc: float, **given: object) -> dict[str, object]:
+        told = {"forecast": 0.8, "low": 0.7, "high": 0.9, "ece": 0.05, "ece_before": 0.1, "brier": 0.2, "seconds": 36}
+        return {"pair": "digits+clip", "method": method, "shots": shots, "seed": seed, "acc": acc} | told | given
+
+    rows = [row("ridge", 4, 1, 0.8), row("ridge", 4, 2, 0.92), row("lora", 4, 1, 0.95), row("auto_5m", 4, 1, 0.79)]
+    rows += [row("gda", 16, 1, 0.9), row("auto_5m", 16, 1, 0.92), row("gda", 1, 1, 0.2, forecast="", low="", high="")]
+    with (tmp_path / "choose.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    run("choose", "--report", "--out", str(tmp_path / "choose.csv"), "--stage-out", str(tmp_path / "stage.csv"))
+    said = capsys.readouterr().out
+    assert "| ridge |  |  | 86.0 |  |  | 36 |" in said
+    assert "| lora |  |  | 95.0 (1) |  |  | 36 |" in said
+    assert "the best any method in hindsight, points | -1.0 in the mean | -7.0 in the mean, -16.0 at worst" in said
+    assert "the best closed form in hindsight, points | -2.0 at worst | +0.5 in the mean, -1.0 at worst" in said
+    assert "| digits+clip | 6 | -8.0 | 8.3 | 50% | 0.100 | 0.050 |" in said
+    assert "| ECE after the temperature, auto | 0.060 | 0.050 | 2 rows |" in said
+    assert said.strip().endswith("7 rows; 0.1 hours of fitting and choosing.")
+
+
+def test_choose__stage(run, tmp_path):
+    given = ["--stage-shots", "2", "--width", "64", "--views", "2", "--stage-out", str(tmp_path / "stage.csv")]
+    rows = run("choose", "--in-process", "--stage", "3", *given)["stage"]
+    assert [(row["classes"], row["shots"], row["width"]) for row in rows] == [("3", "2", "64")]
+    assert all(positive(row, "seconds", "start_mb", "peak_mb") for row in rows)
+
+
 def test_data(run, tmp_path):
     tiny = [
         "--files",

@@ -128,8 +128,8 @@ class Search:
         module = build(judge.backbone, self.data, self.seed, **method_of(tree))
         try:
             place(module, judge.trainer)
-            judge.owner, judge.settings, judge.part = module, settings_of_folds(tree), 1
-            judge.seconds = None
+            judge.owner, judge.part, judge.seconds = module, 1, None
+            judge.settings = settings_of_folds(tree) if module.takes_steps else {}
             yield module, judge
         finally:
             judge.backbone.detach()

@@ -93,10 +93,18 @@ def fold_settings(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def twin_of(module: FewShotModule) -> FewShotModule:
-    """A copy of a module, with values of its own for all that is learnt; frozen weights of the backbone are shared."""
-    named = [*module.backbone.named_parameters(), *module.backbone.named_buffers()]
+    """A copy of a module, with values of its own for all that is learnt; what stays as it is, is shared.
+
+    That is the whole backbone where nothing takes steps, and else its frozen weights and its tokenizer: a copy of a
+    vocabulary takes longer than many a closed form.
+    """
+    backbone: Any = module.backbone
+    if not module.takes_steps:
+        return copy.deepcopy(module, {id(backbone): backbone})
+    named = [*backbone.named_parameters(), *backbone.named_buffers()]
     own = [t for name, t in named if ".adapters." not in name and not name.startswith("shared.")]
-    return copy.deepcopy(module, {id(t): t for t in own if not t.requires_grad})
+    kept = [*(t for t in own if not t.requires_grad), getattr(backbone, "tokenizer", None)]
+    return copy.deepcopy(module, {id(each): each for each in kept})
 
 
 @dataclass

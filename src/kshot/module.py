@@ -22,7 +22,7 @@ from kshot.calibration import Calibration, score
 from kshot.callbacks import Fitting, Merged, WeightAverage
 from kshot.checkpoint import HEADER, TRAINING, AtomicCheckpoints, accept, dtypes_of, training_state
 from kshot.classifiers import Classifier, ClassifierFactory, Task, TextPrompt
-from kshot.classifiers.base import closed_form, title_of, total
+from kshot.classifiers.base import closed_form, require_steps, title_of, total
 from kshot.data.parts import Batch
 from kshot.errors import UserError
 from kshot.evaluate import Evaluation, comparable
@@ -77,12 +77,7 @@ class FewShotModule(pl.LightningModule):
         self.optimizer_factory, self.schedule_factory = optimizer, schedule
         self.classifier: Classifier = classifier(backbone=backbone, task=Task(tuple(class_names), tuple(templates)))
         if adapter is not None:
-            if closed_form(self.classifier):
-                raise UserError(
-                    f"{type(self.classifier).__name__} has a closed form and takes no gradient step: {self.method} "
-                    f"would leave {type(adapter).__name__} untrained: use LinearProbe, TextPrompt or NearestClassMean "
-                    "with trainable: true, or adapter: null."
-                )
+            require_steps(self.classifier, self.method)
             adapter.attach(backbone, list(targets))
         self.run_seed = torch.initial_seed()
         self.calibration = Calibration()  # of what was learnt, by held-out shots

@@ -303,6 +303,16 @@ def title_of(classifier: Classifier) -> str:
     return type(classifier).__name__ + (f" ({', '.join(map(title_of, parts))})" if parts else "")
 
 
+def require_steps(classifier: Classifier, method: str) -> None:
+    """Raises UserError where nothing would train what is attached beside a classifier, ``method`` together."""
+    if closed_form(classifier):
+        own, _, adapter = method.rpartition(" + ")
+        raise UserError(
+            f"{own} has a closed form and takes no gradient step: {method} would leave {adapter} untrained: use "
+            "LinearProbe, TextPrompt or NearestClassMean with trainable: true, or adapter: null."
+        )
+
+
 def total(terms: Mapping[str, Tensor]) -> Tensor:
     """The sum of the terms of a loss: a scalar."""
     return torch.stack(list(terms.values())).sum()
