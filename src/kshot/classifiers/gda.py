@@ -11,12 +11,13 @@ from torch import Tensor
 
 from kshot.backbones.base import Backbone
 from kshot.classifiers.base import Shots, Task, exact
-from kshot.classifiers.blend import LinearBlend, judgeable
-from kshot.classifiers.ridge import AT_ONCE, ridge
+from kshot.classifiers.blend import LinearBlend, held_out
+from kshot.classifiers.ridge import ridge
 from kshot.errors import require
 from kshot.holding import Holder
 
 COPIES = 16  # of a new class's text among the images that stand for it
+LEAST = 3  # images that some class must have
 NEVER = -1e9  # the bias of a class without images
 
 
@@ -25,8 +26,9 @@ class GDA(LinearBlend, Holder):
 
     ``P = D ((N - 1) S + tr(S) I)⁻¹`` is an empirical Bayes estimate of the precision, S the covariance within classes
     over all recorded views, with the divisor N - 1, N the number of images. What the paper tunes on validation images,
-    the weight beside the text, is decided on images left out one by one. Where each class has one image, or all of a
-    class are equal, there is no covariance within, and :class:`~kshot.classifiers.Ridge` takes its place.
+    the weight beside the text, is decided on images that are held out, one of each class at a time. Where no class has
+    three images there is no covariance within without one of each, and where all of a class are equal there is none at
+    all: :class:`~kshot.classifiers.Ridge` takes its place.
 
     Where a class is new, all are served as new ones, which have no images: the μ of one is the mean of the
     ``neighbours`` training features nearest to its text and of 16 copies of that text, and P the mean over the classes
@@ -97,10 +99,14 @@ class GDA(LinearBlend, Holder):
 
 def gda(features: Tensor, label: Tensor, classes: int) -> tuple[Tensor, Tensor, Tensor | None]:
     """:meth:`LinearBlend.solve` of :class:`GDA`."""
-    shots = Gaussians.of(features, label, classes)
-    if shots.sizes.max() < 2 or shots.trace < 1e-12 * len(label):
+    shots, views = Gaussians.of(features, label, classes), features.mean(0)
+    if shots.sizes.max() < LEAST or shots.trace < 1e-12 * len(label):
         return ridge(features, label, classes, None)
-    return *shots.solution(), shots.left_out()[judgeable(label)]
+
+    def scores(seen: Tensor, held: Tensor) -> Tensor:
+        return F.linear(views[held], *Gaussians.of(features[:, seen], label[seen], classes).solution())
+
+    return *shots.solution(), held_out(label, scores)
 
 
 class Gaussians(NamedTuple):
@@ -152,40 +158,6 @@ class Gaussians(NamedTuple):
             bias - bias.mean(),
         )  # what classes share decides nothing and costs digits
         return weight @ self.basis.T, torch.where(self.sizes > 0, bias, NEVER)
-
-    def left_out(self) -> Tensor:
-        """Logits, (N, C), of each image by the solution without it, the mean over its views.
-
-        Without image i of class c, with deviations ``d_v`` from the mean of its n images and their mean m over views,
-        ``(N - 1) S`` loses ``Σ_v d_v d_vᵀ / V + m mᵀ / (n - 1)`` and ``μ_c`` loses ``m / (n - 1)``. What is left is
-        inverted by the Woodbury identity, in which the trace, another for each image, is a shift of the diagonal.
-        """
-        views, images, _ = self.rows.shape
-        found = self.rows.new_empty(images, len(self.mean))
-        step = max(1, AT_ONCE // ((views + 1) * (len(self.mean) + self.rows.shape[2])))
-        for some in torch.arange(images).split(step):
-            label, x = self.label[some], self.rows[:, some].transpose(0, 1)  # (n, V, R)
-            others = (self.sizes[label] - 1).clamp(min=1)[:, None]
-            apart = x - self.mean[label, None]
-            shift = apart.mean(1) / others
-            lost = torch.cat([apart / views**0.5, (shift * others.sqrt())[:, None]], 1)  # A, (n, V + 1, R)
-            trace = (self.trace - lost.square().sum((1, 2))).clamp(min=1e-12) / max(images - 2, 1)
-            inverse = 1 / (self.spread + trace[:, None])  # (n, R)
-            scaled = lost * inverse[:, None]
-            inside = torch.eye(views + 1, dtype=x.dtype) - scaled @ lost.mT
-            query = x.mean(1)
-            query = query * inverse + (torch.linalg.solve(inside, scaled @ query[..., None]).mT @ scaled)[:, 0]
-            own = self.mean[label] - shift  # the mean without the image, (n, R)
-            fading, own_fading = scaled @ self.mean.T, scaled @ own[..., None]  # (n, V + 1, C or 1)
-            square = inverse @ self.mean.square().T + (fading * torch.linalg.solve(inside, fading)).sum(1)
-            own_square = (inverse * own.square()).sum(1, keepdim=True)
-            own_square += (own_fading * torch.linalg.solve(inside, own_fading)).sum(1)
-            score = query @ self.mean.T - square / 2
-            score.scatter_(1, label[:, None], (query * own).sum(1, keepdim=True) - own_square / 2)
-            count = self.sizes - F.one_hot(label, len(self.sizes))
-            prior = torch.where(count > 0, (count / (images - 1)).clamp(min=1e-12).log(), NEVER)
-            found[some] = len(self.basis) * score + prior
-        return found
 
 
 def biases(mean: Tensor, weight: Tensor, prior: Tensor) -> Tensor:

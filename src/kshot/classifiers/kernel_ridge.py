@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kshot.backbones.base import Backbone
 from kshot.classifiers.base import Shots, Task, exact
-from kshot.classifiers.blend import UNJUDGED, WithText, beats_chance, judgeable, of_text, shots_of
+from kshot.classifiers.blend import UNJUDGED, WithText, beats_chance, judgeable, of_text, rounds, shots_of
 from kshot.errors import require
 from kshot.judging import best_of, best_scale
 
@@ -26,9 +26,10 @@ class KernelRidge(WithText):
 
     p are the zero-shot probabilities of an image and P those of the shots X, so that the kernel corrects the text where
     shots are near, and leaves it alone elsewhere; without text p is the share of each class. β, λ, and whether the text
-    enters, are the best on images left out one by one, by accuracy, then log loss: the residual of image i is
-    ``[A]_i / [(K + λ I)⁻¹]_ii``. s is the inverse temperature that suits these predictions. X are the means over the
-    recorded views of unit-length features, (N, D), and of unit length themselves.
+    enters, are the best on images that are held out, one of each class at a time, by accuracy, then log loss: the
+    residuals of those in a round B are ``([(K + λ I)⁻¹]_BB)⁻¹ A_B``, so that nothing is fitted again. s is the inverse
+    temperature that suits these predictions. X are the means over the recorded views of unit-length features, (N, D),
+    and of unit length themselves.
 
     Args:
         sharpness: β; None chooses it.
@@ -98,7 +99,7 @@ class KernelRidge(WithText):
                 for beta, strength in product(betas, lambdas):
                     inverse = inverted(x[some], beta, strength)
                     for text in texts:
-                        residual = inverse @ (y - start[text])[some] / inverse.diagonal()[:, None]
+                        residual = without(inverse, (y - start[text])[some], label[some])
                         yield (beta, strength, text), (y[some] - residual)[judged]
 
             (beta, strength, text), logits = best_of(left_out(), label[some][judged])
@@ -130,6 +131,20 @@ def factor(x: Tensor, beta: float, strength: float) -> Tensor:
 def inverted(x: Tensor, beta: float, strength: float) -> Tensor:
     """``(K + λ I)⁻¹``, (N, N)."""
     return torch.cholesky_inverse(factor(x, beta, strength))
+
+
+def without(inverse: Tensor, target: Tensor, label: Tensor) -> Tensor:
+    """Residuals, (N, C), of images by answers without their :func:`rounds`: ``[G⁻¹]_BB⁻¹ [G⁻¹ R]_B`` of each round B.
+
+    Args:
+        inverse: G⁻¹, (N, N).
+        target: R, (N, C).
+        label: (N,).
+    """
+    found = inverse @ target
+    for held in rounds(label):
+        found[held] = torch.linalg.solve(inverse[held][:, held], found[held])
+    return found
 
 
 def dealt(label: Tensor, most: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Ridge regression on one-hot labels, its strength chosen by exact leave-one-out."""
+"""Ridge regression on one-hot labels, its strength chosen on shots that are held out."""
 
 import math
 from collections.abc import Sequence
@@ -10,22 +10,20 @@ from torch import Tensor
 
 from kshot.backbones.base import Backbone
 from kshot.classifiers.base import Task
-from kshot.classifiers.blend import LinearBlend, judgeable
+from kshot.classifiers.blend import LinearBlend, held_out, judgeable
 from kshot.errors import require
 from kshot.judging import best_of
 
 STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0)
 ALONE = 0.1  # the strength where nothing can be judged
-AT_ONCE = 2**24  # numbers in the largest tensor of leave-one-out: 128 MB
 
 
 class Ridge(LinearBlend):
     """Least squares with the penalty ``λ κ ‖W‖²`` from centred, unit-length features to centred one-hot labels.
 
     κ is the mean squared length of the centred features, so that λ means the same on every backbone. All recorded
-    views of an image are rows, each with the weight 1 / V. λ is the best of :data:`STRENGTHS` for images left out one
-    by one with all their views, by accuracy, then log loss (PRESS; Allen 1974): the residual of image i is
-    ``(I - H_ii)⁻¹ (Y_i - Ŷ_i)`` with the hat matrix H, so that nothing is fitted again.
+    views of an image are rows, each with the weight 1 / V. λ is the best of :data:`STRENGTHS` for images that are held
+    out with all their views, one of each class at a time (:func:`rounds`), by accuracy, then log loss.
 
     Args:
         strength: λ; None chooses it.
@@ -54,13 +52,17 @@ def ridge(
     features: Tensor, label: Tensor, classes: int, strength: float | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """:meth:`LinearBlend.solve` of :class:`Ridge`."""
-    problem = decompose(features, label, classes)
-    judged = judgeable(label)
+    problem, judged = decompose(features, label, classes), judgeable(label)
     if not judged.any():
         return *problem.solution(strength or ALONE), None
-    tried = STRENGTHS if strength is None else (strength,)
-    chosen, held_out = best_of(((each, problem.left_out(each)[judged]) for each in tried), label[judged])
-    return *problem.solution(chosen), held_out
+    tried, views = STRENGTHS if strength is None else (strength,), features.mean(0)
+
+    def scores(seen: Tensor, held: Tensor) -> Tensor:
+        part = decompose(features[:, seen], label[seen], classes)
+        return torch.stack([F.linear(views[held], *part.solution(each)) for each in tried])
+
+    chosen, logits = best_of(zip(tried, held_out(label, scores), strict=True), label[judged])
+    return *problem.solution(chosen), logits
 
 
 class Problem(NamedTuple):
@@ -94,20 +96,6 @@ class Problem(NamedTuple):
         """W, (C, D), and b, (C,)."""
         weight = (self.basis @ self.coefficients(strength)).T
         return weight, self.prior - weight @ self.mean
-
-    def left_out(self, strength: float) -> Tensor:
-        """Scores, (N, C), of each image by the solution without it, the mean over its views."""
-        views, images, width = self.rows.shape
-        shrunk, coefficients = self.shrunk(strength), self.coefficients(strength)
-        found, one = torch.empty_like(self.targets), torch.eye(views, dtype=self.rows.dtype)
-        step = max(1, AT_ONCE // (views * max(width, len(self.prior), views)))
-        for some in torch.arange(images).split(step):
-            rows = self.rows[:, some].transpose(0, 1)  # (n, V, R)
-            hat = (1 / images + rows * shrunk @ rows.mT) / views  # the intercept's share, and that of W
-            residual = self.targets[some, None] - rows @ coefficients  # (n, V, C)
-            left = torch.linalg.solve(one - hat, residual)
-            found[some] = self.prior + self.targets[some] - left.mean(1)
-        return found
 
 
 def decompose(features: Tensor, label: Tensor, classes: int) -> Problem:
