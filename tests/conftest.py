@@ -21,9 +21,17 @@ def pytest_xdist_auto_num_workers(config):
 
 
 LONG = (
-    *("test_cli_configs", "test_cli", "test_adapters", "test_ends", "test_several_devices", "test_run"),
-    *("test_classifiers", "test_adapter_state", "test_benchmarks", "test_cli_refusals", "test_data_command"),
-    *("test_hostile", "test_mistakes", "test_layouts", "test_docs", "test_data_hostile", "test_imports"),
+    *("test_cli_configs", "test_adapters", "test_cli", "test_benchmarks", "test_store_runs", "test_classifiers"),
+    *("test_layouts", "test_adapter_state", "test_data_command", "test_ends", "test_alone", "test_cli_refusals"),
+    *(
+        "test_several_devices",
+        "test_protocols",
+        "test_run",
+        "test_hostile",
+        "test_mistakes",
+        "test_data_catalogue_runs",
+    ),
+    *("test_parser", "test_text_parts", "test_data_hostile", "test_imports"),
 )
 
 

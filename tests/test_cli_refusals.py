@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import towers
 from command_line import (
     FIT,
     QUICK,
@@ -112,7 +113,7 @@ def test_folders_with_mistakes(capsys, tmp_path, monkeypatch):
 
 def test_a_checkpoint_of_another_backbone_or_method_is_refused(fitted, capsys, tmp_path):
     checkpoint = ["--ckpt_path", str(fitted / "tuned.safetensors"), "--run.root", str(tmp_path)]
-    other = ["--model.backbone.model", "ViT-B-32", "--model.backbone.pretrained", "random", "--model.adapter.rank", "8"]
+    other = ["--model.backbone.model", str(towers.folder_of("clip"))]
     assert "belongs to the backbone kshot:glyph_clip" in refused(capsys, ["test", *FIT[1:], *checkpoint, *other])
     method = ["--config", "methods/coop.yaml"]
     assert "and the config says CoOp" in refused(capsys, ["test", *FIT[1:], *method, *checkpoint])

@@ -17,9 +17,9 @@ from kshot.backbones.language import memory_of
 from kshot.classifiers import CoCoOp, CoOp, KgCoOp, MaPLe, PromptSRC, Task, TextPrompt
 from kshot.errors import UserError
 
-NAMES = ("cat", "dog", "yellow bird", "x", "very small old car", "tree", "sea horse")
+NAMES = ("cat", "yellow bird", "x", "very small old car", "sea horse")
 TASK = Task(NAMES, ("a photo of a {}.", "{} in the rain"))
-LABEL = torch.tensor([0, 3, 6, 1])
+LABEL = torch.tensor([0, 3, 4, 1])
 ONE = 1  # byte: one class of one group at a time
 
 
