@@ -21,7 +21,10 @@ from pathlib import Path
 from few_shot import append, machine, parse, rows_of
 
 DOC = Path(__file__).parents[1] / "docs" / "methods.md"
-METHODS = ["zero_shot", "coop", "cocoop", "kgcoop", "maple", "vpt", "ivlp", "promptsrc", "dept", "clip_adapter", "lora"]
+METHODS = [
+    "zero_shot", "coop", "cocoop", "kgcoop", "maple", "vpt", "ivlp", "promptsrc", "dept", "clip_adapter", "lora",
+    "prolip", "2sfs",
+]  # fmt: skip
 FIELDS = (
     "label", "method", "seed", "base", "new", "zero_shot_base", "zero_shot_new", "trainable_parameters", "fit_seconds",
     "split", "machine", "git_commit",
