@@ -104,9 +104,11 @@ def fit(
     if ckpt_path is not None:
         check_resume(Path(ckpt_path), module, data, trainer)
     trainer.ckpt_path = ckpt_path  # as an argument of fit it is unknown until all is prepared
-    with attached(trainer, store, None if on_prepared is None else Prepared(on_prepared)):
-        trainer.fit(module, datamodule=data)
-    trainer.ckpt_path = None
+    try:
+        with attached(trainer, store, None if on_prepared is None else Prepared(on_prepared)):
+            trainer.fit(module, datamodule=data)
+    finally:
+        trainer.ckpt_path = None
     if finishing:
         finish(module)
 
