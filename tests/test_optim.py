@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.optim import lr_scheduler
 
-from kshot.adapters import DoRA, FullTuning, HydraLoRA, LoRA, PiSSA, VeRA
+from kshot.adapters import DoRA, FullTuning, HydraLoRA, LoRA, LoRAXS, PiSSA, VeRA
 from kshot.backbones import OpenClip
 from kshot.classifiers import CoOp, LinearProbe, NearestClassMean, TextPrompt
 from kshot.errors import UserError
@@ -252,6 +252,8 @@ class TestRoles:
 
     def test_rates_of_matrices_fall_with_the_width_of_the_tower(self):
         assert LoRA().default_lr(384) == LoRA().default_lr(768) * 2 == 1e-3
+        assert PiSSA().default_lr(384) == DoRA().default_lr(384) == 2.5e-4
+        assert LoRAXS().default_lr(384) == 2e-2, "its numbers meet singular vectors, not features"
         assert VeRA().default_lr(384) == VeRA().default_lr(768) == 1e-2
         assert LoRA().default_lr(0) == LoRA.rate, "a tower that tells no width"
         assert FullTuning().default_lr(384) == 5e-5

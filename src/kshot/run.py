@@ -109,12 +109,12 @@ def fit(
     """
     if ckpt_path is not None:
         check_resume(Path(ckpt_path), module, data, trainer)
-    with attached(trainer, store, None if on_prepared is None else Prepared(on_prepared)):
-        trainer.ckpt_path = ckpt_path  # which preparing asks for; Lightning itself would set it after that
-        try:
+    trainer.ckpt_path = ckpt_path  # as an argument of fit it is unknown until all is prepared
+    try:
+        with attached(trainer, store, None if on_prepared is None else Prepared(on_prepared)):
             trainer.fit(module, datamodule=data)
-        finally:
-            trainer.ckpt_path = None
+    finally:
+        trainer.ckpt_path = None
     if finishing:
         finish(module)
 
