@@ -243,6 +243,8 @@ class Search:
     def best(self) -> Choice:
         """The best of what was judged by as many steps as it will take; by a rule where nothing could be held out.
 
+        What takes steps may have been judged on fewer images than closed forms: it must beat the best of these there.
+
         Raises:
             UserError: no candidate can be fitted.
         """
@@ -255,10 +257,12 @@ class Search:
         contenders |= self.pools(contenders)
         if not contenders:
             return Choice(possible[0].words, "nothing else was judged within the budget")
-        common = torch.tensor(sorted(set.intersection(*(set(f.index.tolist()) for f in contenders.values()))))
-        label = self.judge(self.trees[possible[0].words]).label[common]
-        logits = {words: aligned(found, common) for words, found in contenders.items()}
-        words, _ = best_of(logits.items(), label)
+        closed = {words: found for words, found in contenders.items() if words not in self.whole} or contenders
+        best = self.first_of(closed)
+        trained = {words: found for words, found in contenders.items() if words in self.whole}  # perhaps on few images
+        better = {w: found for w, found in trained.items() if self.first_of({best: closed[best], w: found}) == w}
+        words = self.first_of({best: closed[best], **better})
+        logits, label = self.shared({**closed, **better})
         right = torch.stack([each.argmax(-1) == label for each in logits.values()])
         counts = dict(zip(logits, right.sum(1).tolist(), strict=True))
         second = max((w for w in counts if w != words), key=lambda w: counts[w], default=None)
@@ -266,6 +270,18 @@ class Search:
         why += f" ({second}: {counts[second]})" if second else ""
         told = ahead(contenders[words], optimism_of(right), self.growth(words))
         return Choice(words, why, calibration=told.plain())
+
+    def shared(self, contenders: dict[str, HeldOut]) -> tuple[dict[str, Tensor], Tensor]:
+        """Logits of contenders about the images that were held out of all of them, and the labels of these."""
+        common = torch.tensor(sorted(set.intersection(*(set(f.index.tolist()) for f in contenders.values()))))
+        some = next(iter(contenders.values()))
+        label = some.label[some.index.argsort()][torch.searchsorted(some.index.sort().values, common)]
+        return {words: aligned(found, common) for words, found in contenders.items()}, label
+
+    def first_of(self, contenders: dict[str, HeldOut]) -> str:
+        """The best of contenders, by words, on the images that were held out of all of them."""
+        logits, label = self.shared(contenders)
+        return best_of(logits.items(), label)[0]
 
     def by_rule(self, possible: list[Trial]) -> Choice:
         """Where each class has one image: class means with the text if it tells these apart, or else ridge."""

@@ -1,0 +1,45 @@
+"""Which contender is chosen, where what takes steps was judged on fewer images than the closed forms."""
+
+import pytest
+import torch
+
+from kshot.auto import Search
+from kshot.choice import Trial
+from kshot.config import read_command_line
+from kshot.folds import HeldOut
+from kshot.settings import OPTIONS, settings
+
+IMAGES, CLASSES, FEW = 40, 2, 10
+
+
+def held_out(right: list[int], images: int) -> HeldOut:
+    """Logits that are right about some of the first images."""
+    label, index = torch.arange(images) % CLASSES, torch.arange(images)
+    said = torch.where(torch.isin(index, torch.tensor(right)), label, 1 - label)
+    return HeldOut(torch.eye(CLASSES).double()[said], label, index, 15.0, 20.0, 4)
+
+
+@pytest.fixture
+def search():
+    line = read_command_line(["fit", "--config", "auto.yaml", "--data.shots", "2"], list(OPTIONS))
+    search = Search(line, settings(line)[1])
+    search.plan = torch.arange(IMAGES) % 4, range(4)
+    search.trials = [Trial(words) for words in ("good", "lucky", "steps")]
+    search.closed, search.whole = ["good", "lucky"], ["steps"]
+    search.found = {"good": held_out(list(range(1, 37)), IMAGES), "lucky": held_out(list(range(30)), IMAGES)}
+    return search
+
+
+def test_a_poor_contender_of_few_images_does_not_decide_by_these_alone(search):
+    search.found["steps"] = held_out(list(range(5)), FEW)
+    choice = search.best()
+    assert choice.words == "good"
+    assert choice.why == "36 of 40 held-out shots right (lucky: 30)"
+    assert choice.calibration["forecast"]["optimism"] < 0.03
+
+
+def test_what_takes_steps_is_chosen_where_it_beats_the_best_closed_form_on_its_images(search):
+    search.found["steps"] = held_out(list(range(FEW)), FEW)
+    choice = search.best()
+    assert choice.words == "steps"
+    assert choice.why.startswith("10 of 10 held-out shots right")
