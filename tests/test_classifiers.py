@@ -97,7 +97,7 @@ every = pytest.mark.parametrize(("kind", "settings"), EVERY, ids=[label_of(k, s)
 def width_of(given) -> int:
     """Width of the image features of a backbone, or of those that a classifier takes from its own."""
     if isinstance(given, Classifier):
-        return len(given.backbone.projection) if given.unprojected else given.backbone.feature_dim
+        return len(given.backbone.projection) if "unprojected" in given.needs else given.backbone.feature_dim
     return given.feature_dim
 
 
@@ -152,7 +152,7 @@ def features_of(classifier, count=6):
 def encoded(classifier, count=6):
     """Features of images, with what the classifier does in the image tower."""
     image = towers.images(classifier.backbone, count)
-    return classifier.backbone.encode_image(image, classifier.image_tokens(), classifier.unprojected)
+    return classifier.backbone.encode_image(image, classifier.image_tokens(), "unprojected" in classifier.needs)
 
 
 def logits_of(classifier, count=6):
@@ -203,10 +203,9 @@ class Untouchable:
 
 
 class TestEvery:
-    def test_the_contract_is_ten_names(self):
+    def test_the_contract_is_eight_names(self):
         names = {"needs", "forward", "losses", "image_tokens", "set_class_names", "param_groups", "fit", "select"}
-        names |= {"plan", "after_step"}
-        assert {name for name in vars(Classifier) if not name.startswith("_")} == names | {"bound", "unprojected"}
+        assert {name for name in vars(Classifier) if not name.startswith("_")} == names | {"bound"}
 
     @every
     @pytest.mark.parametrize("classes", [2, 10])

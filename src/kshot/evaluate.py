@@ -215,7 +215,9 @@ class Evaluation(Callback):
                 with trainer.precision_plugin.forward_context():
                     features = pl_module.frozen_features_of(outputs["batch"])
             backbone = pl_module.backbone
-            compared = projected(features, backbone.projection) if pl_module.classifier.unprojected else features
+            compared = (
+                projected(features, backbone.projection) if "unprojected" in pl_module.classifier.needs else features
+            )
             zero_shot = cosine_logits(compared, self.zero_shot_text, backbone.logit_scale)
         if self.parts and batch.frozen is None and (self.untouched or zero_shot is not None):
             of_run(trainer).note(self.parts[dataloader_idx], batch.index, features)

@@ -129,7 +129,7 @@ class FeatureStore(Callback):
         return {
             "backbone": self.backbone.name,
             "tower": self.tower,
-            **({"unprojected": True} if module.classifier.unprojected else {}),
+            **({"unprojected": True} if "unprojected" in module.classifier.needs else {}),
             "pixels": part.context(),
             "precision": str(trainer.precision),
             "products": torch.get_float32_matmul_precision(),
@@ -257,7 +257,7 @@ def untouched_features(module: Module, data: Data, trainer: Trainer, part: str, 
 
     def encode(batch: Batch) -> Tensor:
         assert batch.image is not None
-        features: Tensor = backbone.encode_image(batch.image, (), module.classifier.unprojected)
+        features: Tensor = backbone.encode_image(batch.image, (), "unprojected" in module.classifier.needs)
         return features
 
     found = store.find(module, data, trainer, part, views)

@@ -28,7 +28,7 @@ logger = logging.getLogger("kshot")
 def leading_blocks(module: Module) -> int:
     """Blocks whose tokens all images keep while a module trains; 0 without any, or where all features are kept."""
     classifier = module.classifier
-    entered = module.has_frozen_images or classifier.image_tokens() or classifier.unprojected
+    entered = module.has_frozen_images or classifier.image_tokens() or "unprojected" in classifier.needs
     return 0 if entered else int(module.backbone.leading_blocks())
 
 

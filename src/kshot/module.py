@@ -22,7 +22,7 @@ from kshot.calibration import Calibration, score
 from kshot.callbacks import Fitting, Merged, WeightAverage
 from kshot.checkpoint import HEADER, TRAINING, AtomicCheckpoints, accept, dtypes_of, training_state
 from kshot.classifiers import Classifier, ClassifierFactory, Task, TextPrompt
-from kshot.classifiers.base import closed_form, require_steps, title_of, total
+from kshot.classifiers.base import closed_form, require_steps, staged, stages_of, title_of, total
 from kshot.data.parts import Batch
 from kshot.errors import UserError
 from kshot.evaluate import Evaluation, comparable
@@ -150,20 +150,22 @@ class FewShotModule(pl.LightningModule):
 
     def encode_image(self, image: Tensor) -> Tensor:
         """Image features, (B, D), as this run computes them."""
-        return self.backbone.encode_image(image, self.classifier.image_tokens(), self.classifier.unprojected)
+        return self.backbone.encode_image(image, self.classifier.image_tokens(), "unprojected" in self.classifier.needs)
 
     def features_of(self, batch: Batch) -> Tensor:
         """Image features, (B, D): those of the batch, or computed from its images or tokens."""
         if batch.features is not None:
             return batch.features
-        return encoded_batch(self.backbone, batch, self.classifier.image_tokens(), self.classifier.unprojected)
+        return encoded_batch(
+            self.backbone, batch, self.classifier.image_tokens(), "unprojected" in self.classifier.needs
+        )
 
     def frozen_features_of(self, batch: Batch) -> Tensor:
         """Image features, (B, D), of the untouched backbone."""
         if batch.frozen is not None:
             return batch.frozen
         with self.backbone.unadapted(), torch.no_grad():
-            return encoded_batch(self.backbone, batch, (), self.classifier.unprojected)
+            return encoded_batch(self.backbone, batch, (), "unprojected" in self.classifier.needs)
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """The classifier's terms and the adapter's penalty."""
@@ -222,7 +224,7 @@ class FewShotModule(pl.LightningModule):
         if self.schedule_factory is None:
             return optimizer
         self.trainer.fit_loop.setup_data()  # or a run counted in steps knows nothing of its epochs yet
-        stages = self.classifier.plan(int(self.trainer.estimated_stepping_batches))
+        stages = stages_of(self.classifier, int(self.trainer.estimated_stepping_batches))
         each = max(1, math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches))
         judged = self.trainer.limit_val_batches and self.split is not None and self.split["counts"]["val"]
         every = (self.trainer.check_val_every_n_epoch or 1) if judged else 0
@@ -234,7 +236,8 @@ class FewShotModule(pl.LightningModule):
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         for shared in self.shared:
             shared.after_step(self.trainer.global_step + 1, self.layers)
-        self.classifier.after_step(self.trainer.global_step + 1)
+        if (classifier := staged(self.classifier)) is not None:
+            classifier.after_step(self.trainer.global_step + 1)
 
     def on_fit_start(self) -> None:
         """Trains in training mode: Lightning takes the modes that it finds, and a backbone is built for evaluation."""

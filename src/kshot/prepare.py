@@ -11,6 +11,7 @@ from lightning.pytorch import Trainer
 
 from kshot.adapters.base import SearchProblem, Shared, derived_seed
 from kshot.classifiers import Shots
+from kshot.classifiers.base import stages_of
 from kshot.data.parts import Batch
 from kshot.errors import UserError
 from kshot.features import encoded, keep_features, look_up, parts_to_start, place, untouched_shots
@@ -39,7 +40,7 @@ def prepare(module: Module, data: Data, trainer: Trainer) -> None:
         module.meet(data)
         check_validation(module, data)
         check_classes(module, data)
-    stages = module.classifier.plan(steps)
+    stages = stages_of(module.classifier, steps)
     check_devices(module, trainer, stages)
     check_stages(module, stages)
     for shared in module.shared:
@@ -134,7 +135,7 @@ def try_step(module: Module, trainer: Trainer, steps: int) -> None:
         UserError: names tensors that nothing would train; or the schedule refuses its settings.
     """
     if module.schedule_factory is not None:
-        stages = module.classifier.plan(max(1, steps))
+        stages = stages_of(module.classifier, max(1, steps))
         staged_schedule(module.schedule_factory, module.optimizer_for(), stages, 1)
     noise, size = torch.Generator().manual_seed(0), module.backbone.image_size
     image = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8, generator=noise)

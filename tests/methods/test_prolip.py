@@ -90,12 +90,12 @@ def test_the_penalty_holds_the_projection():
 def test_behind_learned_tokens():
     """VPT with it as head projects what the prompted tower gives."""
     given, plain = (VPT(towers.backbone(), TASK, head=head) for head in (ProLIP, TextPrompt))
-    assert given.unprojected
-    assert not plain.unprojected
+    assert "unprojected" in given.needs
+    assert "unprojected" not in plain.needs
     plain.load_state_dict({n: t for n, t in given.state_dict().items() if n != "inner.weight"}, strict=False)
     image = towers.images(given.backbone)
     with torch.no_grad():
-        logits = [c(c.backbone.encode_image(image, c.image_tokens(), c.unprojected)) for c in (given, plain)]
+        logits = [c(c.backbone.encode_image(image, c.image_tokens(), "unprojected" in c.needs)) for c in (given, plain)]
     assert towers.relative(*logits) <= 1e-5
 
 

@@ -59,8 +59,8 @@ class Classifier(nn.Module, ABC):
         bound: why it cannot serve other classes; empty where it can.
         needs: what a run must give: ``shots`` (:meth:`fit` is to be called before training), ``val`` (something is
             chosen by validation shots, in :meth:`fit` or :meth:`select`), ``teacher`` (:meth:`losses` wants image
-            features of the untouched backbone).
-        unprojected: whether features are to be those from before the image tower's last projection.
+            features of the untouched backbone), ``unprojected`` (features are to be those from before the image
+            tower's last projection).
 
     Raises:
         UserError: the backbone lacks what a method needs, a setting is out of its range, a class name has no tokens, or
@@ -70,7 +70,6 @@ class Classifier(nn.Module, ABC):
     init_args: dict[str, Any]
     needs: frozenset[str] = frozenset()
     bound: str = "it was built for its training classes"
-    unprojected: bool = False
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -140,13 +139,6 @@ class Classifier(nn.Module, ABC):
     def select(self, val: Shots) -> None:
         """Chooses, after gradient training, what is left to choose."""
 
-    def plan(self, steps: int) -> Sequence[int]:
-        """Divides the optimizer steps of a run, before it starts, into stages; the schedule begins anew in each."""
-        return (steps,)
-
-    def after_step(self, step: int) -> None:
-        """Follows an optimizer step; ``step`` counts from 1."""
-
 
 class ClassifierFactory(Protocol):
     """What a YAML gives: a classifier but for its run-time arguments."""
@@ -187,7 +179,7 @@ class Around(Classifier):
     def __init__(self, backbone: Backbone, task: Task, inner: ClassifierFactory) -> None:
         super().__init__(backbone, task)
         self.inner: Classifier = inner(backbone=backbone, task=task)
-        self.needs, self.unprojected = self.inner.needs, self.inner.unprojected
+        self.needs = self.inner.needs
 
     def losses(self, features: Tensor, label: Tensor, teacher: Tensor | None = None) -> dict[str, Tensor]:
         return self.inner.losses(features, label, teacher)
@@ -204,12 +196,6 @@ class Around(Classifier):
 
     def select(self, val: Shots) -> None:
         self.inner.select(val)
-
-    def plan(self, steps: int) -> Sequence[int]:
-        return self.inner.plan(steps)
-
-    def after_step(self, step: int) -> None:
-        self.inner.after_step(step)
 
 
 class TextClassifier(Classifier, Holder):
@@ -284,6 +270,31 @@ class GaussianAverage:
 
     mean: float
     std: float
+
+
+class Staged(ABC):
+    """What a classifier is besides that trains in stages."""
+
+    @abstractmethod
+    def plan(self, steps: int) -> Sequence[int]:
+        """Divides the optimizer steps of a run, before it starts, into stages; the schedule begins anew in each."""
+
+    @abstractmethod
+    def after_step(self, step: int) -> None:
+        """Follows an optimizer step; ``step`` counts from 1."""
+
+
+def staged(classifier: Classifier) -> Staged | None:
+    """The classifier, or that inside it, which trains in stages; None where all steps are alike."""
+    while isinstance(classifier, Around):
+        classifier = classifier.inner
+    return classifier if isinstance(classifier, Staged) else None
+
+
+def stages_of(classifier: Classifier, steps: int) -> Sequence[int]:
+    """The stages of a run of so many optimizer steps."""
+    found = staged(classifier)
+    return (steps,) if found is None else found.plan(steps)
 
 
 def own_parameters(classifier: Classifier) -> list[nn.Parameter]:

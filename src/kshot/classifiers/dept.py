@@ -50,7 +50,7 @@ class DePT(Around):
     ) -> None:
         require_text(backbone, "DePT")
         super().__init__(backbone, task, base)
-        if not isinstance(self.innermost, TextClassifier) or closed_form(self.inner) or self.unprojected:
+        if not isinstance(self.innermost, TextClassifier) or closed_form(self.inner) or "unprojected" in self.needs:
             raise UserError(
                 f"DePT needs a base that learns prompts, such as CoOp or PromptSRC, not {type(self.inner).__name__}."
             )

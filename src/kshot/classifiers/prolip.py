@@ -29,8 +29,7 @@ class ProLIP(TextPrompt):
     """
 
     penalty: Tensor
-    needs = frozenset({"shots"})
-    unprojected = True
+    needs = frozenset({"shots", "unprojected"})
 
     def __init__(
         self,

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kshot.backbones.base import Backbone
-from kshot.classifiers.base import Task, exact
+from kshot.classifiers.base import Staged, Task, exact
 from kshot.classifiers.zero_shot import TextPrompt
 from kshot.errors import require
 from kshot.holding import restored
@@ -16,7 +16,7 @@ from kshot.holding import restored
 logger = logging.getLogger("kshot")
 
 
-class TwoStage(TextPrompt):
+class TwoStage(TextPrompt, Staged):
     """``z = τ cos(f, t_c)`` while the adapter trains, then ``z = τ cos(f, w_c)`` with **w** alone, from the text on.
 
     w starts at the unit-length text features that the first stage ends with, and features pass no gradient on from
