@@ -32,6 +32,7 @@ from kshot.classifiers.base import (
     closed_form,
     own_parameters,
 )
+from kshot.classifiers.two_stage import stages_of
 from kshot.errors import UserError
 from kshot.holding import merged
 
@@ -117,7 +118,7 @@ def prepared(classifier, val: Any = None):
     """Takes a classifier as far as a run does before the first batch."""
     if "shots" in classifier.needs:
         classifier.fit(shots_of(classifier, len(classifier.task.class_names)), val)
-    assert sum(classifier.plan(10)) == 10
+    assert sum(stages_of(classifier, 10)) == 10
     return classifier
 
 
@@ -213,7 +214,7 @@ class TestEvery:
         classifier = made(kind, settings, Task(NAMES[:classes]))
         features = features_of(classifier)
         logits = classifier.train()(features)
-        assert classifier.needs <= {"shots", "val", "teacher"}
+        assert classifier.needs <= {"shots", "val", "teacher", "unprojected"}
         assert classifier.task == Task(NAMES[:classes])
         assert logits.shape == (6, classes)
         assert logits.dtype == torch.float32

@@ -22,7 +22,8 @@ from kshot.calibration import Calibration, score
 from kshot.callbacks import Fitting, Merged, WeightAverage
 from kshot.checkpoint import HEADER, TRAINING, AtomicCheckpoints, accept, dtypes_of, training_state
 from kshot.classifiers import Classifier, ClassifierFactory, Task, TextPrompt
-from kshot.classifiers.base import closed_form, require_steps, staged, stages_of, title_of, total
+from kshot.classifiers.base import closed_form, require_steps, title_of, total
+from kshot.classifiers.two_stage import follow_step, stages_of
 from kshot.data.parts import Batch
 from kshot.errors import UserError
 from kshot.evaluate import Evaluation, comparable
@@ -154,18 +155,17 @@ class FewShotModule(pl.LightningModule):
 
     def features_of(self, batch: Batch) -> Tensor:
         """Image features, (B, D): those of the batch, or computed from its images or tokens."""
-        if batch.features is not None:
-            return batch.features
-        return encoded_batch(
-            self.backbone, batch, self.classifier.image_tokens(), "unprojected" in self.classifier.needs
-        )
+        return self._encoded(batch, self.classifier.image_tokens()) if batch.features is None else batch.features
 
     def frozen_features_of(self, batch: Batch) -> Tensor:
         """Image features, (B, D), of the untouched backbone."""
         if batch.frozen is not None:
             return batch.frozen
         with self.backbone.unadapted(), torch.no_grad():
-            return encoded_batch(self.backbone, batch, (), "unprojected" in self.classifier.needs)
+            return self._encoded(batch)
+
+    def _encoded(self, batch: Batch, tokens: Sequence[Tensor] = ()) -> Tensor:
+        return encoded_batch(self.backbone, batch, tokens, "unprojected" in self.classifier.needs)
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """The classifier's terms and the adapter's penalty."""
@@ -236,8 +236,7 @@ class FewShotModule(pl.LightningModule):
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         for shared in self.shared:
             shared.after_step(self.trainer.global_step + 1, self.layers)
-        if (classifier := staged(self.classifier)) is not None:
-            classifier.after_step(self.trainer.global_step + 1)
+        follow_step(self.classifier, self.trainer.global_step + 1)
 
     def on_fit_start(self) -> None:
         """Trains in training mode: Lightning takes the modes that it finds, and a backbone is built for evaluation."""
@@ -270,8 +269,7 @@ class FewShotModule(pl.LightningModule):
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:  # noqa: ARG002  Lightning's signature
         """Image features, (B, D), and logits, (B, classes), for the test set that is open, and the batch as it ran."""
-        batch = begun(self, batch)
-        features = self.features_of(batch)
+        features = self.features_of(batch := begun(self, batch))
         return {"features": features, "logits": self.classifier(features), "batch": batch}
 
     def predict_step(self, batch: Batch, batch_idx: int) -> tuple[Tensor, ...]:  # noqa: ARG002  Lightning's signature

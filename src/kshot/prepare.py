@@ -11,7 +11,7 @@ from lightning.pytorch import Trainer
 
 from kshot.adapters.base import SearchProblem, Shared, derived_seed
 from kshot.classifiers import Shots
-from kshot.classifiers.base import stages_of
+from kshot.classifiers.two_stage import stages_of
 from kshot.data.parts import Batch
 from kshot.errors import UserError
 from kshot.features import encoded, keep_features, look_up, parts_to_start, place, untouched_shots

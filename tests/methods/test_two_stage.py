@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from kshot.adapters import FullTuning, LoRA
 from kshot.classifiers import VPT, Task, TextPrompt, TwoStage
+from kshot.classifiers.two_stage import follow_step, stages_of
 from kshot.cli import main
 from kshot.data.parts import Batch
 from kshot.errors import UserError
@@ -95,21 +96,21 @@ def test_a_stage_leaves_the_other_alone():
     """In the first there is no head to train; in the second no gradient reaches the towers."""
     module = module_of()
     given, image = module.classifier, towers.images(module.backbone, 5)
-    assert given.plan(10) == (6, 4)
+    assert stages_of(given, 10) == (6, 4)
     assert given.head.shape == (0, 24)
     module.loss_of(Batch(image, LABEL, LABEL)).backward()
     assert all(p.grad is not None for p in module.backbone.trainable("image") + module.backbone.trainable("text"))
     module.zero_grad()
-    given.after_step(5)
+    follow_step(given, 5)
     assert len(given.head) == 0
-    given.after_step(6)
+    follow_step(given, 6)
     text = F.normalize(given.encode(), dim=-1)
     torch.testing.assert_close(given.head.detach(), text)
     module.loss_of(Batch(image, LABEL, LABEL)).backward()
     assert [name for name, p in module.trained().items() if p.grad is not None] == ["classifier.head"]
     before = given.head.detach().clone()
     perturb(module.backbone)
-    given.after_step(7)
+    follow_step(given, 7)
     assert torch.equal(given.head, before)
 
 
@@ -117,10 +118,10 @@ def test_behind_learned_tokens():
     """They train in the first stage, as the adapter does."""
     given = VPT(towers.backbone(), Task(NAMES), head=TwoStage)
     FullTuning(only="norm").attach(given.backbone, ["*"])
-    assert given.plan(10) == (6, 4)
+    assert stages_of(given, 10) == (6, 4)
     for step, trains in ((5, True), (6, False)):
         given.zero_grad()
-        given.after_step(step)
+        follow_step(given, step)
         image = towers.images(given.backbone, 5)
         features = given.backbone.encode_image(image, given.image_tokens())
         sum(given.losses(features, LABEL).values()).backward()
@@ -131,13 +132,13 @@ def test_behind_learned_tokens():
 @pytest.mark.parametrize(("steps", "stages"), [(1, (1, 0)), (2, (1, 1)), (5, (3, 2)), (4800, (2880, 1920))])
 def test_the_steps_of_each(steps, stages):
     given = module_of().classifier
-    assert given.plan(steps) == given.plan(steps) == stages
+    assert stages_of(given, steps) == stages_of(given, steps) == stages
 
 
 def test_without_anything_that_trains_in_the_towers(caplog):
     module = module_of(adapter=None)
     with caplog.at_level("INFO", logger="kshot"):
-        assert module.classifier.plan(8) == module.classifier.plan(8) == (8,)
+        assert stages_of(module.classifier, 8) == stages_of(module.classifier, 8) == (8,)
     assert [r.message for r in caplog.records] == [
         "Nothing in the towers trains: all 8 steps are those of TwoStage's second stage."
     ]
@@ -162,8 +163,8 @@ def test_the_head_starts_from_the_text_without_dropout_and_where_training_stands
 def test_other_classes_are_told_apart_by_their_text_beside_those_of_the_head(where):
     module = module_of()
     given, features = module.classifier, torch.randn(5, 24)
-    given.plan(2)
-    given.after_step(1)
+    stages_of(given, 2)
+    follow_step(given, 1)
     perturb(module.backbone, 0.2)
     with torch.no_grad():
         given.head.add_(0.1 * torch.randn(given.head.shape))
@@ -219,7 +220,7 @@ class TestRefusals:
         module = module_of()
         two = SimpleNamespace(world_size=2)
         with pytest.raises(UserError, match="trains other tensors in each stage") as error:
-            check_devices(module, two, module.classifier.plan(10))
+            check_devices(module, two, stages_of(module.classifier, 10))
         assert "\n" not in str(error.value)
 
     def test_an_adapter_that_plans_for_all_steps(self, tmp_path, capsys):

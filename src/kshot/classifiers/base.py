@@ -272,31 +272,6 @@ class GaussianAverage:
     std: float
 
 
-class Staged(ABC):
-    """What a classifier is besides that trains in stages."""
-
-    @abstractmethod
-    def plan(self, steps: int) -> Sequence[int]:
-        """Divides the optimizer steps of a run, before it starts, into stages; the schedule begins anew in each."""
-
-    @abstractmethod
-    def after_step(self, step: int) -> None:
-        """Follows an optimizer step; ``step`` counts from 1."""
-
-
-def staged(classifier: Classifier) -> Staged | None:
-    """The classifier, or that inside it, which trains in stages; None where all steps are alike."""
-    while isinstance(classifier, Around):
-        classifier = classifier.inner
-    return classifier if isinstance(classifier, Staged) else None
-
-
-def stages_of(classifier: Classifier, steps: int) -> Sequence[int]:
-    """The stages of a run of so many optimizer steps."""
-    found = staged(classifier)
-    return (steps,) if found is None else found.plan(steps)
-
-
 def own_parameters(classifier: Classifier) -> list[nn.Parameter]:
     """The trainable tensors of a classifier and of classifiers inside it, without the backbone's."""
     inside = {id(p) for p in classifier.backbone.parameters()}

@@ -1,6 +1,7 @@
 """2SFS: first the towers learn the task, then a classifier its classes (Farina et al. 2025, arXiv:2503.11609)."""
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -8,12 +9,44 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kshot.backbones.base import Backbone
-from kshot.classifiers.base import Staged, Task, exact
+from kshot.classifiers.base import Around, Classifier, Task, exact
 from kshot.classifiers.zero_shot import TextPrompt
 from kshot.errors import require
 from kshot.holding import restored
 
 logger = logging.getLogger("kshot")
+
+
+class Staged(ABC):
+    """What a classifier is besides that trains in stages."""
+
+    @abstractmethod
+    def plan(self, steps: int) -> Sequence[int]:
+        """Divides the optimizer steps of a run, before it starts, into stages; the schedule begins anew in each."""
+
+    @abstractmethod
+    def after_step(self, step: int) -> None:
+        """Follows an optimizer step; ``step`` counts from 1."""
+
+
+def staged(classifier: Classifier) -> Staged | None:
+    """The classifier, or that inside it, which trains in stages; None where all steps are alike."""
+    while isinstance(classifier, Around):
+        classifier = classifier.inner
+    return classifier if isinstance(classifier, Staged) else None
+
+
+def stages_of(classifier: Classifier, steps: int) -> Sequence[int]:
+    """The stages of a run of so many optimizer steps."""
+    found = staged(classifier)
+    return (steps,) if found is None else found.plan(steps)
+
+
+def follow_step(classifier: Classifier, step: int) -> None:
+    """Lets what trains in stages follow an optimizer step; ``step`` counts from 1."""
+    found = staged(classifier)
+    if found is not None:
+        found.after_step(step)
 
 
 class TwoStage(TextPrompt, Staged):
