@@ -43,8 +43,8 @@ def without(*names: str) -> Iterator[None]:
 
 
 @contextmanager
-def ungathered() -> Iterator[None]:
-    """Python searches nothing for garbage while libraries load, nor what they leave, again and again, afterwards."""
+def without_collection() -> Iterator[None]:
+    """Nothing is searched for garbage while libraries load, nor later what they left, which stays."""
     loaded, enabled = len(sys.modules), gc.isenabled()
     gc.disable()
     try:
@@ -62,7 +62,7 @@ def load_lightning() -> None:
     In this process those metrics, and the plotting of metrics, then say that their package is not installed; all others
     work. The packages themselves are there for whoever imports them later.
     """
-    with without("transformers", "matplotlib", "scipy", "torchvision"), ungathered():
+    with without("transformers", "matplotlib", "scipy", "torchvision"), without_collection():
         importlib.import_module("lightning.pytorch")
     utilities = importlib.import_module("lightning_utilities.core.imports")
     for answers in (utilities.package_available, utilities.module_available):
