@@ -428,9 +428,9 @@ class Calls(Clock):
         self.counts.append(0)
         self.backbone.encode_image = self.counted
 
-    def counted(self, image, prompts=()):
+    def counted(self, image, prompts=(), *rest):
         self.counts[-1] += not len(prompts)
-        return self.encode(image, prompts)
+        return self.encode(image, prompts, *rest)
 
     def on_train_end(self, trainer, pl_module):  # noqa: ARG002  Lightning's signature
         del self.backbone.encode_image

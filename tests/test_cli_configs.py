@@ -112,7 +112,8 @@ def test_every_weight_tuning_method_layers_over_an_image_backbone(method, head, 
     assert result["method"].startswith(f"{head} + ")
     settings = {name: value for name, value in result["adapter"].items() if name not in ("lr", "scale")}
     adapter = getattr(adapters, result["method"].removeprefix(f"{head} + "))(**settings)
-    assert result["adapter"]["lr"] == pytest.approx(adapter.default_lr(64)), "its own, on a tower 64 wide"
+    if "lr: null" in (FOLDER / method).read_text() or "optimizer" not in (FOLDER / method).read_text():
+        assert result["adapter"]["lr"] == pytest.approx(adapter.default_lr(64)), "its own, on a tower 64 wide"
     assert result["trainable_parameters"] > 0
 
 

@@ -140,7 +140,7 @@ def test_a_finished_run_stays_as_it_is(whole, tmp_path):
         (["--data.split_seed", "2"], "data.split_seed 1, and this one has 2"),
         (["--data.augment", "null"], "data.augment"),
         (["--seed_everything", "2"], "seed_everything 1, and this one has 2"),
-        (["--model.optimizer.lr", "0.0021"], "model.optimizer.lr 0.002, and this one has 0.0021"),
+        (["--model.optimizer.lr", "0.0021"], "model.optimizer.lr None, and this one has 0.0021"),
         (["--model.optimizer", "SGD"], "model.optimizer"),
         (["--model.schedule", "null"], "model.schedule"),
         (["--model.head_lr", "0.1"], "model.head_lr None, and this one has 0.1"),

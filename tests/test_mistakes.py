@@ -69,7 +69,7 @@ NAMES = {
     "--augmentation x": ("--augmentation", "--data.augment?"),
     "--grad_clip 1": ("--grad_clip", "--trainer.gradient_clip_val?"),
     "--n_ctx 4": ("--n_ctx", "--model.classifier.context_length?"),
-    "--xyzzy 1": ("--xyzzy", "There are: ckpt_path, data, model"),
+    "--xyzzy 1": ("--xyzzy", "There are: budget, candidates, ckpt_path, data, model"),
     "--optimizer.lr 1": ("--optimizer", "--model.optimizer?"),
     "--modle.adapter.rank 1": ("--modle", "--model?"),
     "--top_k 3": ("--top_k", "it is one of predict"),

@@ -368,7 +368,7 @@ def test_later_settings_win_whatever_their_spelling(capsys):
     ]
     tree = printed(capsys, *options, "--model.adapter.rank=5")
     assert in_model(tree, "adapter")["init_args"] | {"path": ""} == {
-        "rank": 5, "alpha": 2.0, "rank_stabilised": False, "dropout": 0.0, "path": "",
+        "rank": 5, "alpha": 2.0, "rank_stabilised": False, "dropout": 0.0, "path": "", "wise_alpha": 1.0,
     }  # fmt: skip
     assert tree["data"]["init_args"]["shots"] == 2
 

@@ -490,6 +490,7 @@ def test_the_command_line_tells_and_shows_and_clears(tmp_path, monkeypatch, caps
         *few_scans,
     ]
     words += ["--trainer.enable_progress_bar", "false", "--run.root", str(tmp_path / "runs")]
+    words += ["--run.calibrate", "false"]  # which sees the shots once more, as evaluation does
     results = []
     for number in (1, 2):
         main(words)

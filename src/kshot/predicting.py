@@ -24,12 +24,13 @@ def predict(cli: Any) -> None:
     Raises:
         UserError: there are no images, no checkpoint, no such threshold, or the file is there already.
     """
-    config, data, path = cli.config, cli.datamodule, cli.check_checkpoint()
+    config, data = cli.config, cli.datamodule
     images, out, rate, abstain = config["images"], config["out"], config["abstain_error"], None
     if not images:
         raise UserError("predict needs --images: a folder, an image, or a list of them.")
     if cli.trainer.world_size > 1:
         raise UserError("predict writes one file, and runs on one device: --trainer.devices 1.")
+    path = cli.check_checkpoint()
     if rate is not None:
         abstain = config["abstain_by"], cli.model.calibration.threshold(config["abstain_by"], rate)
     if cli.alone is not None:

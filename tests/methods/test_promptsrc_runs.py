@@ -18,7 +18,18 @@ from kshot.module import FewShotModule
 
 OPTIONS = (
     *("--config", "clip_16shot.yaml", "--config", "methods/promptsrc.yaml", "--trainer.enable_progress_bar", "false"),
-    *("--data.shots", "2", "--data.views", "2", "--trainer.max_epochs", "4", "--run.save_every", "0"),
+    *(
+        "--data.shots",
+        "2",
+        "--data.views",
+        "2",
+        "--trainer.max_epochs",
+        "4",
+        "--run.save_every",
+        "0",
+        "--run.calibrate",
+        "false",
+    ),
     *("--model.classifier.average_mean", "2", "--model.classifier.average_std", "1", "--model.optimizer.lr", "0.05"),
 )
 
