@@ -13,6 +13,7 @@ from kshot.errors import UserError
 from kshot.judging import best_scale
 
 RATES = (0.01, 0.02, 0.05, 0.1, 0.2)  # of errors among what is not abstained from
+SPREAD = 0.5  # of the logarithm of a temperature about 0, so that ten images do not move it far
 BINS = 15  # of equal width, as calibration errors in tables have
 
 
@@ -65,7 +66,7 @@ def stored_calibration(told: Mapping[str, Any] | None) -> Calibration:
 
 
 def calibrate(logits: Tensor, label: Tensor, learnt: float, folds: int) -> Calibration:
-    """The temperature of the least log loss, and thresholds by score for :data:`RATES`.
+    """The most probable temperature, of :data:`SPREAD` before anything is seen, and thresholds for :data:`RATES`.
 
     Args:
         logits: (M, C) of held-out images.
@@ -73,7 +74,7 @@ def calibrate(logits: Tensor, label: Tensor, learnt: float, folds: int) -> Calib
         learnt: shots a class behind them.
         folds: number of answers behind them.
     """
-    scale = best_scale(logits, label)
+    scale = best_scale(logits, label, SPREAD)
     right = logits.argmax(-1) == label
     by_score = {name: score(name, scale * logits) for name in ("probability", "energy")}
     abstain = {name: thresholds(values, right) for name, values in by_score.items()}

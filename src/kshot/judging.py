@@ -44,18 +44,25 @@ def smoothing(label: Tensor) -> float:
     return 1 / (len(label) + 2)
 
 
-def best_scale(logits: Tensor, label: Tensor) -> float:
+def best_scale(logits: Tensor, label: Tensor, spread: float = math.inf) -> float:
     """The inverse temperature of the least log loss of logits, (N, C), from 0.001 to 1,000.
 
     The loss is convex in it: its slope, ``E_p[z] - z_y``, decides which half of the interval of logarithms to keep.
+
+    Args:
+        logits: (N, C).
+        label: (N,), smoothed where there is no spread.
+        spread: standard deviation of the logarithm about 0 before anything is seen, which few images change little.
     """
+    soft = smoothing(label) if math.isinf(spread) else 0.0
     target = F.one_hot(label, logits.shape[1]).to(logits)
-    target.mul_(1 - smoothing(label)).add_(smoothing(label) / logits.shape[1])
+    target.mul_(1 - soft).add_(soft / logits.shape[1])
     wanted = (target * logits).sum()
     low, high = math.log(LEAST), math.log(MOST)
     for _ in range(HALVINGS):
         middle = (low + high) / 2
-        rising = ((logits * math.exp(middle)).softmax(-1) * logits).sum() > wanted
+        slope = ((logits * math.exp(middle)).softmax(-1) * logits).sum() - wanted
+        rising = slope * math.exp(middle) + middle / spread**2 > 0
         low, high = (low, middle) if rising else (middle, high)
     return math.exp((low + high) / 2)
 
