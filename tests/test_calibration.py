@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from scipy.optimize import minimize_scalar
 
-from kshot.calibration import RATES, Calibration, calibrate, score, stored_calibration, thresholds
+from kshot.calibration import RATES, SPREAD, Calibration, calibrate, score, stored_calibration, thresholds
 from kshot.errors import UserError
-from kshot.judging import smoothing
 
 
 def noisy_logits(images=300, classes=5, seed=0, size=4.0):
@@ -21,13 +20,13 @@ def noisy_logits(images=300, classes=5, seed=0, size=4.0):
     return size * signal, label
 
 
-def test_the_temperature_has_the_least_log_loss():
+def test_the_temperature_is_the_most_probable_one():
     logits, label = noisy_logits()
     found = calibrate(logits, label, learnt=3.0, folds=4)
 
     def loss(log_temperature):
         scaled = logits / math.exp(log_temperature)
-        return float(F.cross_entropy(scaled, label, label_smoothing=smoothing(label)))
+        return float(F.cross_entropy(scaled, label, reduction="sum")) + log_temperature**2 / (2 * SPREAD**2)
 
     expected = math.exp(minimize_scalar(loss, bounds=(-5, 5), method="bounded", options={"xatol": 1e-9}).x)
     assert found.temperature == pytest.approx(expected, rel=1e-4)
