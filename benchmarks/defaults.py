@@ -83,7 +83,7 @@ def measure(
     return {
         "case": case, "backbone": backbone.name, "size": backbone.image_size, "method": method, "shots": shots,
         "seed": seed, "start": options.start if steps else "", "acc": tested["acc"], "ece": tested["ece"],
-        "steps": steps, "lr": rates[-1] if rates else "", "head_scale": scale, "fit_seconds": round(seconds, 1),
+        "steps": steps, "lr": rates[-1] if rates else "", "head_scale": scale, "fit_seconds": round(seconds, 3),
         "split": data.draw.digest[7:23], "precision": options.precision, "machine": machine(),
         "git_commit": git_commit(),
     }  # fmt: skip

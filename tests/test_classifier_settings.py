@@ -100,7 +100,14 @@ class TestSettings:
         backbone = towers.backbone()
         with torch.inference_mode():
             own = Own(backbone, TASK, [1, 2], rate=0.1, normalize=False)
-        told = {"class": "Own", "normalize": False, "width": [1, 2], "kind": "torch.float32", "rate": 0.1}
+        told = {
+            "class": "Own",
+            "normalize": False,
+            "head_start": "ridge",
+            "width": [1, 2],
+            "kind": "torch.float32",
+            "rate": 0.1,
+        }
         assert settings_of(own) == settings_of(copy_of(own)) == told
         assert settings_of(Bare(towers.backbone(), TASK, "imagenet7")) == {"class": "Bare", "templates": "imagenet7"}
         assert not any(p.is_inference() for p in own.parameters())
