@@ -43,6 +43,7 @@ from kshot.errors import UserError
 
 METHODS = ("lora", "adalora", "autolora", "promptsrc", "coop", "dept")
 SIGNALS = {signal.SIGKILL: 50, signal.SIGTERM: 20, signal.SIGINT: 20}
+NOTES = ("Features of images that were encoded before", "An extra fit on")
 CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
 FIT = ["fit", "--config", "clip_16shot.yaml", "--data.shots", "4", "--trainer.max_epochs", "5", "--run.save_every", "0"]
 FIT += ["--trainer.enable_progress_bar", "false", "--trainer.limit_test_batches", "1"]
@@ -61,8 +62,8 @@ class Ended:
 
     @property
     def said(self) -> list[str]:
-        """What it wrote, but for the note that a run read features, which tells nothing of its end."""
-        return [line for line in self.lines if not line.startswith("Features of images that were encoded before")]
+        """What it wrote, but for notes of what a run reads and does, which tell nothing of its end."""
+        return [line for line in self.lines if not line.startswith(NOTES)]
 
     @property
     def one_line(self) -> bool:
