@@ -9,6 +9,7 @@ from PIL import Image
 
 from kshot.cli import main
 from kshot.files import packaged_folder
+from kshot.module import FewShotModule
 
 ROOT = Path(__file__).parents[1]
 TINY_VIT = ["--model.backbone", "Timm", "--model.backbone.model", "test_vit", "--model.backbone.weights", "random"]
@@ -38,6 +39,23 @@ def fit(root: Path, *options: str) -> Path:
     main([*FIT, *options[:configs], *QUICK, "--run.root", str(root), *options[configs:]])
     (new,) = set(root.glob("*/*")) - before
     return new
+
+
+def cut_fit(monkeypatch, epoch: int, root: Path, *options: str) -> Path:
+    """Runs a fit that ends as by a power cut before an epoch, counted from 0, and returns its directory."""
+    start = FewShotModule.on_train_epoch_start
+
+    def power_cut(self):
+        if self.current_epoch == epoch:
+            raise RuntimeError("power cut")
+        start(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FewShotModule, "on_train_epoch_start", power_cut)
+        with pytest.raises(RuntimeError, match="power cut"):
+            fit(root, *options)
+    (cut,) = root.glob("*/*")
+    return cut
 
 
 def refused(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:

@@ -170,6 +170,29 @@ class TestCandidates:
         assert states[went_on[0]]["held_out"] == 40
         assert all(states[each]["held_out"] == 10 for each in steps if each not in went_on)
 
+    def test_each_has_the_features_that_it_takes(self):
+        """ProLIP's are from before the projection, and others' on the same backbone are not."""
+        prolip = "--config methods/prolip.yaml"
+        for candidates in ([CLOSED[1], prolip], [prolip, CLOSED[1]]):
+            _, choice = chosen_by(words(candidates=candidates, **{"data.batch_size": 64, "data.augment": "null"}))
+            assert [trial["state"] for trial in choice.trials if "prolip" not in trial["words"]] == ["judged"]
+            assert all(trial["accuracy"] > 0.3 for trial in choice.trials), choice.trials
+
+    def test_what_went_no_further_is_not_joined_with_later_rounds(self, monkeypatch):
+        monkeypatch.setattr(Search, "left", property(lambda self: 1e3 if not self.late else next(self.late)))
+        line = read_command_line(
+            words(shots=4, candidates=[CLOSED[1], "--config methods/linear_probe.yaml"]), list(OPTIONS)
+        )
+        search = Search.__new__(Search)
+        search.late = None
+        search.__init__(line, settings(line)[1])
+        trained = [trial for trial in search.trials if search.first(trial)]
+        short = search.found[trained[0].words]
+        search.late = iter([0.0] + [1e3] * 99)  # no time for all steps, and then plenty
+        search.go_on(trained)
+        assert search.whole == []
+        assert search.found[trained[0].words] is short
+
     def test_what_trains_may_win(self):
         better = "--config methods/linear_probe.yaml --model.optimizer.lr 1e-2 --model.optimizer.weight_decay 0"
         line, choice = chosen_by(words(shots=4, candidates=["--config methods/zero_shot.yaml", better]))

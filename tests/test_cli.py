@@ -19,6 +19,7 @@ from command_line import (
     TWO,
     UNTESTED,
     WHOLE,
+    cut_fit,
     fit,
     photos,
     refused,
@@ -160,18 +161,7 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path, monkeypatch):
     options = ["--trainer.max_epochs", "4", "--run.save_every", "0", "--data.batch_size", "8", *UNTESTED]
     options += ["--model.adapter.dropout", "0.3"]
     whole = fit(tmp_path / "whole", *options)
-    start = FewShotModule.on_train_epoch_start
-
-    def power_cut(self):
-        if self.current_epoch == 2:
-            raise RuntimeError("power cut")
-        start(self)
-
-    monkeypatch.setattr(FewShotModule, "on_train_epoch_start", power_cut)
-    with pytest.raises(RuntimeError, match="power cut"):
-        fit(tmp_path / "cut", *options)
-    monkeypatch.undo()
-    (cut,) = (tmp_path / "cut").glob("*/*")
+    cut = cut_fit(monkeypatch, 2, tmp_path / "cut", *options)
     assert not (cut / "tuned.safetensors").exists()
     main([*FIT, *QUICK, *options, "--ckpt_path", str(cut / "checkpoints" / "last.ckpt")])
     a, b = (load_file(d / "tuned.safetensors") for d in (whole, cut))
@@ -202,18 +192,7 @@ def whole_runs(tmp_path_factory, few_scans) -> Callable[[str], tuple[Path, list[
 def test_methods_with_phases_resume_to_the_same_bits(method, cut_at, whole_runs, tmp_path, monkeypatch):
     """AdaLoRA before and after its ranks are fixed; AutoLoRA after its search, which is not repeated."""
     whole, options = whole_runs(method)
-    start = FewShotModule.on_train_epoch_start
-
-    def power_cut(self):
-        if self.current_epoch == cut_at:
-            raise RuntimeError("power cut")
-        start(self)
-
-    monkeypatch.setattr(FewShotModule, "on_train_epoch_start", power_cut)
-    with pytest.raises(RuntimeError, match="power cut"):
-        fit(tmp_path / "cut", *options)
-    monkeypatch.undo()
-    (cut,) = (tmp_path / "cut").glob("*/*")
+    cut = cut_fit(monkeypatch, cut_at, tmp_path / "cut", *options)
     if method == "autolora":
         monkeypatch.setattr("kshot.adapters.autolora.hypergradient", lambda *_: pytest.fail("searched again"))
     main([*FIT, *QUICK, *options, "--ckpt_path", str(cut / "checkpoints" / "last.ckpt")])

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import re
 import shlex
 import time
 from collections.abc import Iterator
@@ -25,7 +24,7 @@ from kshot.classifiers.blend import beats_chance
 from kshot.config import CommandLine, Tree, read_command_line
 from kshot.errors import UserError
 from kshot.features import FeatureStore, place
-from kshot.folds import FOLDS, HeldOut, Judge, folds_for, joined, stratified_folds
+from kshot.folds import FOLDS, HeldOut, Judge, divided, joined
 from kshot.forecast import GROWTH, ahead, growth_of, optimism_of
 from kshot.judging import accuracy, best_of, log_loss
 from kshot.module import FewShotModule
@@ -112,8 +111,7 @@ class Search:
 
     def answer(self, words: str) -> CommandLine:
         """The command line of a candidate, whose run bears the name of this one."""
-        name = "+".join(re.sub(r".*/|\.ya?ml$", "", config) for config in self.line.configs)
-        named = [] if any(key == "run.name" for key, _ in self.line.words) else ["--run.name", name or "auto"]
+        named = [] if any(key == "run.name" for key, _ in self.line.words) else ["--run.name", self.line.name]
         line = read_command_line([*self.words_with(words), *named], list(OPTIONS))
         line.flags |= self.line.flags
         return line
@@ -157,8 +155,7 @@ class Search:
             with self.module(trial.words) as (module, judge):
                 trial.method = module.method
                 if self.plan is None:
-                    count, enough = folds_for(judge.label)
-                    self.plan = stratified_folds(judge.label, max(2, count), self.data.split_seed), range(enough)
+                    self.plan = divided(judge.label, self.data.split_seed)
                 fold, which = self.plan
                 steps = module.takes_steps
                 if not steps:
@@ -223,10 +220,11 @@ class Search:
             trained = better[: math.ceil(len(better) / 2)]
             for trial in better[len(trained) :]:
                 trial.state = f"left out: others were better in round {number + 1}"
-            for trial in trained:
+            for trial in list(trained):
                 cost = trial.seconds * (len(held) if number else SHORT)
                 if 2 * cost > self.left:  # the run itself takes as long again
                     trial.state += f", in round {number + 1} alone: the next takes {cost:.0f} s"
+                    trained.remove(trial)  # or later rounds would add to what a part of the steps was worth
                     continue
                 with self.timed(trial), self.module(trial.words) as (module, judge):
                     found = self.within(judge, self.left / 2, module, fold, held)
@@ -275,8 +273,8 @@ class Search:
         """Logits of contenders about the images that were held out of all of them, and the labels of these."""
         common = torch.tensor(sorted(set.intersection(*(set(f.index.tolist()) for f in contenders.values()))))
         some = next(iter(contenders.values()))
-        label = some.label[some.index.argsort()][torch.searchsorted(some.index.sort().values, common)]
-        return {words: aligned(found, common) for words, found in contenders.items()}, label
+        logits = {words: aligned(found, common) for words, found in contenders.items()}
+        return logits, some.label[rows_at(some, common)]
 
     def first_of(self, contenders: dict[str, HeldOut]) -> str:
         """The best of contenders, by words, on the images that were held out of all of them."""
@@ -324,8 +322,13 @@ class Search:
 
 def aligned(found: HeldOut, positions: Tensor) -> Tensor:
     """Logits of the images at some positions, in their order."""
+    return found.logits[rows_at(found, positions)]
+
+
+def rows_at(found: HeldOut, positions: Tensor) -> Tensor:
+    """The rows of the images at some positions."""
     order = found.index.argsort()
-    return found.logits[order][torch.searchsorted(found.index[order], positions)]
+    return order[torch.searchsorted(found.index[order], positions)]
 
 
 def stated(spec: Tree) -> Tree:

@@ -14,6 +14,7 @@ from kshot.data import FewShotDataModule
 from kshot.errors import user_error_behind
 from kshot.folds import fold_settings
 from kshot.module import FewShotModule
+from kshot.settings import LINKED
 
 
 def data_of(tree: Tree) -> FewShotDataModule:
@@ -39,15 +40,18 @@ def instantiated(parser: ArgumentParser, settings: Tree) -> Any:
     """What a parser makes of settings; raises UserError where one is behind what it raises."""
     try:
         return parser.instantiate(parser.parse_object(settings))
-    except Exception as error:
-        raise user_error_behind(error) or error from error
+    except Exception as error:  # jsonargparse may wrap a mistake in anything
+        mistake = user_error_behind(error)
+        if mistake is None:
+            raise
+        raise mistake from error
 
 
 def method_of(tree: Tree) -> dict[str, Any]:
     """What makes a :class:`~kshot.module.FewShotModule` of a backbone and a data set, by its arguments."""
     given = {name: value for name, value in tree["model"]["init_args"].items() if name != "backbone"}
     parser = ArgumentParser(exit_on_error=False)
-    left_out = {"backbone", "class_names", "templates"}
+    left_out = {"backbone", *LINKED}
     parser.add_class_arguments(FewShotModule, "model", skip=left_out, instantiate=False)
     return dict(vars(instantiated(parser, {"model": given}).model))
 

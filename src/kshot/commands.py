@@ -67,13 +67,12 @@ def run(arguments: Sequence[str], started: float | None = None) -> FewShotCLI:
     if line.help_for or "help" in line.flags:
         print(help_text(line))
         raise SystemExit(0)
-    places, tree = settings(line)
-    choice = None
-    if tree.get("budget") is not None and "print_config" not in line.flags:
-        line, choice = choose(line, tree)
-        places, tree = settings(line)
-    tree["trainer"] = TRAINER_DEFAULTS | tree["trainer"]
+    (places, tree), choice = settings(line), None
     try:
+        if tree.get("budget") is not None and "print_config" not in line.flags:
+            line, choice = choose(line, tree)
+            places, tree = settings(line)
+        tree["trainer"] = TRAINER_DEFAULTS | tree["trainer"]
         cli = FewShotCLI(line, written_out(places, tree), started, choice)
     except ArgumentError as error:
         raise UserError(" ".join(str(error).split())[:600]) from error
@@ -135,7 +134,7 @@ class FewShotCLI(LightningCLI):
             print(self.parser.dump(self.config, skip_none=False), end="")
             raise SystemExit(0)
         run = self.config["run"]  # with its name, so that the saved file, given again, adds to the same folder
-        run["name"] = run["name"] or "+".join(Path(c).stem for c in self.line.configs) or self.line.command
+        run["name"] = run["name"] or self.line.name
         self.config_text = self.parser.dump(self.config, skip_none=False, skip_validation=True)
         self.config_dump = yaml.safe_load(self.config_text)  # which LightningCLI would make, with all checks once more
 

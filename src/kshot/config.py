@@ -36,6 +36,11 @@ class CommandLine:
         """The names of configs as given."""
         return [value for key, value in self.words if key == "config"]
 
+    @property
+    def name(self) -> str:
+        """What a run of it is called: the names of its configs."""
+        return "+".join(Path(config).stem for config in self.configs) or self.command
+
     def without(self, *keys: str) -> list[str]:
         """The words after the command but for some options."""
         return [word for key, value in self.words if key not in keys for word in (f"--{key}", value)]

@@ -16,7 +16,7 @@ from kshot.backbones import Backbone
 from kshot.classifiers import Shots
 from kshot.classifiers.base import TextClassifier
 from kshot.data.datamodule import FewShotDataModule
-from kshot.features import FeatureStore, encoded_keys, of_run, place, untouched_features, untouched_shots
+from kshot.features import FeatureStore, encoded_keys, of_run, place, untouched_shots
 from kshot.holding import merged
 from kshot.module import FewShotModule
 from kshot.run import QUIET, fit, has_length, make_trainer, set_length
@@ -86,6 +86,12 @@ def folds_for(label: Tensor) -> tuple[int, int]:
     return (0, 0) if count < 2 else (count, min(count, -(-ENOUGH * count // len(label))))
 
 
+def divided(label: Tensor, seed: int) -> tuple[Tensor, range]:
+    """The fold of each shot, (N,), and the folds that suffice to be judged by; none where none can be made."""
+    count, enough = folds_for(label)
+    return stratified_folds(label, max(2, count), seed), range(enough)
+
+
 def fold_settings(given: Mapping[str, Any]) -> dict[str, Any]:
     """What trainers of fits to some of the shots have in common with that of a run: no files, no validation."""
     kept = {name: value for name, value in given.items() if name not in OF_ONE_RUN}
@@ -127,6 +133,7 @@ class Judge:
     part: int = 1
     seconds: int | None = None
     encoded: tuple[FewShotModule, list[Tensor]] | None = field(default=None, init=False)
+    kept: dict[tuple[str, bool], Shots] = field(default_factory=dict, init=False)
 
     @property
     def limit(self) -> dict[str, Any]:
@@ -143,22 +150,28 @@ class Judge:
         """(N,) of the shots."""
         return self.data.part("train").labels
 
-    @cached_property
+    def shots(self, part: str) -> Shots:
+        """Features of a part by the untouched backbone, all recorded views, as the owner's classifier takes them."""
+        key = part, "unprojected" in self.owner.classifier.needs
+        if key not in self.kept:
+            self.kept[key] = untouched_shots(self.owner, self.data, self.trainer, part)
+        return self.kept[key]
+
+    @property
     def train(self) -> Shots:
-        """Features of the shots by the untouched backbone, all recorded views."""
-        return untouched_shots(self.owner, self.data, self.trainer, "train")
+        """Features of the shots."""
+        return self.shots("train")
 
-    @cached_property
+    @property
     def val(self) -> Shots | None:
-        """The same of the validation images, where there are any."""
-        return untouched_shots(self.owner, self.data, self.trainer, "val") if self.data.draw.val else None
+        """Features of the validation images, where there are any."""
+        return self.shots("val") if self.data.draw.val else None
 
-    @cached_property
+    @property
     def judged(self) -> Tensor:
-        """Features of the shots as evaluation sees them, (N, D), by the untouched backbone."""
+        """Features of the shots as evaluation sees them, (N, D)."""
         self.data.open_judged()
-        features = untouched_features(self.owner, self.data, self.trainer, "judged", 1)[0]
-        return features.to(self.owner.device)
+        return self.shots("judged").features[0]
 
     def out_of_fold(self, unfitted: FewShotModule, fold: Tensor, which: Sequence[int]) -> HeldOut | None:
         """Logits of shots by answers that were found without them; None where none can be held out.

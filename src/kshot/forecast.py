@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kshot.calibration import Calibration, calibrate
 from kshot.data.datamodule import FewShotDataModule
-from kshot.folds import HeldOut, Judge, folds_for, stratified_folds
+from kshot.folds import HeldOut, Judge, divided
 from kshot.judging import accuracy
 from kshot.module import FewShotModule
 
@@ -125,13 +125,11 @@ def look_ahead(
         settings: of the trainer of the extra fit.
     """
     judge = Judge(data, trainer, module, settings)
-    count, enough = folds_for(judge.label)
-    fold = stratified_folds(judge.label, max(count, 2), data.split_seed)
-    steps = unfitted.takes_steps
-    if steps and count:
-        share = f"{count - 1} of {count}"
+    fold, which = divided(judge.label, data.split_seed)
+    if unfitted.takes_steps and which:
+        share, which = f"{int(fold.max())} of {int(fold.max()) + 1}", which[:1]
         logger.info("An extra fit on %s shots a class, for probabilities and a forecast (run.calibrate).", share)
-    found = judge.out_of_fold(unfitted, fold, range(min(1, count) if steps else enough))
+    found = judge.out_of_fold(unfitted, fold, which)
     return Calibration() if found is None else ahead(found)
 
 

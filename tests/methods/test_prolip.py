@@ -7,13 +7,12 @@ from functools import partial
 import pytest
 import torch
 import towers
-from command_line import fit, refused
+from command_line import cut_fit, fit, refused
 from safetensors.torch import load_file
 
 from kshot.classifiers import VPT, DePT, ProLIP, Shots, Task, TextPrompt
 from kshot.cli import main
 from kshot.errors import UserError
-from kshot.module import FewShotModule
 
 TASK = Task(("cat", "dog", "yellow bird", "very small old car"))
 PROJECTED = ["clip", "clip_custom_all", "custom_text", "not_causal"]
@@ -165,19 +164,8 @@ def test_a_resumed_run_asks_the_shots_no_more(tmp_path, monkeypatch):
     """λ comes from the file, and the bits are those of a run that was never cut."""
     options = [*METHOD, "--trainer.max_epochs", "6", "--run.save_every", "0", "--run.test", "false"]
     whole = fit(tmp_path / "whole", *options)
-    start = FewShotModule.on_train_epoch_start
-
-    def power_cut(self):
-        if self.current_epoch == 3:
-            raise RuntimeError("power cut")
-        start(self)
-
-    monkeypatch.setattr(FewShotModule, "on_train_epoch_start", power_cut)
-    with pytest.raises(RuntimeError, match="power cut"):
-        fit(tmp_path / "cut", *options)
-    monkeypatch.undo()
+    cut = cut_fit(monkeypatch, 3, tmp_path / "cut", *options)
     monkeypatch.setattr(ProLIP, "fit", lambda *_: pytest.fail("asked again"))
-    (cut,) = (tmp_path / "cut").glob("*/*")
     main(["fit", "--resume", str(cut)])
     a, b = (load_file(d / "tuned.safetensors") for d in (whole, cut))
     assert a.keys() == b.keys() == {"classifier.weight", "classifier.penalty"}

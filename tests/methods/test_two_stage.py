@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 import towers
 from cases import perturb
-from command_line import FIT, QUICK, UNTESTED, fit, refused, run_test
+from command_line import FIT, QUICK, UNTESTED, cut_fit, fit, refused, run_test
 from safetensors.torch import load_file
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader
@@ -235,18 +235,7 @@ def test_a_resumed_run_ends_with_the_same_bits(cut_at, tmp_path, monkeypatch):
     """Twelve steps, the seventh the last of the first stage: cut before it, in the epoch after it, and later."""
     options = [*METHOD, "--trainer.max_epochs", "6", "--run.save_every", "0", "--data.batch_size", "8"]
     whole = fit(tmp_path / "whole", *options, *UNTESTED)
-    start = FewShotModule.on_train_epoch_start
-
-    def power_cut(self):
-        if self.current_epoch == cut_at:
-            raise RuntimeError("power cut")
-        start(self)
-
-    monkeypatch.setattr(FewShotModule, "on_train_epoch_start", power_cut)
-    with pytest.raises(RuntimeError, match="power cut"):
-        fit(tmp_path / "cut", *options, *UNTESTED)
-    monkeypatch.undo()
-    (cut,) = (tmp_path / "cut").glob("*/*")
+    cut = cut_fit(monkeypatch, cut_at, tmp_path / "cut", *options, *UNTESTED)
     saved = torch.load(cut / "checkpoints" / "last.ckpt", weights_only=True)
     assert len(saved["state_dict"]["classifier.head"]) == (0 if cut_at == 2 else 10)
     main([*FIT, *QUICK, *options, *UNTESTED, "--ckpt_path", str(cut / "checkpoints" / "last.ckpt")])

@@ -149,17 +149,22 @@ def judgeable(label: Tensor) -> Tensor:
     return label.bincount()[label] > 1
 
 
+def turns(label: Tensor) -> Tensor:
+    """How many images of the same class stand before each, (N,)."""
+    found = torch.zeros_like(label)
+    for c in label.unique():
+        members = (label == c).nonzero()[:, 0]
+        found[members] = torch.arange(len(members))
+    return found
+
+
 def rounds(label: Tensor) -> list[Tensor]:
     """Which images, (N,), are held out together: one of each class that has another, or an eighth of each.
 
     All classes lose alike. Where one image alone is held out its class is the smallest of all, and seems unlikely: of
     few images so much so that choices go wrong.
     """
-    turn = torch.full_like(label, -1)
-    for c in label.unique():
-        members = (label == c).nonzero()[:, 0]
-        if len(members) > 1:
-            turn[members] = torch.arange(len(members)) % ROUNDS
+    turn = torch.where(judgeable(label), turns(label) % ROUNDS, -1)
     return [turn == number for number in range(ROUNDS) if (turn == number).any()]
 
 

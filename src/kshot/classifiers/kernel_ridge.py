@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kshot.backbones.base import Backbone
 from kshot.classifiers.base import Shots, Task, exact
-from kshot.classifiers.blend import UNJUDGED, WithText, beats_chance, judgeable, of_text, rounds, shots_of
+from kshot.classifiers.blend import UNJUDGED, WithText, beats_chance, judgeable, of_text, rounds, shots_of, turns
 from kshot.errors import require
 from kshot.judging import best_of, best_scale
 
@@ -149,8 +149,4 @@ def without(inverse: Tensor, target: Tensor, label: Tensor) -> Tensor:
 
 def dealt(label: Tensor, most: int) -> Tensor:
     """Indices of at most ``most`` images, the first of every class, then the second, and so on."""
-    turn = torch.zeros_like(label)
-    for c in label.unique():
-        members = (label == c).nonzero()[:, 0]
-        turn[members] = torch.arange(len(members))
-    return turn.argsort(stable=True)[:most].sort().values
+    return turns(label).argsort(stable=True)[:most].sort().values
