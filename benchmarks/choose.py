@@ -149,14 +149,14 @@ def run_stage(classes: int, options: argparse.Namespace) -> None:
 
         def judge(self, tree: dict) -> Judge:
             judge = super().judge(tree)
-            if "train" not in vars(judge):
+            if not judge.kept:
                 wide = judge.backbone.feature_dim
                 clocks, chance = (time.monotonic(), time.process_time()), torch.Generator().manual_seed(1)
                 label = torch.arange(classes).repeat_interleave(options.stage_shots)
                 centre = torch.randn(classes, wide, generator=chance)[label]
                 views = [centre + 4 * torch.randn(centre.shape, generator=chance) for _ in range(options.views)]
-                judge.train, judge.val, judge.label = Shots(torch.stack(views), label), None, label
-                judge.judged = judge.train.features[0]
+                judge.label, shots = label, Shots(torch.stack(views), label)
+                judge.kept = {("train", False): shots, ("judged", False): Shots(shots.features[:1], label)}
                 self.started += time.monotonic() - clocks[0]  # stands for encoding
                 self.began += time.process_time() - clocks[1]
             return judge

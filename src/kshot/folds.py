@@ -154,6 +154,8 @@ class Judge:
         """Features of a part by the untouched backbone, all recorded views, as the owner's classifier takes them."""
         key = part, "unprojected" in self.owner.classifier.needs
         if key not in self.kept:
+            if part == "judged":
+                self.data.open_judged()
             self.kept[key] = untouched_shots(self.owner, self.data, self.trainer, part)
         return self.kept[key]
 
@@ -170,7 +172,6 @@ class Judge:
     @property
     def judged(self) -> Tensor:
         """Features of the shots as evaluation sees them, (N, D)."""
-        self.data.open_judged()
         return self.shots("judged").features[0]
 
     def out_of_fold(self, unfitted: FewShotModule, fold: Tensor, which: Sequence[int]) -> HeldOut | None:
