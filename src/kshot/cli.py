@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import signal
 import sys
 import threading
@@ -81,20 +82,16 @@ def main(arguments: list[str] | None = None) -> None:
     if given in ([], ["-h"], ["--help"]):  # answered without torch
         print(USAGE)
         return
+    from kshot.config import PROGRAMS
     from kshot.errors import user_error_behind
     from kshot.lean import load_lightning
 
     try:
         with ending_on_signals():
             load_lightning()
-            if given[0] == "doctor":
-                from kshot.doctor import run_doctor
-
-                raise SystemExit(run_doctor(given[1:]))
-            if given[0] == "data":
-                from kshot.data_command import run_data
-
-                raise SystemExit(run_data(given[1:]))
+            if given[0] in PROGRAMS:
+                module, _, program = PROGRAMS[given[0]].partition(":")
+                raise SystemExit(getattr(importlib.import_module(module), program)(given[1:]))
             from kshot.commands import run
 
             run(given, STARTED)

@@ -17,6 +17,10 @@ MOST_BYTES = 1_000_000  # of a config file
 MOST_VALUES = 50_000  # of a config once its aliases are written out
 FLAGS = ("help", "help-all", "print_config")  # options without a value
 SHORT = {"-c": "--config", "-h": "--help"}
+PROGRAMS = {  # commands that take no experiment, by the function that runs their words and gives the exit status
+    "data": "kshot.data_command:run_data",
+    "doctor": "kshot.doctor:run_doctor",
+}
 Tree = dict[str, Any]
 
 
@@ -54,7 +58,7 @@ def read_command_line(words: Sequence[str], commands: Sequence[str]) -> CommandL
     """
     if not words or words[0] not in commands:
         given = words[0] if words else ""
-        raise UserError(f"There is no command {given!r}. {nearest_first(given, [*commands, 'data', 'doctor'])}")
+        raise UserError(f"There is no command {given!r}. {nearest_first(given, [*commands, *PROGRAMS])}")
     line, rest = CommandLine(words[0]), iter(words[1:])
     for word in rest:
         name, equals, value = word.partition("=")

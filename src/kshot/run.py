@@ -16,6 +16,7 @@ from kshot.backbones import Backbone
 from kshot.checkpoint import AtomicCheckpoints, check_resumable, round_trip
 from kshot.data.datamodule import FewShotDataModule
 from kshot.data.manifest import first_changed, manifest_images
+from kshot.data.prediction import PredictionData
 from kshot.errors import UserError
 from kshot.evaluate import Evaluation, Tested
 from kshot.features import FeatureStore
@@ -35,7 +36,7 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-def build(backbone: Backbone, data: FewShotDataModule, seed: int = 1, **settings: Any) -> FewShotModule:
+def build(backbone: Backbone, data: PredictionData, seed: int = 1, **settings: Any) -> FewShotModule:
     """Builds a module for a data set on an untouched backbone.
 
     Args:
