@@ -13,9 +13,10 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from test_classifiers import NAMES, TASK, count_encodes, made, shots_of
 
 from kshot.classifiers import GDA, ClassMeanText, KernelRidge, NearestClassMean, Ridge, Shots, Task
-from kshot.classifiers.blend import ROUNDS, TEXT_WEIGHTS, beats_chance, held_out, judgeable, rounds
+from kshot.classifiers.blend import TEXT_WEIGHTS, beats_chance
 from kshot.classifiers.gda import Gaussians, gda, precise
 from kshot.classifiers.kernel_ridge import dealt, factor, inverted, without
+from kshot.classifiers.leaving_out import ROUNDS, held_out, judgeable, rounds
 from kshot.classifiers.ridge import decompose, ridge
 from kshot.errors import UserError
 from kshot.judging import accuracy, best_of, best_scale, log_loss
@@ -71,7 +72,7 @@ class TestRounds:
 
     def test_scores_come_in_the_order_of_the_images(self):
         label = torch.tensor([0, 1, 0, 1, 2, 0])
-        found = held_out(label, lambda seen, held: held.nonzero()[:, 0].double().expand(2, -1)[..., None])
+        found = held_out(label, lambda held: held.nonzero()[:, 0].double().expand(2, -1)[..., None])
         assert found[..., 0].tolist() == [[0.0, 1.0, 2.0, 3.0, 5.0]] * 2
 
     @pytest.mark.parametrize("kind", [Ridge, GDA, KernelRidge], ids=lambda kind: kind.__name__)
@@ -229,7 +230,8 @@ class TestKernelRidge:
         assert dealt(label, 3).tolist() == [0, 3, 4]
         assert dealt(label, 99).tolist() == list(range(7))
         sizes = []
-        monkeypatch.setattr("kshot.classifiers.kernel_ridge.FEW", 6)
+        monkeypatch.setattr("kshot.classifiers.kernel_ridge.FEW", 1)
+        monkeypatch.setattr("kshot.classifiers.kernel_ridge.EACH", 2)
         monkeypatch.setattr(
             "kshot.classifiers.kernel_ridge.factor", lambda x, *a: sizes.append(len(x)) or factor(x, *a)
         )

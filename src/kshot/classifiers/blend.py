@@ -2,7 +2,7 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -11,12 +11,12 @@ from torch import Tensor
 from kshot.backbones.base import Backbone
 from kshot.backbones.language import VisionLanguageBackbone, require_text
 from kshot.classifiers.base import Classifier, Shots, Task, exact
+from kshot.classifiers.leaving_out import judgeable
 from kshot.classifiers.zero_shot import TextPrompt
 from kshot.errors import UserError
 from kshot.judging import accuracy, best_of, best_scale
 
 TEXT_WEIGHTS = (0.0, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0)
-ROUNDS = 8  # at most so many answers from a part of the shots are found, to choose by
 UNJUDGED = 10.0  # scale of the image part where each class has one image, so that nothing can be held out
 
 
@@ -142,43 +142,6 @@ def of_text(prompt: TextPrompt, train: Shots) -> Tensor:
     """``τ cos(f, t)`` of the shots, (N, C), the mean over the views, in float64 on the CPU."""
     text = prompt.text_features(train.features[0])  # once for all views
     return torch.stack([prompt.logits(features, text).cpu().double() for features in train.features]).mean(0)
-
-
-def judgeable(label: Tensor) -> Tensor:
-    """Which images, (N,), can be held out: those whose class has another."""
-    return label.bincount()[label] > 1
-
-
-def turns(label: Tensor) -> Tensor:
-    """How many images of the same class stand before each, (N,)."""
-    found = torch.zeros_like(label)
-    for c in label.unique():
-        members = (label == c).nonzero()[:, 0]
-        found[members] = torch.arange(len(members))
-    return found
-
-
-def rounds(label: Tensor) -> list[Tensor]:
-    """Which images, (N,), are held out together: one of each class that has another, or an eighth of each.
-
-    All classes lose alike. Where one image alone is held out its class is the smallest of all, and seems unlikely: of
-    few images so much so that choices go wrong.
-    """
-    turn = torch.where(judgeable(label), turns(label) % ROUNDS, -1)
-    return [turn == number for number in range(ROUNDS) if (turn == number).any()]
-
-
-def held_out(label: Tensor, scores: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Scores, (..., N, C), of :func:`judgeable` images by answers that were found without their :func:`rounds`.
-
-    Args:
-        label: (N,).
-        scores: gives those, (..., n, C), of n images that are held out by an answer from others; (N,) bool each.
-    """
-    lots = [(held, scores(~held, held)) for held in rounds(label)]
-    index = torch.cat([held.nonzero()[:, 0] for held, _ in lots])
-    found: Tensor = torch.cat([each for _, each in lots], -2)[..., index.argsort(), :]
-    return found
 
 
 def beats_chance(logits: Tensor, label: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from kshot.backbones.base import Backbone
 from kshot.classifiers.base import Shots, Task, exact
-from kshot.classifiers.blend import LinearBlend, held_out
+from kshot.classifiers.blend import LinearBlend
+from kshot.classifiers.leaving_out import Basis, directions, downdated, held_out
 from kshot.classifiers.ridge import ridge
 from kshot.errors import require
 from kshot.holding import Holder
@@ -99,65 +101,79 @@ class GDA(LinearBlend, Holder):
 
 def gda(features: Tensor, label: Tensor, classes: int) -> tuple[Tensor, Tensor, Tensor | None]:
     """:meth:`LinearBlend.solve` of :class:`GDA`."""
-    shots, views = Gaussians.of(features, label, classes), features.mean(0)
-    if shots.sizes.max() < LEAST or shots.trace < 1e-12 * len(label):
+    shots = Gaussians.of(features, label, classes)
+    if shots.sizes.max() < LEAST or shots.spread.sum() < 1e-12 * len(label):
         return ridge(features, label, classes, None)
-
-    def scores(seen: Tensor, held: Tensor) -> Tensor:
-        return F.linear(views[held], *Gaussians.of(features[:, seen], label[seen], classes).solution())
-
-    return *shots.solution(), held_out(label, scores)
+    inside = shots.inside
+    return *shots.solution(), held_out(label, lambda held: shots.without(held, inside))
 
 
 class Gaussians(NamedTuple):
-    """The shots in a basis in which the scatter within classes is diagonal.
+    """The shots in a basis in which the scatter within classes, (N - 1) S, is diagonal; it is 0 beyond the basis.
 
     Attributes:
         label: (N,).
-        basis: Q, (D, R), orthonormal; the shots lie in its span.
-        rows: the shots, (V, N, R).
-        mean: μ, (C, R).
+        views: the shots, the mean over their views, (N, D).
+        mean: μ, (C, D).
         sizes: n, (C,).
+        basis: Q, of R directions.
+        apart: the shots less the mean of their class, in it, (V, N, R).
         spread: the diagonal of (N - 1) S, (R,).
     """
 
     label: Tensor
-    basis: Tensor
-    rows: Tensor
+    views: Tensor
     mean: Tensor
     sizes: Tensor
+    basis: Basis
+    apart: Tensor
     spread: Tensor
 
     @classmethod
     def of(cls, features: Tensor, label: Tensor, classes: int) -> Gaussians:
         """Takes unit-length features, (V, N, D), in float64, with their labels, (N,)."""
-        views, images, width = features.shape
         member = F.one_hot(label, classes).to(features)
-        count = member.sum(0)
-        basis = torch.eye(width, dtype=features.dtype)
-        if views * images < width:
-            basis = torch.linalg.qr(features.flatten(0, 1).T).Q
-        rows = features @ basis
-        mean = member.T @ rows.mean(0) / count.clamp(min=1)[:, None]
-        apart = (rows - mean[label]).flatten(0, 1)
-        spread, turn = torch.linalg.eigh(apart.T @ apart / views)
-        return cls(label, basis @ turn, rows @ turn, mean @ turn, count, spread.clamp(min=0))
+        count, views = member.sum(0), features.mean(0)
+        mean = member.T @ views / count.clamp(min=1)[:, None]
+        basis, spread, apart = directions((features - mean[label]).flatten(0, 1))
+        return cls(label, views, mean, count, basis, apart.view(*features.shape[:2], -1), spread / len(features))
 
     @property
-    def trace(self) -> Tensor:
-        """tr((N - 1) S)."""
-        return self.spread.sum()
+    def inside(self) -> Tensor:
+        """The class means in the basis, (C, R)."""
+        return self.basis.inside(self.mean)
 
     def solution(self) -> tuple[Tensor, Tensor]:
         """W, (C, D), and b, (C,)."""
-        width, images = len(self.basis), len(self.label)
-        weight = width * self.mean / (self.spread + self.trace / (images - 1))
-        bias = biases(self.mean, weight, self.sizes / images)
-        weight, bias = (
-            weight - weight.mean(0),
-            bias - bias.mean(),
-        )  # what classes share decides nothing and costs digits
-        return weight @ self.basis.T, torch.where(self.sizes > 0, bias, NEVER)
+        shrinkage, inside = self.spread.sum() / (len(self.label) - 1), self.inside
+        weight = self.mean / shrinkage + self.basis.outside(inside / (self.spread + shrinkage) - inside / shrinkage)
+        weight = self.mean.shape[1] * weight
+        bias = biases(self.mean, weight, self.sizes / len(self.label))
+        weight, bias = weight - weight.mean(0), bias - bias.mean()  # what classes share decides nothing, costs digits
+        return weight, torch.where(self.sizes > 0, bias, NEVER)
+
+    def without(self, held: Tensor, inside: Tensor) -> Tensor:
+        """Scores, (n, C), of n images by the answer from the others.
+
+        Without s, the sum of what is held out of a class less its mean, the mean of the n others moves by ``s / n``,
+        and the scatter loses each held out image and ``s sᵀ / n``. All of it lies in the basis.
+
+        Args:
+            held: (N,) bool.
+            inside: :attr:`inside`.
+        """
+        out, label, left = self.apart[:, held], self.label[held], int((~held).sum())
+        member = F.one_hot(label, len(self.sizes)).to(out)
+        sizes, lost = self.sizes - member.sum(0), member.T @ out.mean(0)
+        mean = inside - lost / sizes.clamp(min=1)[:, None]
+        removed = torch.cat([out.flatten(0, 1) / math.sqrt(len(out)), lost / sizes.clamp(min=1)[:, None].sqrt()])
+        shrinkage = ((self.spread.sum() - removed.square().sum()) / (left - 1)).clamp(min=1e-12)
+        image = out.mean(0) + inside[label]
+        weight = downdated((self.spread + shrinkage)[None], removed, mean.T)[0]
+        scores = image @ weight + (self.views[held] @ self.mean.T - image @ inside.T) / shrinkage
+        norms = (mean.T * weight).sum(0) + (self.mean.square().sum(1) - inside.square().sum(1)) / shrinkage
+        scores = self.mean.shape[1] * (scores - norms / 2) + (sizes / left).clamp(min=1e-12).log()
+        return torch.where(sizes > 0, scores - scores.mean(1, keepdim=True), NEVER)
 
 
 def biases(mean: Tensor, weight: Tensor, prior: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from kshot.backbones.base import Backbone
 from kshot.classifiers.base import Shots, Task, exact
-from kshot.classifiers.blend import UNJUDGED, WithText, beats_chance, judgeable, of_text, rounds, shots_of, turns
+from kshot.classifiers.blend import UNJUDGED, WithText, beats_chance, of_text, shots_of
+from kshot.classifiers.leaving_out import judgeable, rounds, turns
 from kshot.errors import require
 from kshot.judging import best_of, best_scale
 
@@ -18,7 +19,8 @@ SHARPNESS = (1.0, 3.0, 10.0)
 STRENGTHS = (0.01, 0.1, 1.0)
 ALONE = (3.0, 0.1)  # β and λ where nothing can be judged
 MANY = 8192  # images beyond which the answer is computed in float32: 16,000 need 1 GB for K then, and as much to solve
-FEW = 4096  # images by which β, λ and the text are chosen, dealt out over the classes
+FEW = 1024  # images by which β, λ and the text are chosen, dealt out over the classes; or EACH of every class
+EACH = 4
 
 
 class KernelRidge(WithText):
@@ -89,7 +91,7 @@ class KernelRidge(WithText):
         start = {False: y.mean(0).expand_as(y)}
         if self.prompt is not None:
             start[True] = of_text(self.prompt, train).softmax(-1)
-        some = dealt(label, FEW)
+        some = dealt(label, max(FEW, EACH * classes))
         judged = judgeable(label[some])
         if judged.any():
             texts = [True] if self.text else list(start)

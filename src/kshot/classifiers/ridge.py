@@ -10,7 +10,8 @@ from torch import Tensor
 
 from kshot.backbones.base import Backbone
 from kshot.classifiers.base import Task
-from kshot.classifiers.blend import LinearBlend, held_out, judgeable
+from kshot.classifiers.blend import LinearBlend
+from kshot.classifiers.leaving_out import Basis, directions, downdated, held_out, judgeable
 from kshot.errors import require
 from kshot.judging import best_of
 
@@ -55,13 +56,9 @@ def ridge(
     problem, judged = decompose(features, label, classes), judgeable(label)
     if not judged.any():
         return *problem.solution(strength or ALONE), None
-    tried, views = STRENGTHS if strength is None else (strength,), features.mean(0)
-
-    def scores(seen: Tensor, held: Tensor) -> Tensor:
-        part = decompose(features[:, seen], label[seen], classes)
-        return torch.stack([F.linear(views[held], *part.solution(each)) for each in tried])
-
-    chosen, logits = best_of(zip(tried, held_out(label, scores), strict=True), label[judged])
+    tried = STRENGTHS if strength is None else (strength,)
+    scores = held_out(label, lambda held: problem.without(held, tried))
+    chosen, logits = best_of(zip(tried, scores, strict=True), label[judged])
     return *problem.solution(chosen), logits
 
 
@@ -72,7 +69,7 @@ class Problem(NamedTuple):
         mean: x̄, (D,).
         prior: ȳ, (C,), the share of each class.
         targets: centred one-hot labels, (N, C).
-        basis: Q, (D, R), orthonormal directions of the centred features.
+        basis: Q, R directions of the centred features.
         rows: the centred features in it, (V, N, R).
         spread: eigenvalues of their mean over the views, (R,): ``Σ_i mean_v x xᵀ``.
     """
@@ -80,43 +77,47 @@ class Problem(NamedTuple):
     mean: Tensor
     prior: Tensor
     targets: Tensor
-    basis: Tensor
+    basis: Basis
     rows: Tensor
     spread: Tensor
 
-    def shrunk(self, strength: float) -> Tensor:
-        """``1 / (spread + λ κ)``, (R,)."""
-        return 1 / (self.spread + strength * self.spread.sum() / len(self.targets)).clamp(min=1e-300)
-
-    def coefficients(self, strength: float) -> Tensor:
-        """W in the basis, (R, C)."""
-        return self.shrunk(strength)[:, None] * (self.rows.mean(0).T @ self.targets)
-
     def solution(self, strength: float) -> tuple[Tensor, Tensor]:
         """W, (C, D), and b, (C,)."""
-        weight = (self.basis @ self.coefficients(strength)).T
+        shrunk = 1 / (self.spread + strength * self.spread.sum() / len(self.targets)).clamp(min=1e-300)
+        weight = self.basis.outside(self.targets.T @ self.rows.mean(0) * shrunk)
         return weight, self.prior - weight @ self.mean
+
+    def without(self, held: Tensor, strengths: Sequence[float]) -> Tensor:
+        """Scores, (S, n, C), of n images by answers from the others, (N,) bool, at each strength.
+
+        The bias is the weight of one more direction, in which all rows are 1: other means are other biases.
+        """
+        out, sizes = self.rows[:, held], (len(self.targets), int((~held).sum()))
+        middle, targets = out.mean(0), self.targets[held]
+        left = self.spread.sum() - out.square().sum((-1, -2)).mean() - middle.sum(0).square().sum() / sizes[1]
+        penalties = torch.tensor(strengths, dtype=out.dtype)[:, None] * left.clamp(min=1e-300) / sizes[1]
+        diagonals = F.pad(self.spread + penalties, (0, 1), value=sizes[0])
+        right = F.pad(self.rows.mean(0).T @ self.targets, (0, 0, 0, 1)) - with_one(middle).T @ targets
+        found = downdated(diagonals, with_one(out).flatten(0, 1) / math.sqrt(len(out)), right)
+        return with_one(middle) @ found + self.prior
+
+
+def with_one(rows: Tensor) -> Tensor:
+    """Rows, (..., R), with a 1 behind each."""
+    return F.pad(rows, (0, 1), value=1.0)
 
 
 def decompose(features: Tensor, label: Tensor, classes: int) -> Problem:
-    """Takes a ridge regression apart, by the smaller of the two Gram matrices.
+    """Takes a ridge regression apart.
 
     Args:
         features: (V, N, D) in float64.
         label: (N,).
         classes: C.
     """
-    views, images, width = features.shape
     mean = features.mean((0, 1))
-    rows = (features - mean).flatten(0, 1)
+    rows = features - mean
     y = F.one_hot(label, classes).to(rows)
     prior = y.mean(0)
-    if len(rows) > width:
-        values, basis = torch.linalg.eigh(rows.T @ rows)
-    else:
-        values, vectors = torch.linalg.eigh(rows @ rows.T)
-        present = values > 1e-12 * values.sum()
-        values = values[present]
-        basis = rows.T @ (vectors[:, present] / values.sqrt())
-    spread = values.clamp(min=0) / views
-    return Problem(mean, prior, y - prior, basis, (rows @ basis).view(views, images, -1), spread)
+    basis, spread, within = directions(rows.flatten(0, 1))
+    return Problem(mean, prior, y - prior, basis, within.view(*features.shape[:2], -1), spread / len(features))
