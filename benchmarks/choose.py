@@ -168,7 +168,8 @@ def run_stage(classes: int, options: argparse.Namespace) -> None:
         config = {"embed_dim": options.width, "vision_cfg": vision, "text_cfg": text}
         (Path(folder) / f"{name}.json").write_text(json.dumps(config))
         open_clip.add_model_config(folder)
-    closed = [words for words in CANDIDATES if not any(part in words for part in ("lora", "clap"))]
+    trained = ("clap", "prolip", "2sfs", "coop", "lora")
+    closed = [words for words in CANDIDATES if not any(part in words for part in trained)]
     words = ["fit", "--config", "auto.yaml", "--model.backbone.model", name, "--model.backbone.pretrained", "random"]
     words += ["--budget", "10h", "--candidates", json.dumps(closed)]
     line = read_command_line(words, list(OPTIONS))

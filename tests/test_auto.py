@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from kshot import auto
+from kshot import auto, folds
 from kshot.auto import Search, aligned, choose, stated
 from kshot.checkpoint import read_tensors
 from kshot.choice import seconds_of
@@ -147,8 +147,19 @@ class TestCandidates:
         _, choice = chosen_by(words(candidates=[CLOSED[1], "--config methods/gda.yaml --data.shots 16"]))
         assert "--data.shots" in choice.trials[1]["words"]
         assert choice.trials[1]["accuracy"] is not None, "options that were given win"
-        _, choice = chosen_by(words(candidates=[CLOSED[1], "--config methods/gda.yaml --data.batch_size 3"]))
-        assert choice.trials[1]["state"] == "refused: a candidate may not change the data"
+        _, choice = chosen_by(words(candidates=[CLOSED[1], "--config methods/gda.yaml --data.augment null"]))
+        assert choice.trials[1]["state"] == "refused: a candidate may change nothing of the data but their batch_size"
+
+    def test_each_is_judged_with_its_own_batches(self, monkeypatch):
+        """ProLIP takes all shots in a step."""
+        seen, fit = [], folds.fit
+        monkeypatch.setattr(
+            folds, "fit", lambda twin, data, *a, **k: seen.append(data.batch_size) or fit(twin, data, *a, **k)
+        )
+        short = [f"--config methods/{name}.yaml --trainer.max_epochs 4" for name in ("prolip", "task_res")]
+        _, choice = chosen_by(words(candidates=short))
+        assert all(trial["accuracy"] is not None for trial in choice.trials)
+        assert seen[:2] == [65536, 32]
 
     def test_other_features_have_a_backbone_of_their_own(self):
         other = "--config methods/ridge.yaml --model.backbone.features last4 --model.classifier.text false"
@@ -210,7 +221,10 @@ class TestOneShot:
         nonsense = {"data.class_names": json.dumps(["qz" * (i + 1) for i in range(10)])}
         _, choice = chosen_by(words(shots=1, candidates=candidates, **nonsense))
         assert choice.words == CLOSED[1]
-        assert "no text tells them apart" in choice.why
+        assert choice.why.endswith("the text is right about 10% of them")
+        wide = f"{CLOSED[1]} --model.backbone.features last4+mean --model.classifier.text false"
+        _, choice = chosen_by(words(shots=1, candidates=[*candidates, wide], **nonsense))
+        assert choice.words == wide
 
     def test_a_backbone_without_text(self):
         tiny = ["--model.backbone.model", "test_vit", "--model.backbone.weights", "random"]

@@ -20,7 +20,6 @@ from torch import Tensor
 from kshot.building import backbone_of, data_of, method_of, settings_of_folds
 from kshot.choice import Choice, Trial, seconds_of
 from kshot.classifiers.base import closed_form
-from kshot.classifiers.blend import beats_chance
 from kshot.config import CommandLine, Tree, read_command_line
 from kshot.errors import UserError
 from kshot.features import FeatureStore, place
@@ -41,12 +40,15 @@ CANDIDATES = (  # in order of cost; of equals the first is taken
     "--config methods/ridge.yaml --model.backbone.features last4+mean --model.classifier.text false",
     "--config methods/gda.yaml --model.backbone.features last4+mean --model.classifier.text false",
     "--config methods/clap.yaml",
+    "--config methods/prolip.yaml",
+    "--config methods/2sfs.yaml",
+    "--config methods/coop.yaml",
     "--config methods/lora.yaml",
     "--config methods/lora.yaml --model.optimizer.lr 5e-4",
 )
 SHORT = 4  # the first round of training takes this part of the steps
 POOLED = 3  # at most so many closed forms are averaged
-ALONE = ("ClassMeanText", "Ridge")  # where nothing can be held out: if the text tells the classes apart, and if not
+TRUSTED = 0.5  # where nothing can be held out, a text decides that is right about this share of the shots
 logger = logging.getLogger("kshot")
 
 
@@ -78,6 +80,7 @@ class Search:
         self.whole: list[str] = []  # what was judged by as many steps as its run would take
         self.judges: dict[str, Judge] = {}  # by backbone
         self.data = data_of(tree)
+        self.batch_size = self.data.batch_size  # where a candidate has none of its own
         self.plan: tuple[Tensor, range] | None = None  # folds of the shots, and which are held out
 
     @property
@@ -127,6 +130,7 @@ class Search:
         try:
             place(module, judge.trainer)
             judge.owner, judge.part, judge.seconds = module, 1, None
+            self.data.batch_size = int(tree["data"]["init_args"].get("batch_size", self.batch_size))
             judge.settings = settings_of_folds(tree) if module.takes_steps else {}
             yield module, judge
         finally:
@@ -149,8 +153,8 @@ class Search:
         steps = False
         with self.timed(trial):
             _, tree = settings(read_command_line(self.words_with(trial.words), list(OPTIONS)))
-            if tree["data"] != self.spec:
-                raise UserError("a candidate may not change the data")
+            if drawn(tree["data"]) != drawn(self.spec):
+                raise UserError("a candidate may change nothing of the data but their batch_size")
             self.trees[trial.words] = tree
             with self.module(trial.words) as (module, judge):
                 trial.method = module.method
@@ -282,12 +286,16 @@ class Search:
         return best_of(logits.items(), label)[0]
 
     def by_rule(self, possible: list[Trial]) -> Choice:
-        """Where each class has one image: class means with the text if it tells these apart, or else ridge."""
-        untaught = [self.found[t.words] for t in possible if t.words in self.found]
-        texts = any(beats_chance(found.logits, found.label) for found in untaught)
-        wanted = ALONE[0] if texts else ALONE[1]
-        trial = next((t for t in possible if t.method == wanted), possible[0])
-        said = "the text tells them apart" if texts else "no text tells them apart"
+        """Where each class has one image: class means with the text if that is right about half of them, else ridge.
+
+        Ridge regression on several layers, where that is a candidate.
+        """
+        texts = [accuracy(f.logits, f.label) for t in possible if (f := self.found.get(t.words))]
+        known = max(texts, default=0.0)
+        wanted = "ClassMeanText" if known >= TRUSTED else "Ridge"
+        fitting = [trial for trial in possible if trial.method == wanted] or possible
+        trial = next((t for t in fitting if "features last4+mean" in t.words), fitting[0])
+        said = f"the text is right about {known:.0%} of them" if texts else "there is no text"
         return Choice(trial.words, f"the rule for one image a class, of which none can be held out: {said}")
 
     def pools(self, judged: dict[str, HeldOut]) -> dict[str, HeldOut]:
@@ -318,6 +326,11 @@ class Search:
         with self.module(words) as (module, judge):
             halves = judge.out_of_fold(module, fold % 2, range(2))
         return GROWTH if halves is None else growth_of(halves, self.found[words])
+
+
+def drawn(data: Tree) -> Tree:
+    """Settings of the data but for how many images a step takes."""
+    return {name: value for name, value in data["init_args"].items() if name != "batch_size"}
 
 
 def aligned(found: HeldOut, positions: Tensor) -> Tensor:
