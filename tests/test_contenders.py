@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from kshot.auto import Search
+from kshot.auto import SEVERAL_LAYERS, Search
 from kshot.choice import Trial
 from kshot.config import read_command_line
+from kshot.contenders import aligned, clearly
 from kshot.folds import HeldOut
 from kshot.settings import OPTIONS, settings
 
@@ -38,8 +39,38 @@ def test_a_poor_contender_of_few_images_does_not_decide_by_these_alone(search):
     assert choice.calibration["forecast"]["optimism"] < 0.03
 
 
-def test_what_takes_steps_is_chosen_where_it_beats_the_best_closed_form_on_its_images(search):
+def test_what_takes_steps_is_chosen_where_it_clearly_beats_the_best_closed_form_on_its_images(search):
+    search.found["good"] = held_out(list(range(4, IMAGES)), IMAGES)
     search.found["steps"] = held_out(list(range(FEW)), FEW)
     choice = search.best()
     assert choice.words == "steps"
     assert choice.why.startswith("10 of 10 held-out shots right")
+
+
+def test_one_image_more_is_no_clear_difference(search):
+    search.found["steps"] = held_out(list(range(FEW)), FEW)
+    assert search.best().words == "good"
+
+
+@pytest.mark.parametrize(("wins", "losses", "clear"), [(1, 0, False), (2, 0, True), (6, 3, False), (7, 3, True)])
+def test_clearly_better_is_more_than_a_standard_deviation_of_chance(wins, losses, clear):
+    ours, theirs = held_out(list(range(wins)), IMAGES), held_out(list(range(wins, wins + losses)), IMAGES)
+    assert clearly({"a": ours, "b": theirs}, "a", "b") is clear
+
+
+@pytest.mark.parametrize(("more", "kept"), [(0, True), (1, True), (4, False)])
+def test_several_layers_stay_where_nothing_is_clearly_better(search, more, kept):
+    search.whole = []
+    search.trials.append(Trial(SEVERAL_LAYERS))
+    search.closed.append(SEVERAL_LAYERS)
+    search.found[SEVERAL_LAYERS] = held_out(list(range(1, 37 - more)), IMAGES)
+    choice = search.best()
+    assert (choice.words == SEVERAL_LAYERS) is kept
+    assert choice.why.endswith("which is no clear difference") is (more == 1)
+    if kept:
+        assert choice.calibration["forecast"]["optimism"] == 0, "it was not chosen for its score"
+
+
+def test_logits_are_put_in_order():
+    found = HeldOut(torch.arange(4.0)[:, None], torch.zeros(4), torch.tensor([7, 1, 5, 3]), 1.0, 1.0, 1)
+    assert aligned(found, torch.tensor([1, 5, 7])).flatten().tolist() == [1.0, 2.0, 0.0]

@@ -21,15 +21,19 @@ from kshot.building import backbone_of, data_of, method_of, settings_of_folds
 from kshot.choice import Choice, Trial, seconds_of
 from kshot.classifiers.base import closed_form
 from kshot.config import CommandLine, Tree, read_command_line
+from kshot.contenders import clearly, first_of, shared
 from kshot.errors import UserError
 from kshot.features import FeatureStore, place
 from kshot.folds import FOLDS, HeldOut, Judge, divided, joined
 from kshot.forecast import GROWTH, ahead, growth_of, optimism_of
-from kshot.judging import accuracy, best_of, log_loss
+from kshot.judging import accuracy, log_loss
 from kshot.module import FewShotModule
 from kshot.run import build, make_trainer
 from kshot.settings import OPTIONS, settings
 
+SEVERAL_LAYERS = (  # wins unless another is clearly better: the best closed form of most data sets of docs/choosing.md
+    "--config methods/ridge.yaml --model.backbone.features last4+mean --model.classifier.text false"
+)
 CANDIDATES = (  # in order of cost; of equals the first is taken
     "--config methods/zero_shot.yaml",
     "--config methods/class_mean_text.yaml",
@@ -37,7 +41,7 @@ CANDIDATES = (  # in order of cost; of equals the first is taken
     "--config methods/ridge.yaml",
     "--config methods/gda.yaml",
     "--config methods/kernel_ridge.yaml",
-    "--config methods/ridge.yaml --model.backbone.features last4+mean --model.classifier.text false",
+    SEVERAL_LAYERS,
     "--config methods/gda.yaml --model.backbone.features last4+mean --model.classifier.text false",
     "--config methods/clap.yaml",
     "--config methods/prolip.yaml",
@@ -245,7 +249,8 @@ class Search:
     def best(self) -> Choice:
         """The best of what was judged by as many steps as it will take; by a rule where nothing could be held out.
 
-        What takes steps may have been judged on fewer images than closed forms: it must beat the best of these there.
+        Few images judge badly, and of many candidates one is lucky: :data:`SEVERAL_LAYERS` stays where no closed form
+        is clearly better, and the best of these where nothing that takes steps is.
 
         Raises:
             UserError: no candidate can be fitted.
@@ -260,30 +265,23 @@ class Search:
         if not contenders:
             return Choice(possible[0].words, "nothing else was judged within the budget")
         closed = {words: found for words, found in contenders.items() if words not in self.whole} or contenders
-        best = self.first_of(closed)
-        trained = {words: found for words, found in contenders.items() if words in self.whole}  # perhaps on few images
-        better = {w: found for w, found in trained.items() if self.first_of({best: closed[best], w: found}) == w}
-        words = self.first_of({best: closed[best], **better})
-        logits, label = self.shared({**closed, **better})
+        best = first_of(closed)
+        if SEVERAL_LAYERS in closed and not clearly(contenders, best, SEVERAL_LAYERS):
+            best = SEVERAL_LAYERS
+        trained = [words for words in contenders if words in self.whole and words != best]
+        better = {words: contenders[words] for words in trained if clearly(contenders, words, best)}
+        words = first_of(better or {best: contenders[best]})
+        logits, label = shared({**closed, **better})
         right = torch.stack([each.argmax(-1) == label for each in logits.values()])
         counts = dict(zip(logits, right.sum(1).tolist(), strict=True))
         second = max((w for w in counts if w != words), key=lambda w: counts[w], default=None)
         why = f"{counts[words]} of {len(label)} held-out shots right"
         why += f" ({second}: {counts[second]})" if second else ""
-        told = ahead(contenders[words], optimism_of(right), self.growth(words))
+        if second and counts[second] > counts[words]:
+            why += ", which is no clear difference"
+        flattered = 0.0 if words == SEVERAL_LAYERS else optimism_of(right)  # which is no choice by its score
+        told = ahead(contenders[words], flattered, self.growth(words))
         return Choice(words, why, calibration=told.plain())
-
-    def shared(self, contenders: dict[str, HeldOut]) -> tuple[dict[str, Tensor], Tensor]:
-        """Logits of contenders about the images that were held out of all of them, and the labels of these."""
-        common = torch.tensor(sorted(set.intersection(*(set(f.index.tolist()) for f in contenders.values()))))
-        some = next(iter(contenders.values()))
-        logits = {words: aligned(found, common) for words, found in contenders.items()}
-        return logits, some.label[rows_at(some, common)]
-
-    def first_of(self, contenders: dict[str, HeldOut]) -> str:
-        """The best of contenders, by words, on the images that were held out of all of them."""
-        logits, label = self.shared(contenders)
-        return best_of(logits.items(), label)[0]
 
     def by_rule(self, possible: list[Trial]) -> Choice:
         """Where each class has one image: class means with the text if that is right about half of them, else ridge.
@@ -294,7 +292,7 @@ class Search:
         known = max(texts, default=0.0)
         wanted = "ClassMeanText" if known >= TRUSTED else "Ridge"
         fitting = [trial for trial in possible if trial.method == wanted] or possible
-        trial = next((t for t in fitting if "features last4+mean" in t.words), fitting[0])
+        trial = next((t for t in fitting if t.words == SEVERAL_LAYERS), fitting[0])
         said = f"the text is right about {known:.0%} of them" if texts else "there is no text"
         return Choice(trial.words, f"the rule for one image a class, of which none can be held out: {said}")
 
@@ -331,17 +329,6 @@ class Search:
 def drawn(data: Tree) -> Tree:
     """Settings of the data but for how many images a step takes."""
     return {name: value for name, value in data["init_args"].items() if name != "batch_size"}
-
-
-def aligned(found: HeldOut, positions: Tensor) -> Tensor:
-    """Logits of the images at some positions, in their order."""
-    return found.logits[rows_at(found, positions)]
-
-
-def rows_at(found: HeldOut, positions: Tensor) -> Tensor:
-    """The rows of the images at some positions."""
-    order = found.index.argsort()
-    return order[torch.searchsorted(found.index[order], positions)]
 
 
 def stated(spec: Tree) -> Tree:
