@@ -206,7 +206,7 @@ class TestPrecision:
     @pytest.mark.parametrize("label", SLOT_CASES)
     def test_every_path(self, label):
         """The output is that of single precision, to the rounding of half precision."""
-        frozen = plain(towers.backbone(), "image")
+        frozen = towers.untouched("clip", "image")
         rounded = towers.relative(plain(towers.backbone().bfloat16(), "image"), frozen)
         for path in next(iter(adapted(label, targets=("image.0.o",)).layers().values())).paths:
             for mixed in (False, True):
