@@ -21,17 +21,11 @@ def pytest_xdist_auto_num_workers(config):
 
 
 LONG = (
-    *("test_cli_configs", "test_adapters", "test_cli", "test_benchmarks", "test_store_runs", "test_classifiers"),
-    *("test_layouts", "test_adapter_state", "test_data_command", "test_ends", "test_alone", "test_cli_refusals"),
-    *(
-        "test_several_devices",
-        "test_protocols",
-        "test_run",
-        "test_hostile",
-        "test_mistakes",
-        "test_data_catalogue_runs",
-    ),
-    *("test_parser", "test_text_parts", "test_data_hostile", "test_imports"),
+    *("test_cli_configs", "test_benchmarks", "test_store_runs", "test_cli", "test_adapters", "test_classifiers"),
+    *("test_alone", "test_run", "test_adapter_state", "test_ends", "test_layouts", "test_data_catalogue_runs"),
+    *("test_protocols", "test_kept_tokens", "test_cli_refusals", "test_auto", "test_mistakes", "test_text_parts"),
+    *("test_several_devices", "test_parser", "test_hostile", "test_callbacks", "test_preprocessing", "test_imports"),
+    *("test_data_hostile", "test_data_command"),
 )
 
 

@@ -13,15 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback
 from processes import in_children
 
-from kshot.backbones import OpenClip
-from kshot.classifiers import LinearProbe
-from kshot.data import CropFlip, FewShotDataModule
-from kshot.errors import UserError
-from kshot.features import FeatureStore
-from kshot.run import build, evaluate, fit, make_trainer
+from kshot.lean import load_lightning
+
+load_lightning()
+
+from lightning.pytorch import Callback  # noqa: E402
+
+from kshot.backbones import OpenClip  # noqa: E402
+from kshot.classifiers import LinearProbe  # noqa: E402
+from kshot.data import CropFlip, FewShotDataModule  # noqa: E402
+from kshot.errors import UserError  # noqa: E402
+from kshot.features import FeatureStore  # noqa: E402
+from kshot.run import build, evaluate, fit, make_trainer  # noqa: E402
 
 
 class Features(Callback):

@@ -41,31 +41,10 @@ class TestEveryMethod:
         assert own
         assert {id(p) for p in trained(backbone).values()} == own == {id(p) for p in backbone.trainable(tower)}
         assert backbone.trainable(other) == []
-        untouched = merged(towers.backbone("clip"), other)
+        untouched = towers.untouched("clip", other)
         perturb(backbone)
         assert torch.equal(merged(backbone, other), untouched)
-        assert not torch.equal(merged(backbone, tower), merged(towers.backbone("clip"), tower))
-
-    @pytest.mark.parametrize("name", ["clip", "clip_custom", "vit", "vit_dinov2"])
-    def test_fused_projections_are_one_matrix(self, label, name):
-        kind, case = SLOT_CASES[label]
-        before = merged(towers.backbone(name), "image")
-        backbone = adapted(label, name, ("image.*.qkv", "image.*.fc2"))
-        fused = {n: s for n, s in backbone.fused_slots().items() if n.startswith("image")}
-        assert list(fused) == ["image.0.qkv", "image.1.qkv"]
-        with torch.no_grad():
-            assert towers.relative(towers.encode(backbone.train(), "image"), before) <= case.start
-        for slot in fused.values():
-            layer = slot.projection.layers()["qkv"]
-            own = sum(p.numel() for p in layer.parameters() if p.requires_grad)
-            assert own == case.count(kind(**case.settings), slot.in_features, slot.out_features)
-            assert slot.out_features == 3 * slot.in_features
-        perturb(backbone)
-        unmerged = towers.encode(backbone.eval(), "image")
-        assert towers.relative(unmerged, before) > 1e-3
-        assert towers.relative(merged(backbone, "image"), unmerged) <= 1e-5
-        loss_of(backbone, "image").backward()
-        assert all(p.grad is not None for p in backbone.trainable("image"))
+        assert not torch.equal(merged(backbone, tower), towers.untouched("clip", tower))
 
     def test_rows_take_one_adapter(self, label):
         backbone = towers.backbone()
@@ -379,6 +358,32 @@ class TestLoRA:
         change = slot.projection(many) - F.linear(many, slot.weight, slot.bias)
         torch.testing.assert_close(change.mean(0), F.linear(x, layer.B @ layer.A)[0], rtol=0.1, atol=0.1)
         assert change.std(0).min() > 0
+
+
+FUSED = [(label, name) for label in SLOT_CASES for name in ("clip", "vit")]
+FUSED += [("lora", name) for name in ("clip_custom", "vit_dinov2")]  # as in test_layouts.py: LoRA on every layout
+
+
+@pytest.mark.parametrize(("label", "name"), FUSED)
+def test_fused_projections_are_one_matrix(label, name):
+    kind, case = SLOT_CASES[label]
+    before = towers.untouched(name, "image")
+    backbone = adapted(label, name, ("image.*.qkv", "image.*.fc2"))
+    fused = {n: s for n, s in backbone.fused_slots().items() if n.startswith("image")}
+    assert list(fused) == ["image.0.qkv", "image.1.qkv"]
+    with torch.no_grad():
+        assert towers.relative(towers.encode(backbone.train(), "image"), before) <= case.start
+    for slot in fused.values():
+        layer = slot.projection.layers()["qkv"]
+        own = sum(p.numel() for p in layer.parameters() if p.requires_grad)
+        assert own == case.count(kind(**case.settings), slot.in_features, slot.out_features)
+        assert slot.out_features == 3 * slot.in_features
+    perturb(backbone)
+    unmerged = towers.encode(backbone.eval(), "image")
+    assert towers.relative(unmerged, before) > 1e-3
+    assert towers.relative(merged(backbone, "image"), unmerged) <= 1e-5
+    loss_of(backbone, "image").backward()
+    assert all(p.grad is not None for p in backbone.trainable("image"))
 
 
 @each_case

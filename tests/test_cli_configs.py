@@ -1,5 +1,7 @@
 """Every config: it is read, it runs, and methods layer over experiments."""
 
+import contextlib
+import io
 import json
 import re
 from pathlib import Path
@@ -30,18 +32,28 @@ def test_every_config_parses(config, capsys):
     assert "class_path: " in capsys.readouterr().out
 
 
+def printed(*configs: str) -> dict:
+    """All settings of configs that are laid over each other."""
+    words, out = [word for config in configs for word in ("--config", config)], io.StringIO()
+    with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as exit_code:
+        main(["fit", *words, "--print_config"])
+    assert exit_code.value.code == 0
+    return yaml.safe_load(out.getvalue())
+
+
+@pytest.fixture(scope="module")
+def experiments() -> dict[str, tuple[str, str]]:
+    """The experiment of each kind of backbone: its name, and its settings in words, which no test changes."""
+    names = {"OpenClip": "clip_16shot.yaml", "Timm": "dinov2_vits14_16shot.yaml"}
+    return {kind: (name, json.dumps(printed(name))) for kind, name in names.items()}
+
+
 @pytest.mark.parametrize("config", BACKBONES)
-def test_every_backbone_layers_over_an_experiment_and_says_nothing_else(config, capsys):
+def test_every_backbone_layers_over_an_experiment_and_says_nothing_else(config, experiments):
     given = yaml.safe_load((FOLDER / config).read_text())
     (settings,) = given["model"]["init_args"].values()
-    experiments = {"OpenClip": "clip_16shot.yaml", "Timm": "dinov2_vits14_16shot.yaml"}
-    printed = []
-    for layers in ([], ["--config", config]):
-        with pytest.raises(SystemExit) as exit_code:
-            main(["fit", "--config", experiments[settings["class_path"]], *layers, "--print_config"])
-        assert exit_code.value.code == 0
-        printed.append(yaml.safe_load(capsys.readouterr().out))
-    before, after = printed
+    name, words = experiments[settings["class_path"]]
+    before, after = json.loads(words), printed(name, config)
     backbone = after["model"]["init_args"].pop("backbone")
     assert backbone["class_path"].endswith(settings["class_path"])
     assert backbone["init_args"] | settings["init_args"] == backbone["init_args"]

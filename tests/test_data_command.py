@@ -139,6 +139,8 @@ class TestInfo:
 WAITS = """\
 import os, sys, time
 from kshot.cli import main
+from kshot.lean import load_lightning
+load_lightning()  # as main does; without it this import takes three times as long
 from kshot.data import checking
 def look(file):
     os.write(2, f"{os.getpid()}\\n".encode())

@@ -53,7 +53,7 @@ class TestFullTuning:
         assert reached == chosen
 
     def test_starts_where_the_original_is(self):
-        before = merged(towers.backbone(), "image")
+        before = towers.untouched("clip", "image")
         backbone = towers.backbone()
         FullTuning().attach(backbone, ["*"])
         assert torch.equal(merged(backbone, "image"), before)
@@ -61,7 +61,7 @@ class TestFullTuning:
 
     @pytest.mark.parametrize("tower", ["image", "text"])
     def test_unadapted_is_exact_nests_and_survives_errors(self, tower):
-        before = merged(towers.backbone(), tower)
+        before = towers.untouched("clip", tower)
         backbone = towers.backbone()
         FullTuning().attach(backbone, ["*"])
         loss_of(backbone, tower).backward()
@@ -80,7 +80,7 @@ class TestFullTuning:
         assert all(torch.equal(p, values[n]) and p.requires_grad for n, p in trained(backbone).items())
 
     def test_works_together_with_lora(self):
-        before = merged(towers.backbone(), "image")
+        before = towers.untouched("clip", "image")
         backbone = towers.backbone()
         LoRA(rank=2).attach(backbone, ["image.*"])
         FullTuning().attach(backbone, ["image.*ln_*"])

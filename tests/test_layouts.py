@@ -33,7 +33,7 @@ EVERY += [(label, *tower) for label in FIRST_CASES for tower in TWO if (label, *
 @pytest.mark.parametrize(("label", "name", "tower"), EVERY)
 class TestEveryLayout:
     def test_step_0_changes_nothing(self, label, name, tower):
-        before = plain(towers.backbone(name), tower)
+        before = towers.untouched(name, tower)
         backbone, allowed = adapted(label, name), SLOT_CASES[label][1].start
         for training in (True, False):
             backbone.train(training)
@@ -100,7 +100,7 @@ class TestEveryLayout:
     def test_bfloat16_autocast(self, label, name, tower):
         backbone = adapted(label, name)
         perturb(backbone, 0.03)
-        exact, frozen = merged(backbone.eval(), tower), plain(towers.backbone(name), tower)
+        exact, frozen = merged(backbone.eval(), tower), towers.untouched(name, tower)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             theirs = towers.relative(plain(towers.backbone(name), tower), frozen)
             assert towers.relative(merged(backbone, tower), exact) <= max(0.05, 3 * theirs)
@@ -123,7 +123,7 @@ class TestEveryLayout:
             assert "\n" not in str(error.value)
             return
         unmerged, before = towers.encode(backbone, tower), plain(backbone, tower)
-        untouched = plain(towers.backbone(name), tower)
+        untouched = towers.untouched(name, tower)
         state = {n: v.clone() for n, v in backbone.state_dict().items()}
         merge(backbone)
         assert towers.relative(towers.encode(backbone, tower), unmerged) <= 1e-5
@@ -161,7 +161,7 @@ class TestEveryLayout:
         assert towers.relative(given, expected) <= 1e-5
 
     def test_unadapted_is_exact_and_restores(self, label, name, tower):
-        before = plain(towers.backbone(name), tower)
+        before = towers.untouched(name, tower)
         backbone = adapted(label, name)
         perturb(backbone)
         after, values = plain(backbone, tower), {n: p.clone() for n, p in trained(backbone).items()}

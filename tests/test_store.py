@@ -257,38 +257,42 @@ def test_what_is_kept_can_be_seen_and_deleted(cache):
 
 
 WRITER = """
-import sys, torch
+import os, sys, torch
 from kshot.store import Store
-first = int(sys.argv[1])
 key = lambda n: f"{n * 0x9E3779B97F4A7C15 % 2**64:016x}"
+def write(first):
+    for turn in range(int(sys.argv[1])):
+        numbers = range(first + 10 * turn, first + 10 * turn + 10)
+        store = Store("features", {"of": "x"}, 10**9)
+        store.write([key(n) for n in numbers], torch.tensor([[n, n + 1] for n in numbers]).float())
+        for n, row in zip(numbers, store.find([key(n) for n in numbers])):
+            assert row is not None and int(row[0]) == n
+        print(turn, flush=True)
 print("started", flush=True)
 sys.stdin.readline()
-for turn in range(int(sys.argv[2])):
-    numbers = range(first + 10 * turn, first + 10 * turn + 10)
-    store = Store("features", {"of": "x"}, 10**9)
-    store.write([key(n) for n in numbers], torch.tensor([[n, n + 1] for n in numbers]).float())
-    for n, row in zip(numbers, store.find([key(n) for n in numbers])):
-        assert row is not None and int(row[0]) == n
-    print(turn, flush=True)
+mine, *others = map(int, sys.argv[2:])
+for first in others:
+    if not os.fork():
+        mine, others = first, []
+        break
+write(mine)
+sys.exit(any([os.wait()[1] for _ in others]))
 """
 
 
-def writer(first: int, turns: int) -> subprocess.Popen:
-    process = subprocess.Popen(
-        [sys.executable, "-c", WRITER, str(first), str(turns)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+def writers(turns: int, *firsts: int) -> subprocess.Popen:
+    """Processes that have loaded what they need, one for each first number, and write once a line is given to them."""
+    command = [sys.executable, "-c", WRITER, str(turns), *map(str, firsts)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "started\n"
     return process
 
 
 def test_processes_may_write_the_same_and_other_rows_at_one_moment(caplog):
     turns = module.MANY + 8  # joined meanwhile
-    writers = [writer(0, turns), writer(0, turns), writer(5000, turns)]
-    for process in writers:
-        process.stdin.write("\n")
-        process.stdin.flush()
-    assert [process.communicate(timeout=200)[0].count("\n") for process in writers] == [turns] * 3
-    assert [process.returncode for process in writers] == [0] * 3
+    process = writers(turns, 0, 0, 5000)
+    assert process.communicate("\n", timeout=200)[0].count("\n") == 3 * turns
+    assert process.returncode == 0
     store = Store("features", {"of": "x"}, MUCH)
     numbers = [*range(10 * turns), *range(5000, 5000 + 10 * turns)]
     assert found(store, numbers) == numbers
@@ -297,7 +301,7 @@ def test_processes_may_write_the_same_and_other_rows_at_one_moment(caplog):
 
 
 def test_a_killed_writer_leaves_nothing_that_is_read(caplog):
-    process = writer(0, 100_000)
+    process = writers(100_000, 0)
     process.stdin.write("\n")
     process.stdin.flush()
     turns = int(process.stdout.readline())

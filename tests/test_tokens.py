@@ -32,13 +32,18 @@ def dinov2s(layers, blocks, mean):
     return torch.cat((output, layers[-1][0].mean(1)), -1) if blocks and mean else output
 
 
+@pytest.fixture(scope="module", params=TIMM)
+def original(request) -> torch.nn.Module:
+    """A model of timm, into which each test loads all values."""
+    return timm.create_model(request.param, num_classes=0, dynamic_img_size=True).eval()
+
+
 @pytest.mark.parametrize("features", PARTS)
-@pytest.mark.parametrize("name", TIMM)
-def test_equals_timms_intermediate_layers(name, features):
+def test_equals_timms_intermediate_layers(original, features, request):
+    name = request.node.callspec.params["original"]
     backbone = Timm(name, weights="random", image_size=48 if "patch14" not in name else 56, features=features)
     assert backbone.settings()["features"] == features
     image = normalised(backbone)
-    original = timm.create_model(name, num_classes=0, dynamic_img_size=True)
     library = copy.deepcopy(backbone)
     library.restore_library()
     original.load_state_dict(library.vit.state_dict())
@@ -50,7 +55,7 @@ def test_equals_timms_intermediate_layers(name, features):
         "intermediates_only": True,
     }
     with torch.no_grad():
-        expected = dinov2s(original.eval().forward_intermediates(image, **options), *PARTS[features])
+        expected = dinov2s(original.forward_intermediates(image, **options), *PARTS[features])
         given = backbone.encode_image(towers.images(backbone, 2))
     assert given.shape == (2, backbone.feature_dim)
     assert backbone.feature_dim == sum(PARTS[features]) * original.embed_dim

@@ -368,6 +368,18 @@ def encode(model: Any, tower: str) -> Tensor:
     return model.encode_image(images(model)) if tower == "image" else model.encode_tokens(texts(model))
 
 
+def untouched(name: str, tower: str) -> Tensor:
+    """The same of a backbone of the layout that nothing was ever attached to, without gradients."""
+    return _untouched(name, tower, _folder[0]).clone()
+
+
+@cache
+def _untouched(name: str, tower: str, root: Path) -> Tensor:
+    del root
+    with torch.no_grad():
+        return encode(backbone(name), tower)
+
+
 def relative(actual: Tensor, expected: Tensor) -> float:
     """Largest difference, relative to the largest expected value."""
     assert actual.shape == expected.shape
