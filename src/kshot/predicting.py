@@ -35,8 +35,8 @@ def predict(cli: Any) -> None:
         by = config["abstain_by"]
         if by == "mahalanobis" and cli.model.mahalanobis is None:
             raise UserError(
-                "Nothing tells where the shots lie, by which mahalanobis abstains: tuned.safetensors does, but not of an "
-                "earlier version or of --run.calibrate false. Fit again, or abstain by probability or energy."
+                "Nothing tells where the shots lie, by which mahalanobis abstains: tuned.safetensors does, but of no "
+                "earlier version, nor of --run.calibrate false. Fit again, or abstain by probability or energy."
             )
         abstain = by, cli.model.calibration.threshold(by, rate)
     if cli.alone is not None:
