@@ -122,11 +122,12 @@ def stored_mahalanobis(tensors: Mapping[str, Tensor], classes: int) -> Mahalanob
     own = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items() if name.startswith(PREFIX)}
     if not own:
         return None
-    shapes = [tuple(own[name].shape) for name in Mahalanobis._fields if name in own]
-    if own.keys() == set(Mahalanobis._fields) and [len(shape) for shape in shapes] == [2, 2, 1]:
-        (count, width), (rank, same), (last,) = shapes
-        single = all(tensor.dtype == torch.float32 for tensor in own.values())
-        if single and 0 < count <= classes and (same, last) == (width, rank + 1) and (own["deviation"] > 0).all():
-            return Mahalanobis(**own)
+    if own.keys() == Mahalanobis.__annotations__.keys():
+        found = Mahalanobis(**own)
+        rank, width = len(found.deviation.flatten()) - 1, found.mean.shape[-1]
+        shapes = [tuple(tensor.shape) for tensor in found]
+        fit = shapes == [(len(found.mean), width), (rank, width), (rank + 1,)] and 0 < len(found.mean) <= classes
+        if fit and all(tensor.dtype == torch.float32 for tensor in found) and (found.deviation > 0).all():
+            return found
     said = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in sorted(own.items()))
     raise UserError(f"The checkpoint's tensors for the Mahalanobis distance do not fit each other: {said}.")
