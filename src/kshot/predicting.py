@@ -87,7 +87,8 @@ def write_predictions(
     by, least = abstain or ("probability", -math.inf)
     for positions, probabilities, energy, near in batches:
         values, labels = probabilities.topk(k, dim=-1)
-        low = {"probability": values[:, 0], "energy": energy, "mahalanobis": near}[by] < least
+        scores = {"probability": values[:, 0], "energy": energy, "mahalanobis": near}
+        low = ~(scores[by] >= least)  # what is not a number is not answered
         unsure += int(low.sum())
         each = (positions.tolist(), labels.tolist(), values.tolist(), low.tolist())
         for position, ranked, probability, below in zip(*each, strict=True):
