@@ -14,8 +14,8 @@ MODULES = sorted(ROOT.rglob("*.py"))
 
 # Parts of the package from the ground up: each imports only what stands before it, or lies in itself.
 ORDER = (
-    "errors", "judging", "calibration", "lean", "templates", "files", "sealing", "store", "products", "holding",
-    "slots", "layers", "backbones",
+    "errors", "judging", "calibration", "mahalanobis", "lean", "templates", "files", "sealing", "store", "products",
+    "holding", "slots", "layers", "backbones",
     "adapters", "classifiers", "config", "places", "layering", "data", "optim", "header", "features", "kept_tokens",
     "prepare",
     "metrics", "callbacks", "checkpoint", "evaluate", "module", "run", "folds", "forecast", "foreign",

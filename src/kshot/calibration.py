@@ -26,8 +26,8 @@ class Calibration:
         held_out: number of images that it was found by.
         learnt: shots a class that answers about these had learnt from.
         folds: number of such answers; 0 where an answer learns nothing from the shots.
-        abstain: by score, ``probability`` or ``energy``, and by rate of errors, the least score of what is answered,
-            and the share that is; a rate that the shots cannot show has none.
+        abstain: by score, ``probability``, ``energy`` or ``mahalanobis``, and by rate of errors, the least score of
+            what is answered, and the share that is; a rate that the shots cannot show has none.
         forecast: what accuracy to expect, in plain data; None where nobody can tell.
     """
 
@@ -55,8 +55,11 @@ class Calibration:
         found = {float(each): cell["threshold"] for each, cell in self.abstain.get(score, {}).items()}
         fitting = [each for each in found if each <= rate]
         if not fitting:
-            least = f"the least is {min(found):g}" if found else "the run was not calibrated, or has too few shots"
-            raise UserError(f"There is no threshold of {score} for an error rate of {rate:g}: {least}.")
+            why = "the run was not calibrated, or has too few shots"
+            if found or self.held_out:
+                shown = f"{self.held_out} held-out shots show no rate up to {max(RATES):g}"
+                why = f"the least is {min(found):g}" if found else shown
+            raise UserError(f"There is no threshold of {score} for an error rate of {rate:g}: {why}.")
         return found[max(fitting)]
 
 
@@ -65,7 +68,9 @@ def stored_calibration(told: Mapping[str, Any] | None) -> Calibration:
     return Calibration(**told) if told else Calibration()
 
 
-def calibrate(logits: Tensor, label: Tensor, learnt: float, folds: int) -> Calibration:
+def calibrate(
+    logits: Tensor, label: Tensor, learnt: float, folds: int, mahalanobis: Tensor | None = None
+) -> Calibration:
     """The most probable temperature, of :data:`SPREAD` before anything is seen, and thresholds for :data:`RATES`.
 
     Args:
@@ -73,11 +78,15 @@ def calibrate(logits: Tensor, label: Tensor, learnt: float, folds: int) -> Calib
         label: (M,).
         learnt: shots a class behind them.
         folds: number of answers behind them.
+        mahalanobis: (M,), negative squared distances from the shots behind them; not a number where there is none.
     """
     scale = best_scale(logits, label, SPREAD)
     right = logits.argmax(-1) == label
     by_score = {name: score(name, scale * logits) for name in ("probability", "energy")}
-    abstain = {name: thresholds(values, right) for name, values in by_score.items()}
+    if mahalanobis is not None:
+        by_score["mahalanobis"] = mahalanobis
+    there = {name: ~values.isnan() for name, values in by_score.items()}
+    abstain = {name: thresholds(values[there[name]], right[there[name]]) for name, values in by_score.items()}
     return Calibration(round(1 / scale, 6), len(label), round(learnt, 3), folds, abstain)
 
 

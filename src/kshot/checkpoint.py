@@ -23,6 +23,7 @@ from kshot.classifiers import Classifier, PromptSRC
 from kshot.errors import UserError, first_line
 from kshot.files import write_atomically
 from kshot.header import FORMAT, check_fits, check_same_run, header_of
+from kshot.mahalanobis import PREFIX, stated, stored_mahalanobis
 from kshot.sealing import add_zip_comment, check_seal, save_sealed, seal
 from kshot.slots import AdapterLayer
 
@@ -127,7 +128,10 @@ def read_archive(path: Path, map_location: Any = None) -> dict[str, Any]:
 
 
 def packed(module: Any) -> dict[str, Tensor]:
-    """What a FewShotModule tuned, as the small file holds it: methods may store fewer bits, or leave out zeros."""
+    """What a FewShotModule tuned, as the small file holds it: methods may store fewer bits, or leave out zeros.
+
+    Beside it stands where the shots lie, if that is known (:class:`~kshot.mahalanobis.Mahalanobis`).
+    """
     state: dict[str, Tensor] = module.tuned_state()
     for name, layer in named_layers(module).items():
         stored = layer.stored()
@@ -135,12 +139,12 @@ def packed(module: Any) -> dict[str, Tensor]:
             for own, _ in layer.named_parameters():
                 state.pop(f"{name}.{own}", None)
             state |= {f"{name}.{own}": tensor for own, tensor in stored.items()}
-    return state
+    return state | stated(module.mahalanobis)
 
 
 def unpacked(saved: Mapping[str, Tensor], module: Any) -> dict[str, Tensor]:
     """Tuned tensors from what :func:`packed` gave, or from themselves; layers take on shapes that training decided."""
-    state = dict(saved)
+    state = {name: tensor for name, tensor in saved.items() if not name.startswith(PREFIX)}
     for name, layer in named_layers(module).items():
         own = {key.removeprefix(f"{name}."): state.pop(key) for key in list(state) if key.startswith(f"{name}.")}
         state |= {f"{name}.{key}": tensor for key, tensor in layer.from_stored(own).items()}
@@ -172,6 +176,7 @@ def accept(checkpoint: dict[str, Any], module: Any) -> None:
     from_first_format(checkpoint, module.classifier)
     check_numbers(checkpoint["state_dict"], header.get("dtypes"))
     module.calibration = stored_calibration(header.get("calibration"))
+    module.mahalanobis = stored_mahalanobis(checkpoint["state_dict"], len(module.classifier.task.class_names))
     saved = checkpoint["state_dict"] = unpacked(checkpoint["state_dict"], module)
     take_on_rows(saved, module)
     check_tensors(saved, module.tuned_state())

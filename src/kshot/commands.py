@@ -33,7 +33,7 @@ from kshot.errors import UserError, first_line
 from kshot.evaluate import Tested
 from kshot.files import make_folder, write_text
 from kshot.folds import fold_settings, twin_of
-from kshot.forecast import look_ahead
+from kshot.forecast import look_ahead, look_around
 from kshot.foreign import import_released
 from kshot.header import header_of
 from kshot.layering import listed, written_out
@@ -266,14 +266,15 @@ class FewShotCLI(LightningCLI):
         return not several
 
     def look_ahead(self, unfitted: FewShotModule) -> None:
-        """Finds the temperature and the forecast, if choosing the method has not found them already."""
-        clock = time.time()
-        if self.choice is not None and self.choice.calibration is not None:
-            self.model.calibration = stored_calibration(self.choice.calibration)
-            return
-        settings = fold_settings(self.config_init["trainer"])
+        """Finds temperature and forecast, if choosing the method has not found them, and where the shots lie."""
+        clock, run = time.time(), (self.datamodule, self.trainer)
         try:
-            self.model.calibration = look_ahead(self.model, unfitted, self.datamodule, self.trainer, settings)
+            if self.choice is not None and self.choice.calibration is not None:
+                self.model.calibration = stored_calibration(self.choice.calibration)
+            else:
+                settings = fold_settings(self.config_init["trainer"])
+                self.model.calibration = look_ahead(self.model, unfitted, *run, settings)
+            self.model.mahalanobis = look_around(self.model, *run)
         except UserError as error:  # of a method that cannot learn from fewer shots; the run itself is whole
             self.line.notes.append(f"Probabilities are not calibrated: {error}")
             print(self.line.notes[-1], file=sys.stderr)

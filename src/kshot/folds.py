@@ -18,6 +18,7 @@ from kshot.classifiers.base import TextClassifier
 from kshot.data.datamodule import FewShotDataModule
 from kshot.features import FeatureStore, encoded_keys, of_run, place, untouched_shots
 from kshot.holding import merged
+from kshot.mahalanobis import Mahalanobis, mahalanobis
 from kshot.module import FewShotModule
 from kshot.run import QUIET, fit, has_length, make_trainer, set_length
 
@@ -37,6 +38,8 @@ class HeldOut:
         learnt: mean number of shots a class behind these answers.
         shots: mean number of shots a class behind an answer from all.
         folds: number of answers; 0 where nothing is learnt from the shots, so that all were unseen.
+        mahalanobis: (M,), negative squared distances from the shots behind an answer, among the features that it was
+            given (:meth:`~kshot.mahalanobis.Mahalanobis.score`); not a number where nobody measured.
     """
 
     logits: Tensor
@@ -45,6 +48,7 @@ class HeldOut:
     learnt: float
     shots: float
     folds: int
+    mahalanobis: Tensor | None = None
 
 
 def joined(first: HeldOut, second: HeldOut) -> HeldOut:
@@ -54,7 +58,8 @@ def joined(first: HeldOut, second: HeldOut) -> HeldOut:
     logits, label, index = (
         torch.cat([getattr(first, name), getattr(second, name)]) for name in ("logits", "label", "index")
     )
-    return HeldOut(logits, label, index, learnt, first.shots, total)
+    near = [each.mahalanobis for each in (first, second) if each.mahalanobis is not None]
+    return HeldOut(logits, label, index, learnt, first.shots, total, torch.cat(near) if len(near) == 2 else None)
 
 
 def stratified_folds(label: Tensor, count: int, seed: int) -> Tensor:
@@ -134,6 +139,7 @@ class Judge:
     seconds: int | None = None
     encoded: tuple[FewShotModule, list[Tensor]] | None = field(default=None, init=False)
     kept: dict[tuple[str, bool], Shots] = field(default_factory=dict, init=False)
+    near: dict[tuple[bool, tuple[int, ...]], Tensor] = field(default_factory=dict, init=False)
 
     @property
     def limit(self) -> dict[str, Any]:
@@ -184,17 +190,32 @@ class Judge:
         """
         classes, label = len(self.label.unique()), self.label
         shots, every = len(label) / classes, torch.arange(len(label))
-        if not unfitted.takes_steps and "shots" not in unfitted.classifier.needs:
-            return HeldOut(self.closed(unfitted, None, every), label, every, shots, shots, 0)
         held = [(fold == number).nonzero()[:, 0] for number in which]
         held = [some for some in held if len(some)]
+        if not unfitted.takes_steps and "shots" not in unfitted.classifier.needs:
+            near = torch.full(label.shape, torch.nan, dtype=torch.float64)
+            for some in held:
+                near[some] = self.nearness(some)
+            return HeldOut(self.closed(unfitted, None, every), label, every, shots, shots, 0, near)
         if not held:
             return None
-        answer = self.trained if unfitted.takes_steps else self.closed
-        logits = torch.cat([answer(unfitted, every[~torch.isin(every, some)], some) for some in held])
+        answer = self.trained if unfitted.takes_steps else self.solved
+        found = [answer(unfitted, every[~torch.isin(every, some)], some) for some in held]
+        logits, near = (torch.cat(each) for each in zip(*found, strict=True))
         learnt = shots - sum(map(len, held)) / len(held) / classes
         index = torch.cat(held)
-        return HeldOut(logits, label[index], index, learnt, shots, len(held))
+        return HeldOut(logits, label[index], index, learnt, shots, len(held), near)
+
+    def solved(self, unfitted: FewShotModule, seen: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of held-out shots by a closed form of the others, and how near they lie to these."""
+        return self.closed(unfitted, seen, held), self.nearness(held)
+
+    def nearness(self, held: Tensor) -> Tensor:
+        """How near held-out shots lie to the others for an untouched tower, (M,); found once for all answers."""
+        key = "unprojected" in self.owner.classifier.needs, tuple(held.tolist())
+        if key not in self.near:
+            self.near[key] = near_the_others(self.judged, self.label, held)
+        return self.near[key]
 
     def closed(self, unfitted: FewShotModule, seen: Tensor | None, held: Tensor) -> Tensor:
         """Logits of held-out shots by a closed form of the others; with None nothing is learnt."""
@@ -214,8 +235,8 @@ class Judge:
             self.encoded = module, [part.encode() for part in texts_in(module)]
         return self.encoded[1]
 
-    def trained(self, unfitted: FewShotModule, seen: Tensor, held: Tensor) -> Tensor:
-        """Logits of held-out shots by a run on the others."""
+    def trained(self, unfitted: FewShotModule, seen: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of held-out shots by a run on the others, and how near they lie to these for its own tower."""
         twin, data = self.twin(unfitted), self.data.fold(seen.tolist())
         store, trainer = FeatureStore(twin.backbone, tells=False), make_trainer(**self.settings, **self.limit)
         store.memory = of_run(self.trainer).memory
@@ -223,22 +244,40 @@ class Judge:
             set_length(trainer, self.data)
         shorten(trainer, self.part)
         fit(twin, data, trainer, store=store)
-        self.data.open_judged()
+        place(twin, self.trainer)  # which a trainer leaves on the CPU
         context = trainer.precision_plugin.forward_context()
         with torch.inference_mode(False), torch.no_grad(), context, merged(twin.classifier):
-            if twin.has_frozen_images:
-                features = self.judged[held]
-            else:
-                keys = [(i, 0) for i in held.tolist()]
-                features = encoded_keys(twin, self.data, trainer, "judged", keys, twin.features_of)
-            logits: Tensor = twin.classifier(features)
-        return logits.double().cpu()
+            features = self.seen_by(twin)
+            logits: Tensor = twin.classifier(features[held])
+        near = self.nearness(held) if twin.has_frozen_images else near_the_others(features, self.label, held)
+        return logits.double().cpu(), near
+
+    def seen_by(self, module: FewShotModule) -> Tensor:
+        """Features of all shots as evaluation sees them, (N, D), as the classifier of a fitted module is given them."""
+        if module.has_frozen_images:
+            return self.judged.to(module.device)
+        self.data.open_judged()
+        keys = [(i, 0) for i in range(len(self.label))]
+        return encoded_keys(module, self.data, self.trainer, "judged", keys, module.features_of)
+
+    def mahalanobis(self) -> Mahalanobis:
+        """Means and covariance of the shots among the features of the owner, which is fitted."""
+        place(self.owner, self.trainer)
+        context = self.trainer.precision_plugin.forward_context()
+        with torch.inference_mode(False), torch.no_grad(), context, merged(self.owner.classifier):
+            return mahalanobis(self.seen_by(self.owner), self.label)
 
     def twin(self, unfitted: FewShotModule) -> FewShotModule:
         """A copy to fit, where the trainer's run is."""
         twin = twin_of(unfitted)
         place(twin, self.trainer)
         return twin.eval()
+
+
+def near_the_others(features: Tensor, label: Tensor, held: Tensor) -> Tensor:
+    """Negative squared distances, (M,), of held-out images from the classes of all others, of features (N, D)."""
+    seen = torch.ones(label.shape, dtype=torch.bool).index_fill(0, held, False)
+    return mahalanobis(features[seen], label[seen]).score(features[held]).double().cpu()
 
 
 def shorten(trainer: Trainer, part: int) -> None:

@@ -15,6 +15,7 @@ from kshot.calibration import Calibration, calibrate
 from kshot.data.datamodule import FewShotDataModule
 from kshot.folds import HeldOut, Judge, divided
 from kshot.judging import accuracy
+from kshot.mahalanobis import Mahalanobis
 from kshot.module import FewShotModule
 
 LEAST = 2  # shots a class behind held-out logits that a temperature is taken from: answers from one are another matter
@@ -133,9 +134,20 @@ def look_ahead(
     return Calibration() if found is None else ahead(found)
 
 
+def look_around(module: FewShotModule, data: FewShotDataModule, trainer: Trainer) -> Mahalanobis:
+    """Where the shots of a fitted module lie among its features; tells how near any image is to them.
+
+    Args:
+        module: the fitted one.
+        data: that it was fitted to.
+        trainer: that fitted it.
+    """
+    return Judge(data, trainer, module).mahalanobis()
+
+
 def ahead(found: HeldOut, optimism: float = 0.0, growth: float = GROWTH) -> Calibration:
     """The calibration and the forecast of an answer by its held-out logits; the rest as in :func:`forecast`."""
     calibration = Calibration()
     if found.learnt >= LEAST or not found.folds:
-        calibration = calibrate(found.logits, found.label, found.learnt, found.folds)
+        calibration = calibrate(found.logits, found.label, found.learnt, found.folds, found.mahalanobis)
     return replace(calibration, forecast=asdict(forecast(found, optimism, growth)))

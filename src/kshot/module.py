@@ -31,6 +31,7 @@ from kshot.features import FeatureStore, store_of
 from kshot.header import data_settings, header_of
 from kshot.kept_tokens import begun, encoded_batch
 from kshot.layering import check_stored
+from kshot.mahalanobis import Mahalanobis, nearness
 from kshot.optim import AdamW, OptimizerFactory, ScheduleFactory, make_optimizer, scheduling
 from kshot.templates import DEFAULT_TEMPLATE
 
@@ -82,6 +83,7 @@ class FewShotModule(pl.LightningModule):
             adapter.attach(backbone, list(targets))
         self.run_seed = torch.initial_seed()
         self.calibration = Calibration()  # of what was learnt, by held-out shots
+        self.mahalanobis: Mahalanobis | None = None  # where the shots lie among its features
         self.split: dict[str, Any] | None = None  # of the data that it runs on, for the header
         self.drawn_from: dict[str, Any] | None = None  # and how that gives it images
         self.kept_tokens: dict[str, Any] | None = None  # in its last fit
@@ -106,9 +108,8 @@ class FewShotModule(pl.LightningModule):
 
     def detach(self) -> Backbone:
         """Takes the adapter off, and gives the untouched backbone back; this module is not to be used any more."""
-        backbone = self.backbone
-        backbone.detach()
-        return backbone
+        self.backbone.detach()
+        return self.backbone
 
     # ------------------------------------------------------------------------------------------------ what it is
 
@@ -130,8 +131,7 @@ class FewShotModule(pl.LightningModule):
     @property
     def method(self) -> str:
         """What is trained, in a few words: ``CoOp``, ``TextPrompt + LoRA``, ``DePT (PromptSRC) + LoRA``."""
-        parts = [title_of(self.classifier)] + ([type(self.adapter).__name__] if self.adapter else [])
-        return " + ".join(parts)
+        return " + ".join([title_of(self.classifier)] + ([type(self.adapter).__name__] if self.adapter else []))
 
     def trained(self) -> dict[str, nn.Parameter]:
         """Trainable tensors by name."""
@@ -252,12 +252,11 @@ class FewShotModule(pl.LightningModule):
         """One step on a few images."""
         terms = self.losses(batch)
         loss = total(terms)
-        several = self.trainer.world_size > 1
-        options: dict[str, Any] = {"on_step": False, "on_epoch": True, "batch_size": len(batch.label)}
-        self.log("train/loss", loss, prog_bar=True, sync_dist=several, **options)
+        options: dict[str, Any] = {"on_step": False, "on_epoch": True, "sync_dist": self.trainer.world_size > 1}
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch.label), **options)
         if len(terms) > 1:
             named = {f"train/{name}": value.detach() for name, value in terms.items()}
-            self.log_dict(named, sync_dist=several, **options)
+            self.log_dict(named, batch_size=len(batch.label), **options)
         return loss
 
     # ------------------------------------------------------------------------------------------------ evaluation
@@ -273,9 +272,10 @@ class FewShotModule(pl.LightningModule):
         return {"features": features, "logits": self.classifier(features), "batch": batch}
 
     def predict_step(self, batch: Batch, batch_idx: int) -> tuple[Tensor, ...]:  # noqa: ARG002  Lightning's signature
-        """Positions, (B,), calibrated class probabilities, (B, classes), and negative energies, (B,)."""
-        logits: Tensor = self.calibration.logits(self.classifier(self.features_of(batch)))
-        return batch.index.cpu(), logits.softmax(-1).cpu(), score("energy", logits).cpu()
+        """Positions, (B,), calibrated class probabilities, (B, classes), negative energies and distances, (B,) each."""
+        logits: Tensor = self.calibration.logits(self.classifier(features := self.features_of(batch)))
+        near = nearness(self.mahalanobis, features)
+        return batch.index.cpu(), logits.softmax(-1).cpu(), score("energy", logits).cpu(), near.cpu()
 
     # ------------------------------------------------------------------------------------------------ checkpoints
 

@@ -32,7 +32,13 @@ def predict(cli: Any) -> None:
         raise UserError("predict writes one file, and runs on one device: --trainer.devices 1.")
     path = cli.check_checkpoint()
     if rate is not None:
-        abstain = config["abstain_by"], cli.model.calibration.threshold(config["abstain_by"], rate)
+        by = config["abstain_by"]
+        if by == "mahalanobis" and cli.model.mahalanobis is None:
+            raise UserError(
+                "Nothing tells where the shots lie, by which mahalanobis abstains: tuned.safetensors does, but of no "
+                "earlier version, nor of --run.calibrate false. Fit again, or abstain by probability or energy."
+            )
+        abstain = by, cli.model.calibration.threshold(by, rate)
     if cli.alone is not None:
         folder = Path(path).parent
         folder = folder.parent if Path(path).parts[-2:] == RESUME_FROM else folder
@@ -65,11 +71,11 @@ def write_predictions(
     Args:
         path: of the file.
         paths: of the images.
-        batches: positions of images in ``paths``, (B,), probabilities, (B, classes), and negative energies, (B,).
+        batches: what :meth:`~kshot.module.FewShotModule.predict_step` gives, with positions of images in ``paths``.
         class_names: in label order.
         top_k: labels a row.
-        abstain: a score, ``probability`` or ``energy``, and the least of it that is answered: rows end with a column
-            ``abstain``, which says yes for what lies below.
+        abstain: a score, ``probability``, ``energy`` or ``mahalanobis``, and the least of it that is answered: rows end
+            with a column ``abstain``, which says yes for what lies below.
 
     Returns:
         the number of images that are abstained from.
@@ -78,10 +84,11 @@ def write_predictions(
     k = min(top_k, len(class_names))
     rows = [["path", *(f"{word}_{i + 1}" for i in range(k) for word in ("label", "probability"))]]
     rows[0] += ["abstain"] if abstain else []
-    for positions, probabilities, energy in batches:
+    by, least = abstain or ("probability", -math.inf)
+    for positions, probabilities, energy, near in batches:
         values, labels = probabilities.topk(k, dim=-1)
-        by, least = abstain or ("", -math.inf)
-        low = (energy if by == "energy" else values[:, 0]) < least
+        scores = {"probability": values[:, 0], "energy": energy, "mahalanobis": near}
+        low = ~(scores[by] >= least)  # what is not a number is not answered
         unsure += int(low.sum())
         each = (positions.tolist(), labels.tolist(), values.tolist(), low.tolist())
         for position, ranked, probability, below in zip(*each, strict=True):

@@ -44,7 +44,11 @@ OPTIONS: dict[str, dict[str, tuple[Any, Any, str]]] = {  # of each command alone
         "top_k": (int, 5, "Labels a row, best first."),
         "out": (str | None, None, "CSV file; by default in the run directory."),
         "abstain_error": (float | None, None, "Mark what is too unsure for this rate of errors, as 0.05."),
-        "abstain_by": (Literal["probability", "energy"], "probability", "What tells how sure an answer is."),
+        "abstain_by": (
+            Literal["probability", "energy", "mahalanobis"],
+            "probability",
+            "What tells how sure an answer is; mahalanobis: how like the shots an image is.",
+        ),
     },
     "import": {
         "file": (str | None, None, "What CoOp or CLIP-LoRA released, such as model.pth.tar-200 or lora_weights.pt."),
