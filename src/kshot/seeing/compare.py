@@ -14,6 +14,7 @@ import numpy as np
 
 from kshot.errors import UserError
 from kshot.predictions import Answered, read
+from kshot.seeing.hub import located
 from kshot.seeing.runs import result_of
 from kshot.seeing.statistics import difference, holm, mcnemar, wilson
 from kshot.showing import Parser, show
@@ -28,13 +29,13 @@ def run_compare(words: Sequence[str]) -> int:
         UserError: words that there are not, what is no tested run, or runs without a common image.
     """
     parser = Parser(prog="main.py compare", description="Compare runs on the same images, with the first of them.")
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="two run directories or more")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="two run directories or more, or hf://ORG/NAME")
     parser.add_argument("--test-set", help="by name, as result.json has them (default: the classes trained on)")
     parser.add_argument("--json", action="store_true", help="JSON instead of tables")
     given = parser.parse_args(list(words))
     if len(given.runs) < 2:
         raise UserError("compare needs two runs or more.")
-    found = compared(given.runs, given.test_set)
+    found = compared([located(run) for run in given.runs], given.test_set)
     for note in found["notes"]:
         print(note, file=sys.stderr)
     if given.json:
@@ -56,7 +57,8 @@ def run_compare(words: Sequence[str]) -> int:
         for c in found["classes"]
     ]
     header = ("class", "images", *(f"run {i}" for i in each), *(f"p of {i}" for i in each[1:]))
-    show("By class, the largest change first; p by Holm over the classes", rows, header)
+    print("By class, the largest change first; p-values are corrected for the number of classes (Holm).")
+    show("", rows, header)
     return 0
 
 

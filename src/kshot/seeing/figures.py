@@ -123,7 +123,7 @@ def reliability(bins: Sequence[Mapping[str, Any]]) -> str:
 def colour(label: int, classes: int) -> str:
     """The colour of a class: hues evenly apart, neighbours unlike each other."""
     step = 137.508 if classes > 12 else 360 / max(1, classes)
-    return f"hsl({label * step % 360:.0f} 65% {(52, 42)[label % 2]}%)"
+    return f"hsl({label * step % 360:.0f} 65% {(58, 46)[label % 2]}%)"
 
 
 def feature_map(places: np.ndarray, label: np.ndarray, right: np.ndarray, names: Sequence[str]) -> str:

@@ -39,7 +39,7 @@ svg{max-width:100%;height:auto;display:block}
 table{border-collapse:collapse;width:100%;font-size:.9rem;font-variant-numeric:tabular-nums}
 th,td{text-align:left;padding:.28rem .5rem .28rem 0;border-bottom:1px solid var(--line);vertical-align:top;
 overflow-wrap:anywhere}
-th{font-weight:600;color:var(--soft)}.n{text-align:right;white-space:nowrap;padding-left:.5rem}
+td:first-child{min-width:5.5rem}th{font-weight:600;color:var(--soft)}.n{text-align:right;white-space:nowrap;overflow-wrap:normal;padding-left:.5rem}
 .bar{display:block;height:5px;border-radius:3px;background:var(--good);min-width:1px}
 .photos{display:grid;grid-template-columns:repeat(auto-fill,minmax(132px,1fr));gap:.8rem}
 .pairs{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,240px),1fr));gap:.8rem}
@@ -50,6 +50,7 @@ figcaption{font-size:.84rem;line-height:1.35;overflow-wrap:anywhere;margin-top:.
 summary{cursor:pointer}
 dl{display:grid;grid-template-columns:minmax(8rem,auto) 1fr;gap:.15rem 1rem;font-size:.9rem;margin:0}
 dt{color:var(--soft)}dd{margin:0;overflow-wrap:anywhere}
+@media(max-width:480px){.n{white-space:normal}table{font-size:.84rem}}
 @media print{:root{color-scheme:light;--ink:#000;--soft:#555;--line:#bbb;--good:#2166c4;--bad:#d4550f;--paper:#fff;
 --card:#f1f2f4}
 body{max-width:none;padding:0;font-size:10.5pt}h2{break-after:avoid}.keep,tr,.cards div{break-inside:avoid}
@@ -136,8 +137,8 @@ def cards(result: Mapping[str, Any], answered: Answered) -> str:
         test = counted(before, answered.right)
         given.append((f"{before.mean():.1%}", "zero-shot accuracy of the untouched backbone"))
         interval = f"95 % interval {test['low']:+.1%} to {test['high']:+.1%}, McNemar's p {test['p']:.2g}"
-        changed = f"won by adapting: {test['won']:,} images right that were wrong, {test['lost']:,} the other way; "
-        given.append((f"{test['difference']:+.1%}", changed + interval))
+        changed = f"by adapting: {test['won']:,} images right that were wrong, {test['lost']:,} the other way; "
+        given.append((f"{100 * test['difference']:+.1f} points", changed + interval))
     for name, what in (
         ("acc_class_mean", "mean accuracy of the classes"),
         ("f1_macro", "macro F1"),

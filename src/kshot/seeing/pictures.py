@@ -97,7 +97,11 @@ def laid_out(features: Tensor, kind: str) -> np.ndarray:
 
 
 def overlaid(seen: Tensor, reach: Tensor) -> Image.Image:
-    """What the model takes of an image, (3, S, S) uint8, and beside it the same with attention, (h, w) in [0, 1]."""
+    """What the model takes of an image, (3, S, S) uint8, and beside it the same in grey with attention, (h, w).
+
+    From the least to the most attention of the image, grey becomes warm.
+    """
+    reach = (reach - reach.min()) / (reach.max() - reach.min()).clamp(min=1e-12)
     pixels = seen.permute(1, 2, 0).numpy()
     size = pixels.shape[1::-1]
     grid = Image.fromarray((255 * reach.numpy()).astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)

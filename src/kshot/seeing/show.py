@@ -22,6 +22,7 @@ from kshot.opening import CONFIG, OpenRun, open_run, parts_of_run
 from kshot.predictions import Answered, read
 from kshot.seeing import figures
 from kshot.seeing.card import card
+from kshot.seeing.hub import PREFIX, located
 from kshot.seeing.page import Seen, confusions, page
 from kshot.seeing.pictures import Pictures, features_of, inlined, laid_out, overlaid
 from kshot.seeing.rollout import rollout
@@ -43,7 +44,7 @@ def run_show(words: Sequence[str]) -> int:
         description="A page about a run: confusions, errors, calibration, attention, features. Further options are laid "
         "over the run's config: --data.root where its images are now.",
     )
-    parser.add_argument("run", type=Path, help="a run directory")
+    parser.add_argument("run", help="a run directory, or hf://ORG/NAME")
     parser.add_argument("--out", type=Path, help="a new folder (default: RUN/show)")
     parser.add_argument("--test-set", help="by name, as result.json has them (default: the classes trained on)")
     parser.add_argument("--errors", type=int, default=24, help="of the most confident errors (default: 24)")
@@ -53,6 +54,9 @@ def run_show(words: Sequence[str]) -> int:
     parser.add_argument("--map-images", type=int, default=500, help="evenly from the test set (default: 500)")
     given, options = parser.parse_known_args(list(words))
     settle_chatter()
+    fetched, given.run = given.run.startswith(PREFIX), located(given.run)
+    if fetched and given.out is None:
+        raise UserError("show of a run on the hub needs --out: a new folder.")
     result, answered = result_of(given.run), read(given.run, given.test_set)
     out = given.out or given.run / "show"
     with new_folder(out) as folder, may_be_read():
@@ -174,8 +178,9 @@ def attention(
     drawn = [overlaid(image, each) for image, each in zip(inputs, reach, strict=True)]
     seen.attention = [(inlined(each, 224), tiny(each), words) for each, words in zip(drawn, named, strict=True)]
     seen.said["attention"] = (
-        "Attention rollout (Abnar & Zuidema 2020): left what the model takes, right, the warmer, the more of a patch "
-        "reaches its features. It shows where information flows, not what decides."
+        "Attention rollout (Abnar & Zuidema 2020): left what the model takes; right, the warmer a patch, the more of it "
+        "reaches the features, from the least to the most of each image. It shows where information flows, not what "
+        "decides."
     )
     write_image(folder / "attention.png", stacked(drawn))
 
