@@ -102,7 +102,10 @@ def test_no_path_of_this_machine_leaves_it(tested, hub, tmp_path, capsys):
 def test_absolute_paths_of_any_system_lose_their_folders():
     found = []
     given = {"a": ["/x/y", "~/p/q.pt", "C:\\u\\v", "kept/as/it.is", "image.*.q", "a / b"], "b": {"c": 3}}
-    assert without_paths(given, found) == {"a": ["y", "q.pt", "v", "kept/as/it.is", "image.*.q", "a / b"], "b": {"c": 3}}
+    assert without_paths(given, found) == {
+        "a": ["y", "q.pt", "v", "kept/as/it.is", "image.*.q", "a / b"],
+        "b": {"c": 3},
+    }
     assert found == ["/x/y", "~/p/q.pt", "C:\\u\\v"]
 
 
@@ -186,7 +189,14 @@ class TestCard:
     def test_it_tells_what_the_run_was(self, tested):
         result = result_of(tested)
         told = card(result, read(tested), "", "cc-by-4.0")
-        for part in (result["split"]["digest"], "2 a class (coop-v1)", "95 % interval", "ECE", "cc-by-4.0", "not stated"):
+        for part in (
+            result["split"]["digest"],
+            "2 a class (coop-v1)",
+            "95 % interval",
+            "ECE",
+            "cc-by-4.0",
+            "not stated",
+        ):
             assert part in told
 
     def test_names_break_no_table(self, tested):

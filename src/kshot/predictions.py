@@ -59,9 +59,7 @@ class Answers:
         return {name: column[order] for name, column in found.items()}
 
 
-def write(
-    path: Path, answers: Mapping[str, tuple[dict[str, Tensor], Any]], names: Mapping[str, Sequence[str]]
-) -> None:
+def write(path: Path, answers: Mapping[str, tuple[dict[str, Tensor], Any]], names: Mapping[str, Sequence[str]]) -> None:
     """Writes the answers of a run, each test set as a group of rows of its own.
 
     The columns are ``test_set``, ``index`` (of the image in its test set), ``path``, ``image`` (a digest of its bytes,
@@ -158,8 +156,8 @@ def read(directory: Path, test_set: str | None = None) -> Answered:
     path = directory / FILE
     if not path.is_file():
         raise UserError(
-            f"{directory} has no {FILE}: it was not tested, or by an older kshot. Test it: python main.py test --config "
-            f"{directory / 'config.yaml'} --ckpt_path {directory / 'tuned.safetensors'}"
+            f"{directory} has no {FILE}: it was not tested, or by an older kshot. Test it: python main.py test "
+            f"--config {directory / 'config.yaml'} --ckpt_path {directory / 'tuned.safetensors'}"
         )
     try:
         file = parquet.ParquetFile(path)
@@ -179,8 +177,8 @@ def read(directory: Path, test_set: str | None = None) -> Answered:
         table = table.filter(compute.equal(table["test_set"].cast(pa.string()), name)).combine_chunks()
         if not len(table):
             raise UserError(f"{directory} holds no answers to images of {name}.")
-        ranked = (np.stack(table[c].combine_chunks().to_numpy(zero_copy_only=False)) for c in
-                  ("answers", "probabilities"))  # fmt: skip
+        both = [table[name].combine_chunks() for name in ("answers", "probabilities")]
+        ranked = [np.stack(each.to_numpy(zero_copy_only=False)) for each in both]
         zero_shot = table["zero_shot"]
         return Answered(
             name,
@@ -189,7 +187,8 @@ def read(directory: Path, test_set: str | None = None) -> Answered:
             table["image"].to_pylist(),
             table["index"].to_numpy(),
             table["label"].to_numpy(),
-            *ranked,
+            ranked[0],
+            ranked[1],
             None if zero_shot.null_count else zero_shot.to_numpy(),
         )
     except (pa.ArrowException, OSError, KeyError, ValueError, TypeError) as error:

@@ -109,7 +109,7 @@ def _csv(path: Path, content: bytes) -> tuple[dict[str, int], Table]:
 
 def _parquet(path: Path, content: bytes) -> tuple[dict[str, int], Table]:
     try:
-        from pyarrow import parquet  # type: ignore[import-not-found]
+        from pyarrow import parquet
     except ModuleNotFoundError:
         raise UserError(f"{path}: Parquet is read by pyarrow: pip install pyarrow, or save it as CSV") from None
     try:

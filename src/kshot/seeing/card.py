@@ -21,7 +21,7 @@ def card(result: Mapping[str, Any], answered: Answered | None, licence: str = ""
         licence: of what was trained, by its SPDX name in lower case.
         data_licence: of the images.
     """
-    split, accuracy = result.get("split") or {}, result.get("acc")
+    split, accuracy, versions = result.get("split") or {}, result.get("acc"), result.get("versions") or {}
     about: dict[str, Any] = {
         "library_name": "kshot",
         "pipeline_tag": "image-classification",
@@ -50,7 +50,7 @@ def card(result: Mapping[str, Any], answered: Answered | None, licence: str = ""
         "licence": licence or UNSAID,
         "licence of the images": data_licence or UNSAID,
         "licence of the backbone": f"that of {result['backbone']}: see where its weights come from",
-        "made by": f"kshot {(result.get('versions') or {}).get('kshot')}, torch {(result.get('versions') or {}).get('torch')}",
+        "made by": f"kshot {versions.get('kshot')}, torch {versions.get('torch')}",
     }
     table = "\n".join(f"| {name} | {cell(value)} |" for name, value in rows.items())
     names = ", ".join(answered.class_names) if answered else ""

@@ -42,7 +42,7 @@ def run_compare(words: Sequence[str]) -> int:
         print(json.dumps(found, indent=1))
         return 0
     first, *others = found["runs"]
-    rows = [(first["run"], first["method"], shown(first), "", "", "", "")]
+    rows: list[tuple[Any, ...]] = [(first["run"], first["method"], shown(first), "", "", "", "")]
     rows += [
         (r["run"], r["method"], shown(r), f"{r['difference']:+.1%} ({r['low']:+.1%} to {r['high']:+.1%})",
          r["won"], r["lost"], f"{r['p']:.3g}")
@@ -52,13 +52,13 @@ def run_compare(words: Sequence[str]) -> int:
     show(f"{found['images']:,} images of {found['test_set']}; differences from the first run", rows, header)
     print()
     each = range(1, len(found["runs"]) + 1)
-    rows = [
+    table = [
         (c["class_name"], c["images"], *(f"{value:.1%}" for value in c["accuracy"]), *(f"{p:.3g}" for p in c["p"]))
         for c in found["classes"]
     ]
     header = ("class", "images", *(f"run {i}" for i in each), *(f"p of {i}" for i in each[1:]))
     print("By class, the largest change first; p-values are corrected for the number of classes (Holm).")
-    show("", rows, header)
+    show("", table, header)
     return 0
 
 
@@ -104,7 +104,7 @@ def compared(directories: Sequence[Path], test_set: str | None = None) -> dict[s
         rows.append({"run": str(directory), "method": result["method"], **told})
     tests = [counted(first, right) for right in others]
     for row, test, p in zip(rows[1:], tests, holm([test["p"] for test in tests]), strict=True):
-        row |= test | {"p": p}
+        row.update(test, p=p)
     classes = by_class(pairs)
     return {"test_set": answered[0].name, "images": images, "runs": rows, "classes": classes, "notes": pairs.notes}
 

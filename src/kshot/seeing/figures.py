@@ -17,8 +17,8 @@ text{font:11px system-ui,sans-serif;fill:var(--ink,#1c1f23)}
 .soft{fill:var(--soft,#6a717a)}.line{stroke:var(--line,#c9ced4);fill:none}.good{fill:var(--good,#2166c4)}
 .bad{fill:var(--bad,#d4550f)}.dash{stroke:var(--soft,#6a717a);stroke-dasharray:4 4;fill:none}
 """
-ALONE = """@media(prefers-color-scheme:dark){svg{--ink:#e7eaee;--soft:#9aa3ad;--line:#434a52;--good:#69a7ff;--bad:#ff9350;
-background:#15181b}}"""
+ALONE = """@media(prefers-color-scheme:dark){svg{--ink:#e7eaee;--soft:#9aa3ad;--line:#434a52;--good:#69a7ff;
+--bad:#ff9350;background:#15181b}}"""
 
 
 def svg(width: float, height: float, body: Sequence[str], title: str) -> str:
@@ -49,10 +49,10 @@ def confusion(counts: np.ndarray, names: Sequence[str]) -> tuple[str, str]:
 
     Of more than :data:`MOST_CLASSES` classes those with the most errors, as what they are or what they are taken for.
     """
-    note, kept = "", np.arange(len(names))
+    note, kept = "", list(range(len(names)))
     if len(names) > MOST_CLASSES:
         wrong = counts - np.diag(np.diag(counts))
-        kept = np.sort(np.argsort(-(wrong.sum(0) + wrong.sum(1)), kind="stable")[:MOST_CLASSES])
+        kept = sorted(np.argsort(-(wrong.sum(0) + wrong.sum(1)), kind="stable")[:MOST_CLASSES].tolist())
         note = f"Of {len(names):,} classes, the {MOST_CLASSES} with the most errors."
     sums = np.maximum(counts.sum(1), 1)
     cell = 30 if len(kept) <= NUMBERED else 13
@@ -114,7 +114,9 @@ def reliability(bins: Sequence[Mapping[str, Any]]) -> str:
         ]
         points.append((left + side * each["confidence"], top + side - height))
     body += [f'<circle class="bad" cx="{x:.1f}" cy="{y:.1f}" r="3.5"/>' for x, y in points]
-    body.append(text(left + side / 2, top + side + low + 34, "how sure (bars below: images)", "middle", ' class="soft"'))
+    body.append(
+        text(left + side / 2, top + side + low + 34, "how sure (bars below: images)", "middle", ' class="soft"')
+    )
     turned = f' class="soft" transform="rotate(-90 10 {top + side / 2})"'
     body.append(text(10, top + side / 2, "how often right", "middle", turned))
     return svg(left + side + 20, top + side + low + 42, body, "Reliability diagram")

@@ -49,7 +49,7 @@ def located(path: Path | str) -> Path:
     try:
         with quiet_loading(hub=True):
             allowed: list[str] = [WEIGHTS, CONFIG, RESULT, FILE]
-            where = {"revision": found[2], "endpoint": constants.ENDPOINT, "cache_dir": constants.HF_HUB_CACHE}
+            where: Any = {"revision": found[2], "endpoint": constants.ENDPOINT, "cache_dir": constants.HF_HUB_CACHE}
             folder = Path(snapshot_download(found[1], allow_patterns=allowed, **where))
     except (HfHubHTTPError, OSError, ValueError) as error:  # of a name, of the network, of what is in the cache alone
         raise UserError(f"{path} could not be fetched, and is not in the cache ({first_line(error)}).") from error

@@ -100,7 +100,8 @@ def page(result: Mapping[str, Any], answered: Answered, seen: Seen) -> str:
         cards(result, answered),
         *(f'<p class="soft">{escape(note)}</p>' for note in seen.notes),
         '<h2>Confusions</h2><div class="two">'
-        f'<div class="wide keep">{seen.confusion}{soft(seen, "confusion")}</div><div>{pairs(counts, answered)}</div></div>',
+        f'<div class="wide keep">{seen.confusion}{soft(seen, "confusion")}</div>'
+        f"<div>{pairs(counts, answered)}</div></div>",
         gallery("The most confident errors", "photos", seen.errors, soft(seen, "errors")),
         f"<h2>By class</h2>{class_table(counts, answered)}",
         '<h2>Calibration</h2><div class="two">'
@@ -172,7 +173,8 @@ def table(header: Sequence[tuple[str, bool]], rows: Iterable[Sequence[str]]) -> 
     kinds = [' class="n"' if number else "" for _, number in header]
     head = "".join(f"<th{kind}>{escape(name)}</th>" for kind, (name, _) in zip(kinds, header, strict=True))
     body = "".join(
-        "<tr>" + "".join(f"<td{kind}>{cell}</td>" for kind, cell in zip(kinds, row, strict=True)) + "</tr>" for row in rows
+        "<tr>" + "".join(f"<td{kind}>{cell}</td>" for kind, cell in zip(kinds, row, strict=True)) + "</tr>"
+        for row in rows
     )
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
@@ -207,7 +209,7 @@ def class_table(counts: np.ndarray, answered: Answered) -> str:
     more = f'<p class="soft">{missing} classes have no test images.</p>' if missing else ""
     if len(rows) <= OPEN:
         return whole + more
-    worst = table(header, rows[:OPEN // 2])
+    worst = table(header, rows[: OPEN // 2])
     return f"{worst}<details><summary>All {len(rows):,} classes</summary>{whole}</details>{more}"
 
 

@@ -34,21 +34,22 @@ def rollout(module: Any, image: Tensor) -> Tensor:
     """
     backbone = module.backbone
     attentions, pooled, side = parts_of(backbone)
-    prompts, seen = len(module.classifier.image_tokens()), []
+    prompts, seen = len(module.classifier.image_tokens()), list[Tensor]()
     with ExitStack() as hooks:
         for attention in attentions:
             hooks.enter_context(_Hook(attention, seen))
         module.encode_image(image)
     length = len(pooled)
     reach = torch.eye(length, dtype=seen[0].dtype, device=seen[0].device).expand(len(image), -1, -1)
-    for block, attention in enumerate(seen):
+    for block, passed in enumerate(seen):
         if block < prompts:
-            learned = reach.new_zeros(len(image), attention.shape[-1] - length, length)
+            learned = reach.new_zeros(len(image), passed.shape[-1] - length, length)
             reach = torch.cat([reach[:, :length], learned], 1)
-        reach = (attention @ reach + reach) / 2
+        reach = (passed @ reach + reach) / 2
     weights = torch.tensor(pooled, dtype=reach.dtype, device=reach.device)
     patches = (weights @ reach[:, :length])[:, length - side**2 :]
-    return (patches / patches.amax(1, keepdim=True)).unflatten(1, (side, side))
+    found: Tensor = (patches / patches.amax(1, keepdim=True)).unflatten(1, (side, side))
+    return found
 
 
 class _Hook:
@@ -77,7 +78,7 @@ def parts_of(backbone: Any) -> tuple[list[Attention], list[float], int]:
     """
     tower = backbone.tower
     blocks = list(towers.blocks_of(tower)) if tower is not None and towers.enterable(tower) else []
-    attentions = [block.attn for block in blocks]
+    attentions: list[Any] = [block.attn for block in blocks]
     if not attentions or not all(isinstance(each, Attention) for each in attentions):
         raise UserError(f"{backbone.name} has no blocks of plain attention, which alone can be rolled out.")
     own = hasattr(tower, "_embeds")  # open_clip's

@@ -72,7 +72,9 @@ def run_runs(words: Sequence[str]) -> int:
         (r.run, r.method, r.data, told(r.shots), percent(r.acc), percent(r.zero_shot_acc), r.finished[:16])
         for r in kept
     ]
-    show(f"{len(kept)} runs in {given.root}", rows, ("run", "method", "data", "shots", "acc", "zero-shot", "when (UTC)"))
+    show(
+        f"{len(kept)} runs in {given.root}", rows, ("run", "method", "data", "shots", "acc", "zero-shot", "when (UTC)")
+    )
     return 0
 
 
@@ -141,7 +143,7 @@ def result_of(directory: Path) -> dict[str, Any]:
 def row_of(directory: Path) -> Run:
     """The row of a run; raises UserError as :func:`result_of` does."""
     found = result_of(directory)
-    split = found.get("split") if isinstance(found.get("split"), dict) else {}
+    split = found["split"] if isinstance(found.get("split"), dict) else {}
     written = datetime.fromtimestamp((directory / RESULT).stat().st_mtime, UTC).isoformat(timespec="seconds")
 
     def number(value: Any) -> Any:
@@ -150,7 +152,9 @@ def row_of(directory: Path) -> Run:
     return Run(
         str(directory),
         found["method"],
-        *(str(found.get(name) or "-") for name in ("dataset", "protocol", "backbone")),
+        data=str(found.get("dataset") or "-"),
+        protocol=str(found.get("protocol") or "-"),
+        backbone=str(found.get("backbone") or "-"),
         shots=number(split.get("shots")),
         seed=number(found.get("seed")),
         acc=number(found.get("acc")),

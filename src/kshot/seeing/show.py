@@ -41,8 +41,8 @@ def run_show(words: Sequence[str]) -> int:
     """
     parser = Parser(
         prog="main.py show",
-        description="A page about a run: confusions, errors, calibration, attention, features. Further options are laid "
-        "over the run's config: --data.root where its images are now.",
+        description="A page about a run: confusions, errors, calibration, attention, features. Further options are "
+        "laid over the run's config: --data.root where its images are now.",
     )
     parser.add_argument("run", help="a run directory, or hf://ORG/NAME")
     parser.add_argument("--out", type=Path, help="a new folder (default: RUN/show)")
@@ -104,8 +104,9 @@ def draw(given: Any, options: Sequence[str], answered: Answered, seen: Seen, fol
         run = open_run(given.run, *options)
     except UserError as error:
         seen.notes.append(f"Without attention and features: {error}")
+    taken = None if run is None else run.module.backbone.preprocessing
     try:
-        pictures = Pictures(data_of(tree_of(given.run, options)), answered, run and run.module.backbone.preprocessing)
+        pictures = Pictures(data_of(tree_of(given.run, options)), answered, taken)
     except UserError as error:
         seen.notes.append(f"Without pictures of the test images: {error}")
     found = {} if pictures is None else {int(row): image for row in surest if (image := pictures.open(int(row)))}
@@ -178,8 +179,8 @@ def attention(
     drawn = [overlaid(image, each) for image, each in zip(inputs, reach, strict=True)]
     seen.attention = [(inlined(each, 224), tiny(each), words) for each, words in zip(drawn, named, strict=True)]
     seen.said["attention"] = (
-        "Attention rollout (Abnar & Zuidema 2020): left what the model takes; right, the warmer a patch, the more of it "
-        "reaches the features, from the least to the most of each image. It shows where information flows, not what "
+        "Attention rollout (Abnar & Zuidema 2020): left what the model takes; right, the warmer a patch, the more of "
+        "it reaches the features, from the least to the most of each image. It shows where information flows, not what "
         "decides."
     )
     write_image(folder / "attention.png", stacked(drawn))
