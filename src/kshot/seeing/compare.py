@@ -56,9 +56,9 @@ def run_compare(words: Sequence[str]) -> int:
         (c["class_name"], c["images"], *(f"{value:.1%}" for value in c["accuracy"]), *(f"{p:.3g}" for p in c["p"]))
         for c in found["classes"]
     ]
-    header = ("class", "images", *(f"run {i}" for i in each), *(f"p of {i}" for i in each[1:]))
+    columns = ("class", "images", *(f"run {i}" for i in each), *(f"p of {i}" for i in each[1:]))
     print("By class, the largest change first; p-values are corrected for the number of classes (Holm).")
-    show("", table, header)
+    show("", table, columns)
     return 0
 
 
