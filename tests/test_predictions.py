@@ -119,8 +119,9 @@ def test_equal_logits_are_taken_as_accuracy_takes_them():
     answers, logits = Answers(), torch.zeros(1, 300)
     logits[0, 5:200] = 1.0
     answers.add(torch.tensor([0]), torch.tensor([0]), logits, Calibration(), None)
-    assert answers.whole()["answers"][0].tolist() == list(range(5, 15))
-    assert logits.argmax(1).tolist() == [5]
+    first, *others = answers.whole()["answers"][0].tolist()
+    assert first == logits.argmax(1)
+    assert len({first, *others} & set(range(5, 200))) == TOP
 
 
 def test_answers_of_several_devices_come_in_the_order_of_the_images(monkeypatch):

@@ -34,7 +34,9 @@ class Answers:
         self, index: Tensor, label: Tensor, logits: Tensor, calibration: Calibration, zero_shot: Tensor | None
     ) -> None:
         """Takes a batch: positions, (B,), labels, (B,), logits, (B, C), and zero-shot logits, (B, C), if there are."""
-        ranked = logits.argsort(dim=-1, descending=True, stable=True)[:, :TOP]  # equal ones as argmax takes them
+        guess = logits.argmax(-1, keepdim=True)  # of equal ones the same as accuracy takes
+        others = logits.scatter(1, guess, -torch.inf).topk(min(TOP, logits.shape[1]) - 1).indices
+        ranked = torch.cat([guess, others], 1)
         calibrated = calibration.logits(logits)
         probabilities = calibrated.softmax(-1).float()
         found = {
