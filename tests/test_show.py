@@ -27,6 +27,7 @@ from kshot.seeing.page import Seen, confusions, page
 from kshot.seeing.pictures import inlined, laid_out, overlaid
 from kshot.seeing.statistics import wilson
 
+CAPTION = re.compile(r"<figcaption>(.*?)<small title=\"(.*?)\">")
 QUICKLY = ["--map", "none", "--errors", "3", "--rollout", "0"]
 
 
@@ -158,9 +159,13 @@ def test_the_surest_errors_come_first(shown, fitted):
     answered = read(fitted)
     wrong = np.flatnonzero(~answered.right)
     order = wrong[np.argsort(-answered.probabilities[wrong, 0], kind="stable")][:24]
-    said = re.findall(r"<figcaption>(.*?)</figcaption>", shown[0].content)
+    said = CAPTION.findall(shown[0].content)
     assert len(said) == 24 + 6
-    assert said[:24] == [show.sentence(answered, row) for row in order]
+    names, top = answered.class_names, answered.probabilities[:, 0]
+    for row, (words, path) in zip(order, said, strict=False):
+        label, guess = names[answered.label[row]], names[answered.guess[row]]
+        assert words == f"{label}, taken for {guess} ({top[row]:.0%})"
+        assert path == answered.path[row]
     assert said[24:] == said[:6], "their attention"
     with Image.open(shown[1] / "errors.png") as sheet:
         assert sheet.format == "PNG"
@@ -170,8 +175,9 @@ def test_the_surest_errors_come_first(shown, fitted):
 def test_own_images_may_be_looked_at(fitted, tmp_path):
     files = sorted(photos(tmp_path / "mine", 2).rglob("*.png"))
     page = show_run(fitted, tmp_path / "page", "--map", "none", "--errors", "0", "--images", *files)
-    said = re.findall(r"<figcaption>(.*?)</figcaption>", page.content)
-    assert [re.match(r"[01]\.png: \w+ \(\d+%\)", words) is not None for words in said] == [True, True]
+    said = CAPTION.findall(page.content)
+    assert [path for _, path in said] == [str(file) for file in files]
+    assert all(re.fullmatch(r"\w+ \(\d+%\)", words) for words, _ in said)
     assert not (tmp_path / "page" / "errors.png").exists()
 
 
@@ -267,7 +273,7 @@ def test_no_name_becomes_markup():
     result = {"method": "<b>M</b>", "dataset": "<i>", "backbone": "<u>", "protocol": "<p>", "split": {"shots": 2}}
     seen = Seen(*figures.confusion(confusions(answered), names))
     seen.feature_map = figures.feature_map(np.eye(3, 2), answered.label, answered.right, names)
-    seen.errors, seen.notes = [("data:image/png;base64,", False, names[0])], ["<script>"]
+    seen.errors, seen.notes = [("data:image/png;base64,", False, names[0], answered.path[0])], ["<script>"]
     found = Page(page(result, answered, seen))
     assert {"script", "b", "i", "u"} & (found.count.keys() - {"b"}) == set()
     assert "<script>alert(1)</script>" in found.words

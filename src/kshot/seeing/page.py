@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from kshot.seeing.compare import counted
 from kshot.seeing.figures import STYLE as FIGURES
 from kshot.seeing.statistics import wilson
 
+Picture = tuple[str, bool, str, str]
+WIDE = 20  # classes up to which the matrix has something beside it
 OPEN = 30  # classes up to which the table is unfolded
 PAIRS = 12  # most frequent confusions that are listed
 
@@ -35,11 +38,11 @@ p{margin:.4rem 0}p.soft{color:var(--soft)}small,p.soft{font-size:.86rem}
 .two{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,320px),1fr));gap:1.2rem 2rem;align-items:start}
 .wide{overflow-x:auto;max-width:100%}
 svg{max-width:100%;height:auto;display:block}
-.wide svg{min-width:min(520px,100%)}
+.large svg{min-width:640px}
 table{border-collapse:collapse;width:100%;font-size:.9rem;font-variant-numeric:tabular-nums}
 th,td{text-align:left;padding:.28rem .5rem .28rem 0;border-bottom:1px solid var(--line);vertical-align:top;
 overflow-wrap:anywhere}
-td:first-child{min-width:5.5rem}th{font-weight:600;color:var(--soft)}.n{text-align:right;white-space:nowrap;overflow-wrap:normal;padding-left:.5rem}
+td:first-child{min-width:5.5rem}th.n{white-space:normal}th{font-weight:600;color:var(--soft)}.n{text-align:right;white-space:nowrap;overflow-wrap:normal;padding-left:.5rem}
 .bar{display:block;height:5px;border-radius:3px;background:var(--good);min-width:1px}
 .photos{display:grid;grid-template-columns:repeat(auto-fill,minmax(132px,1fr));gap:.8rem}
 .pairs{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,240px),1fr));gap:.8rem}
@@ -50,11 +53,12 @@ figcaption{font-size:.84rem;line-height:1.35;overflow-wrap:anywhere;margin-top:.
 summary{cursor:pointer}
 dl{display:grid;grid-template-columns:minmax(8rem,auto) 1fr;gap:.15rem 1rem;font-size:.9rem;margin:0}
 dt{color:var(--soft)}dd{margin:0;overflow-wrap:anywhere}
-@media(max-width:480px){.n{white-space:normal}table{font-size:.84rem}}
+figcaption small{display:block;color:var(--soft);white-space:nowrap;overflow:hidden;text-overflow:ellipsis}
+@media(max-width:480px){table{font-size:.8rem}.n{padding-left:.2rem;padding-right:.3rem}}
 @media print{:root{color-scheme:light;--ink:#000;--soft:#555;--line:#bbb;--good:#2166c4;--bad:#d4550f;--paper:#fff;
 --card:#f1f2f4}
 body{max-width:none;padding:0;font-size:10.5pt}h2{break-after:avoid}.keep,tr,.cards div{break-inside:avoid}
-*{print-color-adjust:exact;-webkit-print-color-adjust:exact}.wide{overflow:visible}
+*{print-color-adjust:exact;-webkit-print-color-adjust:exact}.wide{overflow:visible}.large svg{min-width:0}
 .photos{grid-template-columns:repeat(6,1fr)}.pairs{grid-template-columns:repeat(3,1fr)}
 .cards{grid-template-columns:repeat(4,1fr)}
 .two{grid-template-columns:1fr 1fr}}
@@ -68,8 +72,8 @@ class Seen:
 
     Attributes:
         confusion, reliability, feature_map: SVG; empty where there is none.
-        errors: pictures as ``data:`` addresses, each with whether it is tiny, what it is and what it was taken for.
-        attention: likewise pictures and words.
+        errors: pictures as ``data:`` addresses, each with whether it is tiny, words, and the path of the image.
+        attention: likewise.
         said: a sentence by figure, of what was left out or how it was made.
         notes: what could not be shown, and why.
     """
@@ -77,8 +81,8 @@ class Seen:
     confusion: str = ""
     reliability: str = ""
     feature_map: str = ""
-    errors: list[tuple[str, bool, str]] = field(default_factory=list)
-    attention: list[tuple[str, bool, str]] = field(default_factory=list)
+    errors: list[Picture] = field(default_factory=list)
+    attention: list[Picture] = field(default_factory=list)
     said: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -99,8 +103,9 @@ def page(result: Mapping[str, Any], answered: Answered, seen: Seen) -> str:
         f'<p class="soft">{escape(subtitle(result, answered))}</p>',
         cards(result, answered),
         *(f'<p class="soft">{escape(note)}</p>' for note in seen.notes),
-        '<h2>Confusions</h2><div class="two">'
-        f'<div class="wide keep">{seen.confusion}{soft(seen, "confusion")}</div>'
+        f'<h2>Confusions</h2><div class="{"two" if len(counts) <= WIDE else ""}">'
+        f'<div class="wide keep{"" if len(counts) <= WIDE else " large"}">{seen.confusion}'
+        f"{soft(seen, 'confusion')}</div>"
         f"<div>{pairs(counts, answered)}</div></div>",
         gallery("The most confident errors", "photos", seen.errors, soft(seen, "errors")),
         f"<h2>By class</h2>{class_table(counts, answered)}",
@@ -156,14 +161,15 @@ def soft(seen: Seen, figure: str) -> str:
     return f'<p class="soft">{escape(seen.said[figure])}</p>' if seen.said.get(figure) else ""
 
 
-def gallery(title: str, kind: str, pictures: Sequence[tuple[str, bool, str]], said: str) -> str:
+def gallery(title: str, kind: str, pictures: Sequence[Picture], said: str) -> str:
     """Pictures with words below them."""
     if not pictures and not said:
         return ""
     each = (
         f'<figure><img{" class=tiny" if tiny else ""} alt="{escape(words)}" src="{address}">'
-        f"<figcaption>{escape(words)}</figcaption></figure>"
-        for address, tiny, words in pictures
+        f'<figcaption>{escape(words)}<small title="{escape(path)}">{escape(PurePath(path).name)}</small></figcaption>'
+        "</figure>"
+        for address, tiny, words, path in pictures
     )
     return f'<h2>{escape(title)}</h2>{said}<div class="{kind}">{"".join(each)}</div>'
 
@@ -202,8 +208,8 @@ def class_table(counts: np.ndarray, answered: Answered) -> str:
         share, taken = right[i] / sums[i], int(counts[:, i].sum())
         bar = f'{escape(names[i])}<span class="bar" style="width:{100 * share:.1f}%"></span>'
         sure = f"{right[i] / taken:.1%}" if taken else "-"
-        rows.append((bar, str(sums[i]), f"{share:.1%}", f"{low:.0%} to {high:.0%}", sure))
-    header = (("class", False), ("images", True), ("right", True), ("95 %", True), ("precision", True))
+        rows.append((bar, str(sums[i]), f"{share:.1%}", f"{100 * low:.0f}–{100 * high:.0f} %", sure))
+    header = (("class", False), ("images", True), ("right", True), ("95 % interval", True), ("precision", True))
     whole = table(header, rows)
     missing = len(names) - len(there)
     more = f'<p class="soft">{missing} classes have no test images.</p>' if missing else ""

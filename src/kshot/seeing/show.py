@@ -115,7 +115,9 @@ def draw(given: Any, options: Sequence[str], answered: Answered, seen: Seen, fol
         seen.notes.append(gone)
     shown = [row for row in found if row in surest[: max(given.errors, 0)]]
     if shown:
-        seen.errors = [(inlined(found[row]), tiny(found[row]), sentence(answered, row)) for row in shown]
+        seen.errors = [
+            (inlined(found[row]), tiny(found[row]), sentence(answered, row), answered.path[row]) for row in shown
+        ]
         seen.said["errors"] = f"{len(shown)} of {len(wrong):,} errors."
         cells = [(sentence(answered, row, brief=True), found[row].copy) for row in shown]
         write_image(folder / "errors.png", contact_sheet(cells))
@@ -141,7 +143,7 @@ def sentence(answered: Answered, row: int, brief: bool = False) -> str:
     """What an image is and was taken for."""
     names, sure = answered.class_names, f"{answered.probabilities[row, 0]:.0%}"
     label, guess = names[answered.label[row]], names[answered.guess[row]]
-    return f"{label} as {guess}" if brief else f"{label}, taken for {guess} ({sure}) · {answered.path[row]}"
+    return f"{label} as {guess}" if brief else f"{label}, taken for {guess} ({sure})"
 
 
 def attention(
@@ -158,26 +160,24 @@ def attention(
         run.images.images = [str(file) for file in given.images]
         run.images.setup("predict")
         part = run.images.part("predict")
-        inputs, named = part.images([(i, 0) for i in range(len(part))]), [Path(path).name for path in part.paths]
+        inputs = part.images([(i, 0) for i in range(len(part))])
         logits = run.module.calibration.logits(run.module(inputs).detach())
         sure, guess = logits.softmax(-1).max(-1)
-        named = [
-            f"{name}: {run.images.class_names[i]} ({p:.0%})"
-            for name, i, p in zip(named, guess.tolist(), sure.tolist(), strict=True)
-        ]
+        names = [run.images.class_names[i] for i in guess.tolist()]
+        named = [(f"{name} ({p:.0%})", path) for name, p, path in zip(names, sure.tolist(), part.paths, strict=True)]
     else:
         rows = list(found)[: max(given.rollout, 0)]
         if pictures is None or not rows:
             return
         inputs = torch.stack([pictures.seen(found[row]) for row in rows])
-        named = [sentence(answered, row) for row in rows]
+        named = [(sentence(answered, row), answered.path[row]) for row in rows]
     try:
         reach = rollout(run.module, inputs)
     except UserError as error:
         seen.notes.append(f"Without attention: {error}")
         return
     drawn = [overlaid(image, each) for image, each in zip(inputs, reach, strict=True)]
-    seen.attention = [(inlined(each, 224), tiny(each), words) for each, words in zip(drawn, named, strict=True)]
+    seen.attention = [(inlined(each, 224), tiny(each), *words) for each, words in zip(drawn, named, strict=True)]
     seen.said["attention"] = (
         "Attention rollout (Abnar & Zuidema 2020): left what the model takes; right, the warmer a patch, the more of "
         "it reaches the features, from the least to the most of each image. It shows where information flows, not what "
