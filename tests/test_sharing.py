@@ -100,13 +100,20 @@ def test_no_path_of_this_machine_leaves_it(tested, hub, tmp_path, capsys):
 
 
 def test_absolute_paths_of_any_system_lose_their_folders():
-    found = []
-    given = {"a": ["/x/y", "~/p/q.pt", "C:\\u\\v", "kept/as/it.is", "image.*.q", "a / b"], "b": {"c": 3}}
-    assert without_paths(given, found) == {
-        "a": ["y", "q.pt", "v", "kept/as/it.is", "image.*.q", "a / b"],
-        "b": {"c": 3},
-    }
-    assert found == ["/x/y", "~/p/q.pt", "C:\\u\\v"]
+    kept = [
+        "kept/as/it.is",
+        "image.*.q",
+        "a / b",
+        "hf-hub:org/name",
+        "https://a.b/c/d",
+        "and/or",
+        "1/2 of it",
+        "../a/b",
+    ]
+    given = {"a": ["/x/y", "~/p/q.pt", "C:\\u\\v", "/my photos/of cats/", "/data", *kept], "b": {"c": 3}}
+    assert without_paths(given) == {"a": ["y", "q.pt", "v", "of cats", "data", *kept], "b": {"c": 3}}
+    said = "/home/me/photos has changed: see '/home/me/a.csv', (~/b/c) and C:\\d\\e."
+    assert without_paths(said) == "photos has changed: see 'a.csv', (c) and e."
 
 
 @pytest.fixture

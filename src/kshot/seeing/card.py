@@ -26,10 +26,8 @@ def card(result: Mapping[str, Any], answered: Answered | None, licence: str = ""
         "library_name": "kshot",
         "pipeline_tag": "image-classification",
         "tags": ["kshot", "few-shot", str(result["method"])],
-        "license": licence or "other",
+        "license": licence or "unknown",
     }
-    if not licence:
-        about["license_name"] = UNSAID
     if accuracy is not None:
         metric = {"type": "accuracy", "value": round(float(accuracy), 4)}
         task = {"type": "image-classification"}
@@ -39,7 +37,7 @@ def card(result: Mapping[str, Any], answered: Answered | None, licence: str = ""
     header = "\n".join(f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in about.items())  # is YAML
     rows = {
         "method": result["method"],
-        "backbone": f"{result['backbone']}, weights `{str(result.get('backbone_sha256'))[:16]}`",
+        "backbone": f"{result.get('backbone')}, weights `{str(result.get('backbone_sha256'))[:16]}`",
         "data set": result["dataset"],
         "images": f"{drawn(split)}, {(split.get('counts') or {}).get('train')} in all, seed {split.get('seed')}",
         "digest of the draw": f"`{split.get('digest')}`",
@@ -49,7 +47,7 @@ def card(result: Mapping[str, Any], answered: Answered | None, licence: str = ""
         **measured(result, answered),
         "licence": licence or UNSAID,
         "licence of the images": data_licence or UNSAID,
-        "licence of the backbone": f"that of {result['backbone']}: see where its weights come from",
+        "licence of the backbone": f"that of {result.get('backbone')}: see where its weights come from",
         "made by": f"kshot {versions.get('kshot')}, torch {versions.get('torch')}",
     }
     table = "\n".join(f"| {name} | {cell(value)} |" for name, value in rows.items())

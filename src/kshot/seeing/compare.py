@@ -49,7 +49,9 @@ def run_compare(words: Sequence[str]) -> int:
         for r in others
     ]  # fmt: skip
     header = ("run", "method", "accuracy (95 %)", "difference (95 %)", "won", "lost", "McNemar's p")
-    show(f"{found['images']:,} images of {found['test_set']}; differences from the first run", rows, header)
+    corrected = "" if len(others) == 1 else ", p-values corrected for their number (Holm)"
+    title = f"{found['images']:,} images of {found['test_set']}; differences from the first run{corrected}"
+    show(title, rows, header)
     print()
     each = range(1, len(found["runs"]) + 1)
     table = [

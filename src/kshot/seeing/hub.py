@@ -28,6 +28,9 @@ PREFIX, CONFIG, WEIGHTS = "hf://", "config.yaml", "tuned.safetensors"
 ADDRESS = re.compile(r"hf:/{1,2}([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")  # a Path makes one slash of two
 NAME = re.compile(r"[\w.-]+/[\w.-]+")
 KINDS = {"kshot", "torch", "lightning"}  # packages whose classes a config from the hub may name
+WHOLE = re.compile(r"(?:~|[A-Za-z]:)?[/\\][^/\\\s][^:]*$")  # text that is an absolute path and nothing else
+FOLDERS = r"(?:~|[A-Za-z]:)?[/\\](?:[^\s/\\]+[/\\])*(?=[^\s/\\])"
+WITHIN = re.compile(rf"(?<![\w/:.~]){FOLDERS}")  # what comes before the last part of one in a sentence
 DOTTED = re.compile(r"([A-Za-z_]\w*)(?:\.[A-Za-z_]\w*)+")
 
 
@@ -102,16 +105,15 @@ def files_of(run: Path, licence: str, data_licence: str, predictions: bool, name
             raise UserError(f"{run} is no finished run: it has no {file}.")
     config = read_config(run / CONFIG)
     check_kinds(config, str(run))
-    paths: list[str] = []
-    config = without_paths(config, paths)
+    paths = [value for value in walk(config) if isinstance(value, str) and WHOLE.match(value)]
     if paths:
         print(f"Of paths, {CONFIG} tells the last part alone: {', '.join(dict.fromkeys(paths))}", file=sys.stderr)
     answered = read(run) if (run / FILE).is_file() else None
     told = card(result, answered, licence, data_licence).replace("ORG/NAME", name)
     files = {
         "README.md": told.encode(),
-        CONFIG: yaml.safe_dump(config, sort_keys=False, allow_unicode=True).encode(),
-        RESULT: (json.dumps(without_paths(result, []), indent=2, ensure_ascii=False) + "\n").encode(),
+        CONFIG: yaml.safe_dump(without_paths(config), sort_keys=False, allow_unicode=True).encode(),
+        RESULT: (json.dumps(without_paths(result), indent=2, ensure_ascii=False) + "\n").encode(),
         WEIGHTS: (run / WEIGHTS).read_bytes(),
     }
     if predictions:
@@ -121,16 +123,15 @@ def files_of(run: Path, licence: str, data_licence: str, predictions: bool, name
     return files
 
 
-def without_paths(value: Any, found: list[str]) -> Any:
-    """Plain data with the last part of absolute paths in their places; the paths are added to ``found``."""
+def without_paths(value: Any) -> Any:
+    """Plain data with the last part of absolute paths in their places, be they all of a text or within it."""
     if isinstance(value, dict):
-        return {key: without_paths(each, found) for key, each in value.items()}
+        return {key: without_paths(each) for key, each in value.items()}
     if isinstance(value, list):
-        return [without_paths(each, found) for each in value]
-    if isinstance(value, str) and re.match(r"(?:~|[A-Za-z]:)?[/\\]\S", value):
-        found.append(value)
-        return re.split(r"[/\\]", value.rstrip("/\\"))[-1]
-    return value
+        return [without_paths(each) for each in value]
+    if not isinstance(value, str):
+        return value
+    return re.split(r"[/\\]", value.rstrip("/\\"))[-1] if WHOLE.match(value) else WITHIN.sub("", value)
 
 
 def send(files: dict[str, bytes], name: str, private: bool) -> None:

@@ -129,7 +129,8 @@ def subtitle(result: Mapping[str, Any], answered: Answered) -> str:
     shots = f"{split['shots']} images a class" if split.get("shots") else f"{split.get('sampler', 'all')} images"
     on = "" if answered.name == "test" else f", tested on {answered.name}"
     when = f", {result['finished'][:10]}" if result.get("finished") else ""
-    return f"{result['backbone']}, {len(answered.class_names)} classes, {shots}, {result['protocol']}{on}{when}"
+    classes, protocol = len(answered.class_names), result.get("protocol")
+    return f"{result.get('backbone')}, {classes} classes, {shots}, {protocol}{on}{when}"
 
 
 def cards(result: Mapping[str, Any], answered: Answered) -> str:
@@ -238,7 +239,7 @@ def facts(result: Mapping[str, Any]) -> str:
     split, versions = result.get("split") or {}, result.get("versions") or {}
     seconds = ", ".join(f"{name} {value:.1f}" for name, value in (result.get("seconds") or {}).items())
     rows = [
-        ("backbone", f"{result['backbone']} (weights {str(result.get('backbone_sha256'))[:12]})"),
+        ("backbone", f"{result.get('backbone')} (weights {str(result.get('backbone_sha256'))[:12]})"),
         ("trainable parameters", f"{result.get('trainable_parameters', 0):,} of {result.get('total_parameters', 0):,}"),
         ("draw", f"{split.get('sampler')}, seed {split.get('seed')}, {split.get('digest')}"),
         ("seed", str(result.get("seed"))),

@@ -111,7 +111,7 @@ def passes(run: Run, given: argparse.Namespace) -> bool:
 
 def runs_in(root: Path) -> Iterator[Run]:
     """All finished runs below a folder, or in it; a line on standard error for each that cannot be read."""
-    for place, folders, files in os.walk(root):
+    for place, folders, files in os.walk(root, onerror=lambda error: print(f"left out: {error}", file=sys.stderr)):
         folders.sort()
         if RESULT in files:
             folders.clear()
@@ -135,8 +135,8 @@ def result_of(directory: Path) -> dict[str, Any]:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read ({first_line(error)}).") from error
-    if not isinstance(found, dict) or not isinstance(found.get("method"), str):
-        raise UserError(f"{file} is no result that kshot wrote.")
+    if not isinstance(found, dict) or not all(isinstance(found.get(name), str) for name in ("method", "dataset")):
+        raise UserError(f"{file} is no result that this kshot reads.")
     return found
 
 
