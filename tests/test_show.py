@@ -124,6 +124,11 @@ def test_the_matrix_is_that_of_scikit_learn(shown, fitted):
         found[names.index(row), names.index(column)] = count
         assert int(total) == (answered.label == names.index(row)).sum()
     assert (found == expected).all()
+    frame = next(each for each in root.iter(f"{SVG}rect") if each.get("class") == "line")
+    for cell in (each for each in root.iter(f"{SVG}rect") if each.get("class") in ("good", "bad")):
+        row, column = re.match(r"(\w+) taken for (\w+)", cell.find(f"{SVG}title").text).groups()
+        place = [(float(cell.get(axis)) - float(frame.get(axis))) / 30 for axis in "xy"]
+        assert place == pytest.approx([names.index(column), names.index(row)], abs=0.01)
 
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -222,6 +227,16 @@ def test_without_the_data_set_a_page_has_its_numbers(own, tmp_path, capsys):
     at = tmp_path / "elsewhere"
     shutil.copytree(own[1], at)
     assert show_run(run, tmp_path / "again", *QUICKLY, "--data.dataset", at).addresses
+
+
+def test_a_run_of_test_is_shown_by_what_it_measured(own, tmp_path, capsys):
+    config, weights = str(own[0] / "config.yaml"), str(own[0] / "tuned.safetensors")
+    main(["test", "--config", config, "--ckpt_path", weights, "--run.root", str(tmp_path / "tests")])
+    (tested,) = (tmp_path / "tests").glob("*/*")
+    capsys.readouterr()
+    page = show_run(tested, tmp_path / "page", "--map", "none", "--errors", "2", "--rollout", "1")
+    assert capsys.readouterr().err == ""
+    assert len(page.addresses) == 3
 
 
 def test_without_the_backbone_a_page_has_its_pictures(own, tmp_path, monkeypatch, capsys):

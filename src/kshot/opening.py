@@ -11,7 +11,7 @@ import torch
 
 from kshot.building import backbone_of, method_of
 from kshot.checkpoint import HEADER, AtomicCheckpoints
-from kshot.config import Tree, read_command_line
+from kshot.config import Tree, read_command_line, read_config
 from kshot.data.prediction import PredictionData, of_run
 from kshot.errors import UserError
 from kshot.module import FewShotModule
@@ -81,6 +81,8 @@ def parts_of_run(path: Path) -> tuple[Path, Path]:
     if path.is_file():
         directory = next((each for each in path.parents if (each / CONFIG).is_file()), path.parent)
     weights = path if path.is_file() else directory / WEIGHTS
+    if path.is_dir() and (directory / CONFIG).is_file() and not weights.is_file():
+        weights = Path(read_config(directory / CONFIG).get("ckpt_path") or weights)  # what a run of test measured
     missing = [file.name for file in (directory / CONFIG, weights) if not file.is_file()]
     if missing:
         raise UserError(f"{path} is no finished run: it has no {' and no '.join(missing)}.")

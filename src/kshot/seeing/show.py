@@ -18,7 +18,7 @@ from kshot.config import read_command_line
 from kshot.data.checking import contact_sheet
 from kshot.errors import UserError
 from kshot.files import make_folder, may_be_read, write_atomically, write_text
-from kshot.opening import CONFIG, OpenRun, open_run, parts_of_run
+from kshot.opening import CONFIG, OpenRun, open_run
 from kshot.predictions import Answered, read
 from kshot.seeing import figures
 from kshot.seeing.card import card
@@ -129,9 +129,7 @@ def draw(given: Any, options: Sequence[str], answered: Answered, seen: Seen, fol
 
 def tree_of(run: Path, options: Sequence[str]) -> Any:
     """The settings of a run, with options laid over them."""
-    directory, weights = parts_of_run(run)
-    words = ["predict", "--config", str(directory / CONFIG), "--ckpt_path", str(weights), *options]
-    return settings(read_command_line(words, list(OPTIONS)))[1]
+    return settings(read_command_line(["predict", "--config", str(run / CONFIG), *options], list(OPTIONS)))[1]
 
 
 def tiny(image: Image.Image) -> bool:
