@@ -34,18 +34,19 @@ class Answers:
         self, index: Tensor, label: Tensor, logits: Tensor, calibration: Calibration, zero_shot: Tensor | None
     ) -> None:
         """Takes a batch: positions, (B,), labels, (B,), logits, (B, C), and zero-shot logits, (B, C), if there are."""
+        logits = logits.float()
         guess = logits.argmax(-1, keepdim=True)  # of equal ones the same as accuracy takes
         others = logits.scatter(1, guess, -torch.inf).topk(min(TOP, logits.shape[1]) - 1).indices
         ranked = torch.cat([guess, others], 1)
         calibrated = calibration.logits(logits)
-        probabilities = calibrated.softmax(-1).float()
+        probabilities = calibrated.softmax(-1)
         found = {
             "index": index.to(logits.device, torch.int32),
             "label": label.to(torch.int32),
             "answers": ranked.to(torch.int32),
             "probabilities": probabilities.gather(1, ranked),
             "label_probability": probabilities.gather(1, label[:, None])[:, 0],
-            "energy": score("energy", calibrated).float(),
+            "energy": score("energy", calibrated),
         }
         self.some.append(found | ({} if zero_shot is None else {"zero_shot": zero_shot.argmax(-1).to(torch.int32)}))
 

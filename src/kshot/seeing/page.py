@@ -46,7 +46,7 @@ td:first-child{min-width:5.5rem}th.n{white-space:normal}th{font-weight:600;color
 .bar{display:block;height:5px;border-radius:3px;background:var(--good);min-width:1px}
 .photos{display:grid;grid-template-columns:repeat(auto-fill,minmax(132px,1fr));gap:.8rem}
 .pairs{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,240px),1fr));gap:.8rem}
-figure{margin:0;break-inside:avoid}
+figure{margin:0;min-width:0;break-inside:avoid}
 .photos img{width:100%;aspect-ratio:1;object-fit:contain;background:var(--card);border-radius:6px}
 .pairs img{width:100%;border-radius:6px}img.tiny{image-rendering:pixelated}
 figcaption{font-size:.84rem;line-height:1.35;overflow-wrap:anywhere;margin-top:.2rem}
@@ -58,7 +58,8 @@ figcaption small{display:block;color:var(--soft);white-space:nowrap;overflow:hid
 @media print{:root{color-scheme:light;--ink:#000;--soft:#555;--line:#bbb;--good:#2166c4;--bad:#d4550f;--paper:#fff;
 --card:#f1f2f4}
 body{max-width:none;padding:0;font-size:10.5pt}h2{break-after:avoid}.keep,tr,.cards div{break-inside:avoid}
-*{print-color-adjust:exact;-webkit-print-color-adjust:exact}.wide{overflow:visible}.large svg{min-width:0}
+*{print-color-adjust:exact;-webkit-print-color-adjust:exact}.wide{overflow:visible}
+svg{max-width:105mm}.large svg{min-width:0;max-width:135mm}dl{font-size:.8rem}
 .photos{grid-template-columns:repeat(6,1fr)}.pairs{grid-template-columns:repeat(3,1fr)}
 .cards{grid-template-columns:repeat(4,1fr)}
 .two{grid-template-columns:1fr 1fr}}
