@@ -59,7 +59,7 @@ figcaption small{display:block;color:var(--soft);white-space:nowrap;overflow:hid
 --card:#f1f2f4}
 body{max-width:none;padding:0;font-size:10.5pt}h2{break-after:avoid}.keep,tr,.cards div{break-inside:avoid}
 *{print-color-adjust:exact;-webkit-print-color-adjust:exact}.wide{overflow:visible}
-svg{max-width:105mm}.large svg{min-width:0;max-width:135mm}dl{font-size:.8rem}
+svg{max-width:105mm}.large svg{min-width:0;max-width:120mm}dl{font-size:.8rem}
 .photos{grid-template-columns:repeat(6,1fr)}.pairs{grid-template-columns:repeat(3,1fr)}
 .cards{grid-template-columns:repeat(4,1fr)}
 .two{grid-template-columns:1fr 1fr}}
