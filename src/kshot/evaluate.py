@@ -144,7 +144,7 @@ class Tested:
         sizes: images that there are by test set; more than were counted where the trainer limits the batches.
         left_out: unreadable images by part.
         reliability: what bins of confidence hold, by test set.
-        answers: to each image, and the part that it is in, by test set; none without a FewShotDataModule.
+        answers: to each image counted, and these images as a part, by test set; none without a FewShotDataModule.
     """
 
     sets: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -237,7 +237,8 @@ class Evaluation(Callback):
             number = self.test_sets.index(self.current)
             part = self.parts[number]
             of_run(trainer).note(part, torch.empty(0), torch.empty(0), last=True)
-            tested.answers[name] = self.answers.whole(trainer.world_size), part.subset(range(len(part)))
+            answers = self.answers.whole(trainer.world_size)
+            tested.answers[name] = answers, part.subset(answers["index"].tolist())
         tested.sets[name], tested.per_class[name], tested.counts[name] = self.meter.results()
         tested.reliability[name] = self.meter.reliability.compute()[1]
         limit = trainer.limit_test_batches  # a number of batches, or a share of them

@@ -72,7 +72,7 @@ def write(path: Path, answers: Mapping[str, tuple[dict[str, Tensor], Any]], name
 
     Args:
         path: of the file.
-        answers: by test set, :meth:`Answers.whole` and the part that it is about.
+        answers: by test set, :meth:`Answers.whole` and these images as a part.
         names: of the classes by test set, in label order.
 
     Raises:
@@ -81,10 +81,10 @@ def write(path: Path, answers: Mapping[str, tuple[dict[str, Tensor], Any]], name
     import pyarrow as pa
     from pyarrow import parquet
 
-    whole = pa.list_(pa.int32()), pa.list_(pa.float32())
+    labels, shares = pa.list_(pa.int32()), pa.list_(pa.float32())
     types = {"test_set": pa.dictionary(pa.int32(), pa.string()), "index": pa.int32(), "path": pa.string()}
-    types |= {"image": pa.string(), "label": pa.int32(), "correct": pa.bool_(), "answers": whole[0]}
-    types |= {"probabilities": whole[1], "label_probability": pa.float32(), "energy": pa.float32()}
+    types |= {"image": pa.string(), "label": pa.int32(), "correct": pa.bool_(), "answers": labels}
+    types |= {"probabilities": shares, "label_probability": pa.float32(), "energy": pa.float32()}
     types["zero_shot"] = pa.int32()
     about = {"format": FORMAT, "class_names": {name: list(classes) for name, classes in names.items()}}
     schema = pa.schema(list(types.items()), metadata={ABOUT: json.dumps(about)})
@@ -92,25 +92,25 @@ def write(path: Path, answers: Mapping[str, tuple[dict[str, Tensor], Any]], name
     def save(file: Path) -> None:
         with parquet.ParquetWriter(file, schema, compression="zstd") as writer:
             for name, (found, part) in answers.items():
-                if found:
-                    writer.write_table(pa.table(list(columns(name, found, part, types).values()), schema=schema))
-
-    def columns(name: str, found: dict[str, Tensor], part: Any, types: dict[str, Any]) -> dict[str, Any]:
-        where, keys = found["index"].tolist(), part.row_keys()
-        given: dict[str, Any] = {column: values.numpy() for column, values in found.items()}
-        for column in ("answers", "probabilities"):
-            each = pa.array(given[column].ravel())
-            ends = pa.array(np.arange(len(where) + 1, dtype=np.int32) * given[column].shape[1])
-            given[column] = pa.ListArray.from_arrays(ends, each)
-        given["path"] = [part.paths[i].encode(errors="backslashreplace").decode() for i in where]  # any bytes on disk
-        given["image"] = [keys[i] for i in where]
-        given["correct"] = (found["answers"][:, 0] == found["label"]).numpy()
-        given["test_set"] = pa.array([name] * len(where)).dictionary_encode()
-        given.setdefault("zero_shot", [None] * len(where))
-        return {column: given[column] if isinstance(given[column], pa.Array) else pa.array(given[column], kind)
-                for column, kind in types.items()}  # fmt: skip
+                writer.write_table(pa.table(columns_of(name, found, part), schema=schema))
 
     write_atomically(path, save)
+
+
+def columns_of(name: str, found: Mapping[str, Tensor], part: Any) -> dict[str, Any]:
+    """The columns of a test set, by name, as pyarrow takes them."""
+    import pyarrow as pa
+
+    rows = len(found["index"])
+    columns: dict[str, Any] = {column: values.numpy() for column, values in found.items()}
+    for column in ("answers", "probabilities"):
+        ends = np.arange(rows + 1, dtype=np.int32) * columns[column].shape[1]
+        columns[column] = pa.ListArray.from_arrays(pa.array(ends), pa.array(columns[column].ravel()))
+    columns["path"] = [path.encode(errors="backslashreplace").decode() for path in part.paths]  # any bytes on disk
+    columns["image"] = part.row_keys()
+    columns["correct"] = (found["answers"][:, 0] == found["label"]).numpy()
+    columns["test_set"] = pa.array([name] * rows).dictionary_encode()
+    return {"zero_shot": [None] * rows} | columns
 
 
 @dataclass(frozen=True, eq=False)
