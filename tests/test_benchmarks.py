@@ -114,6 +114,13 @@ def test_kept_tokens(run, tmp_path):
     assert float(rows[0]["loss_diff"]) < 1e-5
 
 
+def test_predictions(run, tmp_path):
+    given = ["--images", "300", "--classes", "3", "200"]
+    rows = run("predictions", *given, "--out", str(tmp_path / "predictions.csv"))["predictions"]
+    assert [row["classes"] for row in rows] == ["3", "200"]
+    assert all(positive(row, "bytes_memory", "bytes_disk") for row in rows)
+
+
 def test_prompts(run, tmp_path):
     given = ["--quick", "--seconds", "0", "--in-process"]
     rows = run("prompts", *CLIP, *given, "--out", str(tmp_path / "prompts.csv"))["prompts"]

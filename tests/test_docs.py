@@ -143,3 +143,22 @@ def test_the_page_on_methods_has_every_config():
     page = (ROOT / "docs" / "methods.md").read_text().split("## Measured")[0]
     rows = {name for line in page.splitlines() if line.startswith("| `") for name in re.findall(r"`(\w+)`", line[:99])}
     assert {config.stem for config in (ROOT / "configs" / "methods").glob("*.yaml")} <= rows
+
+
+def test_the_page_on_seeing_shows_what_compare_says_and_its_program_runs(tmp_path, monkeypatch, capsys):
+    text = (ROOT / "docs" / "seeing.md").read_text()
+    commands = [shlex.split(line)[2:] for line in re.findall(r"^ {4}(python main\.py (?:fit|compare) .*)$", text, re.M)]
+    monkeypatch.chdir(tmp_path)
+    for words in commands:
+        capsys.readouterr()
+        with suppress(SystemExit):
+            main([*words, *["--trainer.enable_progress_bar", "false"] * (words[0] == "fit")])
+    found = [line.split() for line in capsys.readouterr().out.splitlines()]
+    shown = [line.split() for line in re.search(r"ends with.*?\n\n((?: {4}.*\n)+)", text)[1].splitlines()]
+    assert found[0] == shown[0]
+    for mine, there in zip(found[2:4], shown[2:4], strict=True):
+        assert mine[:2] == there[:2]
+        assert float(mine[2].rstrip("%")) == pytest.approx(float(there[2].rstrip("%")), abs=2)
+    (program,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(compile(program, "seeing.md", "exec"), {})
+    assert re.match(r"\d+ errors, the first: \d+ \w+ as \w+", capsys.readouterr().out)

@@ -17,6 +17,7 @@ from kshot.backbones import OpenClip
 from kshot.classifiers import NearestClassMean
 from kshot.data import FewShotDataModule
 from kshot.errors import UserError
+from kshot.predictions import read
 from kshot.prepare import check_devices
 from kshot.run import build
 
@@ -61,7 +62,10 @@ def test_processes_of_a_launcher_leave_one_run_and_one_table(work):
     folder, said = work
     assert said.count("adapted accuracy") == 1
     (directory,) = (folder / "runs").glob("*/*")
-    assert json.loads((directory / "result.json").read_text())["tested"] == {"test": 18}
+    result, answered = json.loads((directory / "result.json").read_text()), read(directory)
+    assert result["tested"] == {"test": 18}
+    assert answered.index.tolist() == list(range(18)), "the answers of both, each once"
+    assert answered.right.mean() == pytest.approx(result["acc"])
 
 
 class Two:

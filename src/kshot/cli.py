@@ -14,6 +14,7 @@ STARTED = time.time()
 USAGE = """\
 usage: python main.py {fit,validate,test,predict,import} --config NAME [--config METHOD ...] [options]
        python main.py data {list,info,check,split,import,download,store} ... [--json]
+       python main.py runs [FOLDER] | compare RUN RUN [RUN ...] | show RUN | push RUN ORG/NAME ...
        python main.py doctor [--json]
 
   fit       adapt a backbone from a few images a class, then test it
@@ -22,6 +23,10 @@ usage: python main.py {fit,validate,test,predict,import} --config NAME [--config
   predict   label any images: --images FOLDER_OR_FILES, writes a CSV; the data set may be gone
   import    turn a file that CoOp or CLIP-LoRA released into a checkpoint: --file FILE
   data      list, check, divide or download data sets: 'data check photos/' finds broken files, duplicates and leaks
+  runs      list runs and choose among them: --method, --data, --shots, --min-acc, --since
+  compare   differences of runs on the same images, with McNemar's test, class by class
+  show      a page about a run: confusions, errors, calibration, what it looks at, how features lie
+  push      put a run on Hugging Face's hub, with a model card
   doctor    say what is installed, what this machine has and whether a small run works
 
 examples:

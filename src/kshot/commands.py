@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.trainer import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from kshot import __version__, record
+from kshot import __version__, predictions, record
 from kshot.auto import choose
 from kshot.calibration import stored_calibration
 from kshot.callbacks import Progress, ResumeFile
@@ -306,7 +307,7 @@ class FewShotCLI(LightningCLI):
         self.report(tested, unrounded)
 
     def report(self, tested: Tested, unrounded: float | None = None) -> None:
-        """Writes result.json and, of what was tested, per_class.csv, and prints the table."""
+        """Writes result.json and, of what was tested, per_class.csv and the predictions, and prints the table."""
         if self.directory is None:
             return
         result = record.result(self.model, self.datamodule, self.trainer, tested, self.directory)
@@ -315,11 +316,13 @@ class FewShotCLI(LightningCLI):
             "notes": self.line.notes,
             "acc_unrounded": unrounded,
             "seconds": {name: round(s, 3) for name, s in self.seconds.items()},
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         write_text(self.directory / "result.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")
         if tested.sets:
             names = {each.name: each.class_names for each in self.datamodule.test_sets}
             record.write_per_class(self.directory / "per_class.csv", names, tested.per_class)
+            predictions.write(self.directory / predictions.FILE, tested.answers, names)
         record.print_result(result, self.directory)
 
     def run_validate(self) -> None:

@@ -20,6 +20,10 @@ SHORT = {"-c": "--config", "-h": "--help"}
 PROGRAMS = {  # commands that take no experiment, by the function that runs their words and gives the exit status
     "data": "kshot.data_command:run_data",
     "doctor": "kshot.doctor:run_doctor",
+    "runs": "kshot.seeing.runs:run_runs",
+    "compare": "kshot.seeing.compare:run_compare",
+    "show": "kshot.seeing.show:run_show",
+    "push": "kshot.seeing.hub:run_push",
 }
 Tree = dict[str, Any]
 

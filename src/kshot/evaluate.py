@@ -27,6 +27,7 @@ from kshot.data.parts import Batch
 from kshot.data.protocols import TestSet
 from kshot.features import has_texts, of_run
 from kshot.holding import merged
+from kshot.predictions import Answers
 
 Module = Any  # a FewShotModule, which imports this file
 
@@ -143,6 +144,7 @@ class Tested:
         sizes: images that there are by test set; more than were counted where the trainer limits the batches.
         left_out: unreadable images by part.
         reliability: what bins of confidence hold, by test set.
+        answers: to each image counted, and these images as a part, by test set; none without a FewShotDataModule.
     """
 
     sets: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -151,6 +153,7 @@ class Tested:
     sizes: dict[str, int] = field(default_factory=dict)
     left_out: dict[str, int] = field(default_factory=dict)
     reliability: dict[str, list[dict[str, float]]] = field(default_factory=dict)
+    answers: dict[str, tuple[dict[str, Tensor], Any]] = field(default_factory=dict, repr=False)
 
 
 class Evaluation(Callback):
@@ -197,6 +200,7 @@ class Evaluation(Callback):
             self.open.enter_context(merged(pl_module.classifier))
         self.zero_shot_text, self.untouched = text, pl_module.has_frozen_images
         self.meter = Meter(len(test_set.class_names), text is not None, pl_module.calibration).to(pl_module.device)
+        self.answers = Answers()
 
     def on_test_batch_end(
         self,
@@ -222,6 +226,7 @@ class Evaluation(Callback):
         if self.parts and batch.frozen is None and (self.untouched or zero_shot is not None):
             of_run(trainer).note(self.parts[dataloader_idx], batch.index, features)
         self.meter.update(logits, batch.label, zero_shot)
+        self.answers.add(batch.index, batch.label, logits, pl_module.calibration, zero_shot)
 
     def _close(self, trainer: Trainer) -> None:
         if self.current is None:
@@ -230,7 +235,10 @@ class Evaluation(Callback):
         name, tested = self.current.name, self.tested
         if self.parts:
             number = self.test_sets.index(self.current)
-            of_run(trainer).note(self.parts[number], torch.empty(0), torch.empty(0), last=True)
+            part = self.parts[number]
+            of_run(trainer).note(part, torch.empty(0), torch.empty(0), last=True)
+            answers = self.answers.whole(trainer.world_size)
+            tested.answers[name] = answers, part.subset(answers["index"].tolist())
         tested.sets[name], tested.per_class[name], tested.counts[name] = self.meter.results()
         tested.reliability[name] = self.meter.reliability.compute()[1]
         limit = trainer.limit_test_batches  # a number of batches, or a share of them

@@ -11,11 +11,12 @@ import torch
 
 from kshot.building import backbone_of, method_of
 from kshot.checkpoint import HEADER, AtomicCheckpoints
-from kshot.config import Tree, read_command_line
+from kshot.config import Tree, read_command_line, read_config
 from kshot.data.prediction import PredictionData, of_run
 from kshot.errors import UserError
 from kshot.module import FewShotModule
 from kshot.run import build
+from kshot.seeing.hub import located
 from kshot.settings import OPTIONS, settings
 
 WEIGHTS, CONFIG, RESULT = "tuned.safetensors", "config.yaml", "result.json"  # of a run directory
@@ -46,7 +47,7 @@ def open_run(path: Path | str, *options: str) -> OpenRun:
     """Opens a run on this machine, whatever it was trained on.
 
     Args:
-        path: the run directory, or a checkpoint in it.
+        path: the run directory, a checkpoint in it, or ``hf://ORG/NAME`` on Hugging Face's hub.
         options: words of a command line that are laid over its config, as where the backbone's weights are now:
             ``"--model.backbone.weights", "vits14.safetensors"``.
 
@@ -54,7 +55,7 @@ def open_run(path: Path | str, *options: str) -> OpenRun:
         UserError: it is no run directory, or one of a version that this one cannot read; its files do not fit each
             other; or the backbone's weights are not there.
     """
-    directory, weights = parts_of_run(Path(path))
+    directory, weights = parts_of_run(located(path))
     here = ["--trainer.accelerator", "auto", "--trainer.devices", "1", "--trainer.strategy", "auto"]
     words = ["predict", "--config", str(directory / CONFIG), "--ckpt_path", str(weights), *here, *options]
     _, tree = settings(read_command_line(words, list(OPTIONS)))
@@ -80,6 +81,8 @@ def parts_of_run(path: Path) -> tuple[Path, Path]:
     if path.is_file():
         directory = next((each for each in path.parents if (each / CONFIG).is_file()), path.parent)
     weights = path if path.is_file() else directory / WEIGHTS
+    if path.is_dir() and (directory / CONFIG).is_file() and not weights.is_file():
+        weights = Path(read_config(directory / CONFIG).get("ckpt_path") or weights)  # what a run of test measured
     missing = [file.name for file in (directory / CONFIG, weights) if not file.is_file()]
     if missing:
         raise UserError(f"{path} is no finished run: it has no {' and no '.join(missing)}.")

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from lightning.pytorch.loggers.logger import Logger
 
-from kshot import __version__
+from kshot import __version__, predictions
 from kshot.calibration import Calibration
 from kshot.classifiers import LinearProbe
 from kshot.data.sampling import FewShotDraw
@@ -185,6 +185,7 @@ def result(module: Any, data: Any, trainer: Any, tested: Any, directory: Path) -
         "summary": summary(data.protocol, tested.sets),
         "zero_shot_summary": summary(data.protocol, tested.sets, "zero_shot_acc"),
         "per_class": "per_class.csv" if first else None,
+        "predictions": predictions.FILE if tested.answers else None,
         "selection": selection(data.draw) if "val" in module.classifier.needs else "none",
         "steps": trainer.global_step,
         "trainable_parameters": sum(p.numel() for p in module.parameters() if p.requires_grad),

@@ -108,10 +108,8 @@ def _csv(path: Path, content: bytes) -> tuple[dict[str, int], Table]:
 
 
 def _parquet(path: Path, content: bytes) -> tuple[dict[str, int], Table]:
-    try:
-        from pyarrow import parquet  # type: ignore[import-not-found]
-    except ModuleNotFoundError:
-        raise UserError(f"{path}: Parquet is read by pyarrow: pip install pyarrow, or save it as CSV") from None
+    from pyarrow import parquet
+
     try:
         file = parquet.ParquetFile(io.BytesIO(content))
         columns = _columns(file.schema_arrow.names, path)
