@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, track
@@ -22,18 +22,8 @@ from kshot.data.readers import read_split_zhou
 from kshot.data.splits import PARTS, Row, Split, check_path, listed, split_bytes, words
 from kshot.errors import UserError, nearest_first
 from kshot.files import amount, file_content, may_be_read, write_atomically
-from kshot.showing import show
+from kshot.showing import Parser, show
 from kshot.store_command import run_store
-
-
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, as the other commands do, and takes no abbreviations."""
-
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings, allow_abbrev=False)
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{self.prog.removeprefix('main.py ')}: {message}; --help says what there is.")
 
 
 def run_data(words: Sequence[str]) -> int:
@@ -47,8 +37,8 @@ def run_data(words: Sequence[str]) -> int:
         return int(given.run(given) or 0)
 
 
-def _parser() -> _Parser:
-    parser = _Parser(prog="main.py data", description="Data sets: what there is, what is wrong with one, and more.")
+def _parser() -> Parser:
+    parser = Parser(prog="main.py data", description="Data sets: what there is, what is wrong with one, and more.")
     commands = parser.add_subparsers(required=True, metavar="{list,info,check,split,import,download,store}")
 
     def add(name: str, run: Any, what: str, given: str = "", about: str = "") -> argparse.ArgumentParser:

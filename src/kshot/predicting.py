@@ -1,91 +1,369 @@
-"""Labels for any images, by what a run has learnt, as a CSV file."""
+"""``python main.py predict``: labels for any images, by a run, as CSV, JSON lines, Parquet or sorted into folders."""
 
 from __future__ import annotations
 
+import argparse
+import csv
+import io
+import json
 import math
-from collections.abc import Iterable, Sequence
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Protocol
 
-from torch import Tensor
+from tqdm import tqdm  # type: ignore[import-untyped]
 
+from kshot.answering import Answers, Named, Prediction, files_of
+from kshot.data.images import fault
 from kshot.data.prediction import told_changes
-from kshot.errors import UserError
-from kshot.files import make_folder, write_csv
-from kshot.surroundings import RESUME_FROM
+from kshot.errors import UserError, nearest_first, require
+from kshot.files import make_folder, may_be_read, new_file
+from kshot.opening import open_run
+from kshot.showing import Parser
+from kshot.surroundings import settle_chatter, told_to_stderr
+
+SHOWN = 20  # unreadable files that are named; others are counted
+FORMULA = tuple("=+-@\t\r＝＋－＠")  # what a spreadsheet takes for the beginning of a formula
+UNSURE = "_unsure"  # the folder of what is abstained from
+ROWS = 4096  # that are written to Parquet at once
+Row = dict[str, Any]
 
 
-def predict(cli: Any) -> None:
-    """Labels the images that a command line names, by its checkpoint.
-
-    Args:
-        cli: a :class:`~kshot.commands.FewShotCLI`.
+@told_to_stderr()
+def run_predict(arguments: Sequence[str]) -> int:
+    """Labels images by a run; options with a dot in them are laid over the run's config.
 
     Raises:
-        UserError: there are no images, no checkpoint, no such threshold, or the file is there already.
+        UserError: no such run, images or option, no threshold for a rate of errors, or a file that is in the way.
     """
-    config, data = cli.config, cli.datamodule
-    images, out, rate, abstain = config["images"], config["out"], config["abstain_error"], None
-    if not images:
-        raise UserError("predict needs --images: a folder, an image, or a list of them.")
-    if cli.trainer.world_size > 1:
-        raise UserError("predict writes one file, and runs on one device: --trainer.devices 1.")
-    path = cli.check_checkpoint()
-    if rate is not None:
-        abstain = config["abstain_by"], cli.model.calibration.threshold(config["abstain_by"], rate)
-    if cli.alone is not None:
-        folder = Path(path).parent
-        folder = folder.parent if Path(path).parts[-2:] == RESUME_FROM else folder
-        cli.line.notes += told_changes(config["data"]["init_args"], cli.alone.class_names, folder / "split.json")
-    data.images = [images] if isinstance(images, str) else list(images)
-    data.setup("predict")
-    if out and Path(out).exists():
-        raise UserError(f"{out} exists already: choose another --out.")
-    if out:
-        make_folder(Path(out).parent)
-    cli.open_directory()
-    found: Any = cli.trainer.predict(cli.model, datamodule=data, ckpt_path=path) or []
-    if cli.directory is not None:
-        file = Path(out or cli.directory / "predictions.csv")
-        unsure = write_predictions(file, data.predict_paths, found, data.class_names, config["top_k"], abstain)
-        said = f", of which {unsure} are marked as too unsure" if abstain else ""
-        print(f"{len(data.predict_paths)} images labelled{said}: {file}")
+    settle_chatter()
+    given, options = read_words(arguments)
+    for name, value in (("top_k", given.top_k), ("batch_size", given.batch_size)):
+        require("predict", name, value, value is None or value >= 1, "be 1 or more")
+    with may_be_read():
+        images, total = named_words(given.images)
+    try:
+        with ExitStack() as stack:
+            file = stack.enter_context(target(given.out))
+            copies = None if given.copy_to is None else Copies(given.copy_to)
+            opened = open_run(given.run, *options)
+            answers = Answers(opened)
+            for note in (*answers.notes, *changes(opened)):
+                print(note, file=sys.stderr)
+            abstain = None
+            if given.abstain_error is not None:
+                least = opened.module.calibration.threshold(given.abstain_by, given.abstain_error)
+                abstain = given.abstain_by, least
+            found = answers.predictions(
+                images, top_k=given.top_k, abstain=abstain, workers=given.workers, batch_size=given.batch_size
+            )
+            if opened.settings["trainer"].get("enable_progress_bar") is not False:
+                found = tqdm(found, total=total, unit=" images", disable=None, leave=False, smoothing=0.05)
+            k = min(given.top_k, len(answers.class_names))
+            table = stack.enter_context(WRITERS[format_of(given)](file, columns(k, abstain is not None)))
+            tell(given, *gone_through(found, table, copies, abstain is not None))
+    except BrokenPipeError:  # whoever read has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    return 0
 
 
-def write_predictions(
-    path: Path,
-    paths: Sequence[str],
-    batches: Iterable[tuple[Tensor, ...]],
-    class_names: Sequence[str],
-    top_k: int,
-    abstain: tuple[str, float] | None = None,
-) -> int:
-    """Writes ``path,label_1,probability_1,...`` rows, best first, with ``top_k`` labels or as many as there are.
+def read_words(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The options of predict, however they are spelt, and those that are laid over the run's config."""
+    parser = Parser(
+        prog="main.py predict",
+        description="Label any images by a run. An option with a dot in it is laid over the run's config: "
+        "--trainer.accelerator cpu, --data.white 4095, --model.backbone.weights FILE.",
+    )
+    for name, settings in WORDS.items():
+        parser.add_argument(name, **settings)
+    spelt = [spelling(word) for word in arguments]
+    given, rest = parser.parse_known_args(spelt)
+    unknown = next((word for word in rest if word.startswith("-") and "." not in word.partition("=")[0]), None)
+    if unknown is not None:
+        name = unknown.partition("=")[0]
+        raise UserError(f"predict: there is no option {name!r}. {nearest_first(name, WORDS)}")
+    return given, rest
 
-    Args:
-        path: of the file.
-        paths: of the images.
-        batches: positions of images in ``paths``, (B,), probabilities, (B, classes), and negative energies, (B,).
-        class_names: in label order.
-        top_k: labels a row.
-        abstain: a score, ``probability`` or ``energy``, and the least of it that is answered: rows end with a column
-            ``abstain``, which says yes for what lies below.
 
-    Returns:
-        the number of images that are abstained from.
+def spelling(word: str) -> str:
+    """An option of predict as ``--top-k``, if it is ``--top_k``; other words as they are."""
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value if name.startswith("--") and "." not in name else word
+
+
+def format_of(given: argparse.Namespace) -> str:
+    """The format that is asked for, by its name or the file's; raises UserError for one that there is not."""
+    if given.format or given.out is None:
+        return str(given.format or "csv")
+    suffix = given.out.suffix.lower().removeprefix(".")
+    if suffix not in WRITERS:
+        raise UserError(f"--out {given.out}: its name ends in none of {', '.join(f'.{each}' for each in WRITERS)}.")
+    return str(suffix)
+
+
+def named_words(words: Sequence[str]) -> tuple[Iterator[Named], int | None]:
+    """The images that words name, and their number, unknown where they come from standard input.
+
+    Raises:
+        UserError: a file or folder that is not there, or has no image.
     """
-    unsure = 0
-    k = min(top_k, len(class_names))
-    rows = [["path", *(f"{word}_{i + 1}" for i in range(k) for word in ("label", "probability"))]]
-    rows[0] += ["abstain"] if abstain else []
-    for positions, probabilities, energy in batches:
-        values, labels = probabilities.topk(k, dim=-1)
-        by, least = abstain or ("", -math.inf)
-        low = (energy if by == "energy" else values[:, 0]) < least
-        unsure += int(low.sum())
-        each = (positions.tolist(), labels.tolist(), values.tolist(), low.tolist())
-        for position, ranked, probability, below in zip(*each, strict=True):
-            cells = [x for label, p in zip(ranked, probability, strict=True) for x in (class_names[label], f"{p:.6f}")]
-            rows.append([paths[position], *cells, *(["yes" if below else ""] if abstain else [])])
-    write_csv(path, rows)
-    return unsure
+    files: list[list[Path] | None] = [None if word == "-" else files_of(word) for word in words]
+    for word, found in zip(words, files, strict=True):
+        if found == [Path(word)] and not os.path.lexists(word):
+            raise UserError(f"no such image or folder: {word!r}")
+    total = None if None in files else sum(len(found or ()) for found in files)
+
+    def stream() -> Iterator[Named]:
+        for found in files:
+            yield from ((str(path), path) for path in (paths_from(sys.stdin.buffer) if found is None else found))
+
+    return stream(), total
+
+
+def paths_from(file: BinaryIO) -> Iterator[Path]:
+    """Paths, a line each, or ended by NUL as ``find -print0`` writes them, in whatever encoding."""
+    rest, end = b"", b""
+    while block := file.read1(2**16) if hasattr(file, "read1") else file.read(2**16):
+        end = end or (b"\0" if b"\0" in block else b"\n" if b"\n" in block else b"")
+        *whole, rest = (rest + block).split(end) if end else [rest + block]
+        yield from (Path(os.fsdecode(path.removesuffix(b"\r"))) for path in whole if path.strip())
+    if rest.strip():
+        yield Path(os.fsdecode(rest))
+
+
+def changes(opened: Any) -> list[str]:
+    """What has become of the classes of the run's own data set, where that is there."""
+    if "class_names" not in opened.header:
+        return []
+    data, manifest = opened.settings["data"]["init_args"], opened.directory / "split.json"
+    return told_changes(data, opened.images.class_names, manifest)
+
+
+@contextmanager
+def target(out: Path | None) -> Iterator[BinaryIO]:
+    """Where the answer is written: a new file, or standard output."""
+    if out is not None:
+        with new_file(out) as file:
+            yield file
+        return
+    yield sys.stdout.buffer
+    sys.stdout.buffer.flush()
+
+
+def gone_through(
+    found: Iterable[Prediction], table: Table, copies: Copies | None, abstains: bool
+) -> tuple[int, int, list[str], int, float]:
+    """Writes each prediction down: how many images were labelled, how many are unsure, which cannot be read."""
+    labelled, unsure, wrong, unread, clock = 0, 0, list[str](), 0, time.monotonic()
+    for each in found:
+        if each.error:
+            unread += 1
+            wrong += [each.error] * (len(wrong) < SHOWN)
+            continue
+        labelled, unsure = labelled + 1, unsure + each.abstain
+        table.add(row_of(each, abstains))
+        if copies is not None:
+            copies.add(each)
+    if unread and not labelled:
+        raise UserError(f"none of the {unread} images can be read: {wrong[0]}")
+    return labelled, unsure, wrong, unread, time.monotonic() - clock
+
+
+def tell(given: argparse.Namespace, labelled: int, unsure: int, wrong: list[str], unread: int, seconds: float) -> None:
+    """Says what was done, on standard error where the answer itself is on standard output."""
+    if unread:
+        print(f"{unread:,} images cannot be read, and are left out:", *wrong, sep="\n  ", file=sys.stderr)
+        if unread > len(wrong):
+            print(f"  ... and {unread - len(wrong):,} more", file=sys.stderr)
+    said = f"{labelled:,} images labelled in {seconds:.1f} s ({labelled / max(seconds, 1e-9):,.0f} a second)"
+    said += f", of which {unsure:,} are marked as too unsure" if given.abstain_error is not None else ""
+    places = [str(place) for place in (given.out, given.copy_to) if place is not None]
+    print(f"{said}: {', '.join(places)}" if places else said, file=sys.stdout if given.out else sys.stderr)
+
+
+def columns(k: int, abstains: bool) -> dict[str, Any]:
+    """What a row has: ``path,label_1,probability_1,...,unknown``, and ``abstain`` where that is asked for."""
+    ranked = {f"{word}_{i + 1}": kind for i in range(k) for word, kind in (("label", str), ("probability", float))}
+    return {"path": str, **ranked, "unknown": float} | ({"abstain": bool} if abstains else {})
+
+
+def row_of(prediction: Prediction, abstains: bool) -> Row:
+    """A prediction by :func:`columns`."""
+    row: Row = {"path": prediction.path}
+    for i, (label, probability) in enumerate(zip(prediction.labels, prediction.probabilities, strict=True), 1):
+        row |= {f"label_{i}": label, f"probability_{i}": probability}
+    return row | {"unknown": prediction.unknown} | ({"abstain": prediction.abstain} if abstains else {})
+
+
+# ------------------------------------------------------------------------------------------------------- the files
+
+
+class Table(Protocol):
+    """Takes rows one by one."""
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Writes a row."""
+
+
+class CsvRows:
+    """Rows as CSV, in the bytes that names of files have; nothing in a cell is a formula to a spreadsheet."""
+
+    def __init__(self, file: BinaryIO, columns: Mapping[str, type]) -> None:
+        self.file, self.columns = file, columns
+
+    def __enter__(self) -> CsvRows:
+        self.write(self.columns)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        self.write([cell(name, row[name]) for name in self.columns])
+
+    def write(self, cells: Iterable[str]) -> None:
+        """Writes a line."""
+        line = io.StringIO(newline="")
+        csv.writer(line).writerow(cells)
+        self.file.write(line.getvalue().encode("utf-8", "surrogateescape"))
+
+
+def cell(name: str, value: Any) -> str:
+    """A cell of CSV: a path that looks like a formula begins with ``./``, another text with an apostrophe."""
+    if isinstance(value, bool):
+        return "yes" if value else ""
+    if isinstance(value, float):
+        return f"{value:.6f}" if math.isfinite(value) else ""
+    text = str(value)
+    if text.startswith(FORMULA) and not re.fullmatch(r"[-+]?[0-9.]+", text):
+        return f"./{text}" if name == "path" else f"'{text}"
+    return text
+
+
+class JsonRows:
+    """Rows as JSON, one a line; a name in no known encoding has its bytes as Python's surrogate escapes."""
+
+    def __init__(self, file: BinaryIO, columns: Mapping[str, type]) -> None:
+        self.file, self.columns = file, columns
+
+    def __enter__(self) -> JsonRows:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        plain = {name: round(value, 6) if isinstance(value, float) else value for name, value in row.items()}
+        try:
+            line = json.dumps(plain, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            line = json.dumps(plain).encode()
+        self.file.write(line + b"\n")
+
+
+class ParquetRows:
+    r"""Rows as Parquet, some thousand at a time; a name in no known encoding has ``\xe9`` for a byte.
+
+    Raises:
+        UserError: pyarrow is not installed.
+    """
+
+    def __init__(self, file: BinaryIO, columns: Mapping[str, type]) -> None:
+        try:
+            import pyarrow as arrow  # type: ignore[import-not-found]
+            from pyarrow import parquet
+        except ModuleNotFoundError:
+            raise UserError("Parquet is written by pyarrow: pip install pyarrow, or ask for .csv or .jsonl") from None
+        kinds = {str: arrow.string(), float: arrow.float64(), bool: arrow.bool_()}
+        self.arrow, self.schema = arrow, arrow.schema([(name, kinds[kind]) for name, kind in columns.items()])
+        self.writer, self.rows = parquet.ParquetWriter(file, self.schema), list[Row]()
+
+    def __enter__(self) -> ParquetRows:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.flush()
+        self.writer.close()
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        known = {n: v.encode("utf-8", "backslashreplace").decode() if isinstance(v, str) else v for n, v in row.items()}
+        self.rows.append(known)
+        if len(self.rows) == ROWS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes the rows so far."""
+        self.writer.write_table(self.arrow.Table.from_pylist(self.rows, self.schema))
+        self.rows = []
+
+
+WRITERS: dict[str, Any] = {"csv": CsvRows, "jsonl": JsonRows, "parquet": ParquetRows}
+WORDS: dict[str, dict[str, Any]] = {
+    "--run": {
+        "required": True,
+        "metavar": "RUN",
+        "help": "the directory of a run, or a folder of runs: its last finished one",
+    },
+    "--images": {
+        "required": True,
+        "nargs": "+",
+        "metavar": "IMAGES",
+        "help": "files, folders, patterns such as 'photos/*.png', and - for paths from standard input, a line each",
+    },
+    "--out": {"type": Path, "metavar": "FILE", "help": "a new file: .csv, .jsonl, .parquet (default: print CSV)"},
+    "--format": {"choices": list(WRITERS), "help": "of the answer (default: by the name of the file, or csv)"},
+    "--top-k": {"type": int, "default": 5, "metavar": "K", "help": "labels an image, best first (default: 5)"},
+    "--abstain-error": {"type": float, "metavar": "RATE", "help": "mark what is too unsure for a rate of errors: 0.05"},
+    "--abstain-by": {
+        "choices": ("probability", "energy"),
+        "default": "probability",
+        "help": "what tells how sure an answer is (default: probability)",
+    },
+    "--copy-to": {"type": Path, "metavar": "DIR", "help": "copy each image into its class's folder in a new folder"},
+    "--workers": {"type": int, "metavar": "N", "help": "threads that read images (default: one a core, at most 8)"},
+    "--batch-size": {"type": int, "metavar": "N", "help": "images at once (default: the run's data.eval_batch_size)"},
+}
+
+
+class Copies:
+    """Copies of images in a folder of each class, and of what is abstained from in ``_unsure``; none replaces another.
+
+    Raises:
+        UserError: the folder has something in it, or cannot be written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
+            raise UserError(f"--copy-to {folder}: there is something already: choose another folder.")
+        self.folder, self.folders = make_folder(folder), dict[str, Path]()
+
+    def add(self, prediction: Prediction) -> None:
+        """Copies an image."""
+        source, into = Path(prediction.path), self.folder_of(UNSURE if prediction.abstain else prediction.label)
+        place, number = into / source.name, 1
+        while os.path.lexists(place):
+            number += 1
+            place = into / f"{source.stem}_{number}{source.suffix}"
+        try:
+            shutil.copy2(source, place)
+        except OSError as error:
+            said = f"{place} cannot be written: {(error.strerror or str(error)).lower()}."
+            raise UserError(fault(source) or said) from error
+
+    def folder_of(self, name: str) -> Path:
+        """The folder of a class, whose name may be none that a file system takes."""
+        if name not in self.folders:
+            safe = re.sub(r'[\x00-\x1f/\\:*?"<>|]', "_", name).strip(". ")[:80] or "_"
+            taken, number, wanted = {each.name.lower() for each in self.folders.values()}, 1, safe
+            while wanted.lower() in taken:
+                number += 1
+                wanted = f"{safe}_{number}"
+            self.folders[name] = make_folder(self.folder / wanted)
+        return self.folders[name]

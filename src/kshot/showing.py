@@ -1,14 +1,28 @@
-"""Tables on standard output, for commands that answer with one."""
+"""What commands that take no experiment have in common: the reader of their words, and tables on standard output."""
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn
 
 from rich.box import HEAVY_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from kshot.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as the other commands do, and takes no abbreviations."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{self.prog.removeprefix('main.py ')}: {message}; --help says what there is.")
 
 
 def show(title: str, rows: Iterable[Iterable[object]], header: Sequence[str] = ()) -> None:
