@@ -7,7 +7,7 @@ import io
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from itertools import islice
@@ -83,6 +83,8 @@ class Answers:
     def __init__(self, opened: OpenRun) -> None:
         self.opened, self.module, self.notes = opened, opened.module, list[str]()
         given = opened.settings["trainer"]
+        if str(given.get("devices", 1)) not in ("1", "auto"):
+            raise UserError("predict writes one file, and runs on one device: --trainer.devices 1.")
         precision = given.get("precision") or "32-true"
         trainer = make_trainer(accelerator=given.get("accelerator", "auto"))
         if trainer.strategy.root_device.type == "cpu" and str(precision).startswith("16"):
@@ -137,7 +139,7 @@ class Answers:
             pairs = zip(paths, views, strict=True)
             found = [Prediction(path, error=view if isinstance(view, str) else "") for path, view in pairs]
             if there:
-                batch = batch_of([view for view in views if not isinstance(view, str)], there)
+                batch = batch_of(torch.stack([view for view in views if not isinstance(view, str)]), there)
                 index, probabilities, energy = self.step(self.module.predict_step, batch, 0)
                 values, labels = probabilities.topk(k, dim=-1)
                 low = torch.zeros(len(index), dtype=torch.bool)
@@ -151,14 +153,19 @@ class Answers:
 
     def features(self, images: Iterable[Named], workers: int | None = None) -> Tensor:
         """Image features, (N, D) in float32, as the run computes them; raises UserError for an unreadable image."""
-        found = []
+        found = [
+            self.step(self.module.features_of, batch_of(views, range(len(views)))).float().cpu()
+            for views in self.views(images, workers)
+        ]
+        return torch.cat(found) if found else torch.empty(0, self.module.backbone.feature_dim)
+
+    def views(self, images: Iterable[Named], workers: int | None = None) -> Iterator[Tensor]:
+        """What the backbone sees of images, (B, 3, S, S) in uint8; raises UserError for one that cannot be read."""
         for _, views in self.batches(images, workers):
             wrong = next((view for view in views if isinstance(view, str)), None)
             if wrong is not None:
                 raise UserError(wrong)
-            batch = batch_of([view for view in views if not isinstance(view, str)], range(len(views)))
-            found.append(self.step(self.module.features_of, batch).float().cpu())
-        return torch.cat(found) if found else torch.empty(0, self.module.backbone.feature_dim)
+            yield torch.stack([view for view in views if not isinstance(view, str)])
 
     def step(self, what: Callable[..., Any], batch: Batch, *more: Any) -> Any:
         """Something of a batch, in the precision of the run."""
@@ -243,11 +250,10 @@ def cores() -> int:
     return min(there, MOST_THREADS)
 
 
-def batch_of(views: list[Tensor], index: Iterable[int]) -> Batch:
-    """A batch of views, (3, S, S) each, without labels."""
-    image = torch.stack(views)
+def batch_of(image: Tensor, index: Sequence[int]) -> Batch:
+    """A batch of views, (B, 3, S, S), without labels."""
     image = image.pin_memory() if torch.cuda.is_available() else image
-    return Batch(image, torch.full((len(views),), -1), torch.tensor(list(index)))
+    return Batch(image, torch.full((len(image),), -1), torch.tensor(index))
 
 
 def view_of(name: str, image: Any, preprocessing: Preprocessing, decoding: Decoding) -> Tensor:

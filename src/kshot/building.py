@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from lightning.pytorch.trainer import Trainer
 from kshot.backbones import Backbone
 from kshot.config import Tree
 from kshot.data import FewShotDataModule
+from kshot.data.prediction import PredictionData
 from kshot.errors import user_error_behind
 from kshot.folds import fold_settings
 from kshot.module import FewShotModule
@@ -45,6 +47,15 @@ def instantiated(parser: ArgumentParser, settings: Tree) -> Any:
         if mistake is None:
             raise
         raise mistake from error
+
+
+def reading_of(tree: Tree) -> Tree:
+    """How a command line's settings of a data set say that images are read, beside its settings as they are."""
+    given, parser = tree["data"]["init_args"], ArgumentParser(exit_on_error=False)
+    known_to_header = {"class_names", "templates", "found_white"}
+    parser.add_class_arguments(PredictionData, "data", skip=known_to_header, instantiate=False)
+    own = {n: given[n] for n in inspect.signature(PredictionData).parameters if n in given.keys() - known_to_header}
+    return {**given, **vars(instantiated(parser, {"data": own}).data)}
 
 
 def method_of(tree: Tree) -> dict[str, Any]:

@@ -5,7 +5,7 @@ Each is a plain attribute, written when a ``with`` begins and forgotten when it 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
@@ -25,6 +25,12 @@ class Holder(Temporary):
     """A module that can compute something once, and hold it for the time of a ``with merged(model):``."""
 
     held: Tensor | None = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Holder:
+        """Moves what is held with the module: ``module.to(device)``."""
+        super()._apply(fn, recurse)
+        self.held = None if self.held is None else fn(self.held)
+        return self
 
     def hold(self) -> Tensor | None:
         """Computes what is to be held from the present values, without gradients."""

@@ -12,10 +12,10 @@ import torch
 
 from kshot import __version__
 from kshot.backbones import Backbone
-from kshot.building import backbone_of, data_of, method_of
+from kshot.building import backbone_of, data_of, method_of, reading_of
 from kshot.callbacks import WeightAverage
 from kshot.checkpoint import HEADER, AtomicCheckpoints
-from kshot.config import Tree, read_command_line
+from kshot.config import Tree, read_command_line, read_word
 from kshot.data.prediction import PredictionData, of_run
 from kshot.errors import UserError
 from kshot.module import FewShotModule
@@ -74,8 +74,8 @@ def open_run(path: Path | str, *options: str) -> OpenRun:
         if header.get("kshot", __version__) == __version__:
             raise
         raise UserError(f"{error} The run is of kshot {header['kshot']}, and this is {__version__}.") from error
-    images = of_run(header, tree["data"]["init_args"]) or data_of(tree)
-    module = build(backbone, images, int(tree.get("seed_everything", 1)), **method_of(tree))
+    images = of_run(header, reading_of(tree)) or data_of(tree)
+    module = build(backbone, images, int(read_word(tree.get("seed_everything", 1))), **method_of(tree))
     module.on_load_checkpoint(checkpoint)
     with torch.no_grad():
         module.load_state_dict(checkpoint["state_dict"], strict=False)
