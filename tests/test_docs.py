@@ -22,7 +22,7 @@ SOME = ["--data.eval_batch_size", "16", "--trainer.limit_test_batches", "1"]  # 
 @pytest.fixture
 def my_package(tmp_path, monkeypatch) -> Path:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "extending.md").read_text(), re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     (tmp_path / "my_package.py").write_text("\n".join(blocks))
     monkeypatch.syspath_prepend(tmp_path)
     sys.modules.pop("my_package", None)

@@ -34,7 +34,7 @@ def backbone_of(tree: Tree) -> Backbone:
 def made(name: str, base: type, spec: Any) -> Any:
     """An object of a class that settings name."""
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(base, name)
+    parser.add_subclass_arguments(base, name, fail_untyped=False)  # users' classes need no annotations
     return instantiated(parser, {name: spec})[name]
 
 
@@ -63,7 +63,7 @@ def method_of(tree: Tree) -> dict[str, Any]:
     given = {name: value for name, value in tree["model"]["init_args"].items() if name != "backbone"}
     parser = ArgumentParser(exit_on_error=False)
     left_out = {"backbone", *LINKED}
-    parser.add_class_arguments(FewShotModule, "model", skip=left_out, instantiate=False)
+    parser.add_class_arguments(FewShotModule, "model", skip=left_out, instantiate=False, fail_untyped=False)
     return dict(vars(instantiated(parser, {"model": given}).model))
 
 
