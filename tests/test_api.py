@@ -20,7 +20,7 @@ from command_line import photos, predict
 from PIL import Image
 
 import kshot
-from kshot import api
+from kshot import api, config
 from kshot.backbones import Preprocessing
 from kshot.cli import main
 from kshot.data.transforms import evaluation_view
@@ -86,9 +86,9 @@ def test_the_examples_of_the_documentation_hold(tmp_path, monkeypatch):
         progress=False,
         options=QUICK | {"run.name": "clip_16shot"},
     )
-    done = doctest.testmod(api)
-    assert done.failed == 0
-    assert done.attempted > 15
+    done = [doctest.testmod(module) for module in (api, config)]
+    assert [each.failed for each in done] == [0, 0]
+    assert sum(each.attempted for each in done) > 20
 
 
 def test_python_and_the_command_line_agree(run, here, folder):
@@ -314,3 +314,59 @@ def test_methods_are_configs_and_say_what_they_are():
     assert len(found) > 30
     assert all(text and not text.startswith("#") for text in found.values())
     assert "Hu et al. 2021" in found["methods/lora.yaml"]
+
+
+def head_run(place: Path, method: str, classes: tuple[str, ...], name: str) -> kshot.Run:
+    """A run on some classes of coloured scans."""
+    options = QUICK | {"run.name": name, "data.test_share": None, "run.test": False, "data.augment": None}
+    for i, (colour, value) in enumerate({"red": (220, 30, 30), "green": (30, 220, 30), "blue": (30, 30, 220)}.items()):
+        if colour in classes:
+            noise = np.random.default_rng(i)
+            for number in range(4):
+                (place / name / colour).mkdir(parents=True, exist_ok=True)
+                pixels = (np.array(value) + noise.integers(-30, 30, (32, 32, 3))).clip(0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(place / name / colour / f"{number}.png")
+    return kshot.fit(
+        ["clip_16shot.yaml", f"methods/{method}.yaml"], data=place / name, shots=4, progress=False, options=options
+    )
+
+
+@pytest.mark.parametrize("method", ["zero_shot", "class_mean", "class_mean_text", "gda", "ridge", "kernel_ridge"])
+def test_a_class_is_added_as_if_it_had_been_there(method, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    whole = head_run(tmp_path, method, ("blue", "green", "red"), "whole")
+    part = head_run(tmp_path, method, ("blue", "green"), "part")
+    files = sorted((tmp_path / "whole").rglob("*.png"))
+    before = {p: p.read_bytes() for p in part.directory.iterdir() if p.is_file()}
+    before_added = part.predict(files)
+    assert "The class 'red' was added: " in part.add_class("red", tmp_path / "whole" / "red")
+    assert {p: p.read_bytes() for p in part.directory.iterdir() if p.is_file()} == before
+    assert part.class_names == ("blue", "green", "red") == whole.class_names
+    assert "red" not in before_added[-1].labels
+    with torch.no_grad():
+        logits, expected = (each.model(each.pixels(files)) for each in (part, whole))
+    if method not in ("zero_shot", "class_mean_text"):  # the text knows no colours
+        assert logits.argmax(-1).tolist() == expected.argmax(-1).tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    if method in ("gda", "ridge"):  # the scale depends on which images are held out together, and so on their order
+        ours, theirs = ({n: getattr(r.model.classifier, n) for n in ("weight", "bias")} for r in (part, whole))
+        assert all(torch.allclose(ours[name], theirs[name], atol=1e-4) for name in ours)
+    elif method != "kernel_ridge":
+        assert torch.allclose(logits, expected, atol=1e-3)
+    with pytest.raises(UserError, match="is 'red', which the run has already"):
+        part.add_class("red", files)
+
+
+def test_a_class_that_cannot_be_added_gets_one_line(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    learnt = kshot.fit(
+        ["clip_16shot.yaml", "methods/linear_probe.yaml"], shots=1, progress=False, options=QUICK | {"run.test": False}
+    )
+    with pytest.raises(UserError, match="LinearProbe cannot take a class more without training: heads that compare"):
+        learnt.add_class("cat", np.zeros((32, 32, 3), np.uint8))
+    ridge = head_run(tmp_path, "ridge", ("blue", "green"), "part")
+    with pytest.raises(UserError, match="no image of the class 'cat'"):
+        ridge.add_class("cat", [])
+    shutil.rmtree(tmp_path / "part")
+    with pytest.raises(UserError, match=r"Ridge takes a class more by its own shots too, and unknown data set"):
+        ridge.add_class("cat", np.zeros((32, 32, 3), np.uint8))
+    assert ridge.predict(np.zeros((32, 32, 3), np.uint8))[0].labels, "it answers as before"

@@ -19,7 +19,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from kshot.backbones import Preprocessing
 from kshot.data.images import Decoding, UnreadableImageError, check_shape, read_image, to_rgb
 from kshot.data.parts import Batch
 from kshot.data.readers import image_files
@@ -123,7 +122,7 @@ class Answers:
         """What it says of images, in their order, as they come.
 
         Args:
-            images: with what they are called; of the kinds that :func:`view_of` takes.
+            images: with what they are called; of the kinds that :func:`rgb_of` takes.
             top_k: labels an image, or as many as there are.
             abstain: a score, ``probability`` or ``energy``, and the least of it that is answered.
             workers: threads that read images; None takes as many as there are cores, and at most 8.
@@ -153,11 +152,13 @@ class Answers:
 
     def features(self, images: Iterable[Named], workers: int | None = None) -> Tensor:
         """Image features, (N, D) in float32, as the run computes them; raises UserError for an unreadable image."""
-        found = [
-            self.step(self.module.features_of, batch_of(views, range(len(views)))).float().cpu()
-            for views in self.views(images, workers)
-        ]
+        found = [self.encoded(views) for views in self.views(images, workers)]
         return torch.cat(found) if found else torch.empty(0, self.module.backbone.feature_dim)
+
+    def encoded(self, views: Tensor) -> Tensor:
+        """Image features, (B, D) in float32 on the CPU, of what the backbone sees, (B, 3, S, S)."""
+        features: Tensor = self.step(self.module.features_of, batch_of(views, range(len(views))))
+        return features.float().cpu()
 
     def views(self, images: Iterable[Named], workers: int | None = None) -> Iterator[Tensor]:
         """What the backbone sees of images, (B, 3, S, S) in uint8; raises UserError for one that cannot be read."""
@@ -181,9 +182,11 @@ class Answers:
         require("predict", "batch_size", size, size >= 1, "be 1 or more")
         require("predict", "workers", workers, workers is None or 0 <= workers <= 256, "be from 0 to 256")
 
+        preprocessing, decoding = self.reading
+
         def read(named: Named) -> Tensor | str:
             try:
-                return view_of(*named, *self.reading)
+                return evaluation_view(rgb_of(*named, decoding), preprocessing)
             except UnreadableImageError as error:
                 return str(error)
 
@@ -256,13 +259,12 @@ def batch_of(image: Tensor, index: Sequence[int]) -> Batch:
     return Batch(image, torch.full((len(image),), -1), torch.tensor(index))
 
 
-def view_of(name: str, image: Any, preprocessing: Preprocessing, decoding: Decoding) -> Tensor:
-    """What a backbone sees of an image: uint8 (3, S, S).
+def rgb_of(name: str, image: Any, decoding: Decoding) -> Image.Image:
+    """An image as 8-bit RGB.
 
     Args:
         name: for messages.
         image: the path of a file, its bytes, an image of Pillow, or what :func:`picture_of` takes.
-        preprocessing: of the backbone's weights.
         decoding: how stored pixels become RGB.
 
     Raises:
@@ -270,13 +272,13 @@ def view_of(name: str, image: Any, preprocessing: Preprocessing, decoding: Decod
         UserError: it is no image.
     """
     if isinstance(image, (str, os.PathLike)):
-        return evaluation_view(read_image(Path(image), decoding=decoding), preprocessing)
+        return read_image(Path(image), decoding=decoding)
     if isinstance(image, (bytes, bytearray)):
-        return evaluation_view(read_image(Path(name), False, decoding, io.BytesIO(image)), preprocessing)
+        return read_image(Path(name), False, decoding, io.BytesIO(image))
     picture = image if isinstance(image, Image.Image) else picture_of(image)
     try:
         check_shape(picture)
-        return evaluation_view(to_rgb(picture, decoding), preprocessing)
+        return to_rgb(picture, decoding)
     except Exception as error:  # of a file that Pillow has open, a decoder may raise anything
         raise UnreadableImageError(f"cannot read the image {name}: {first_line(error)}") from None
 

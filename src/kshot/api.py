@@ -10,55 +10,33 @@ Nothing of the process is changed: random state, warnings, environment and log l
 from __future__ import annotations
 
 import io
-import json
-import logging
 import os
-import random
 import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor, nn
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
+from kshot.adding import add_class
 from kshot.answering import Answers, Prediction, named
 from kshot.commands import run as run_words
-from kshot.config import find_config
+from kshot.config import find_config, words_of
 from kshot.data.catalogue import CATALOGUE
 from kshot.errors import UserError
 from kshot.files import packaged_folder
 from kshot.opening import CONFIG, open_run, parts_of_run, result_of
 from kshot.record import result_table
-from kshot.writing import row_of
+from kshot.surroundings import leaving_no_trace
+from kshot.writing import Predictions
 
 Words = str | os.PathLike[str]
-ONE_AT_A_TIME = threading.RLock()  # of what draws from the random state that all of a process shares
-VARIABLES = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS", "JSONARGPARSE_DEPRECATION_WARNINGS")  # that libraries set
-LOGGERS = ("lightning.pytorch", "lightning.fabric")
 PATIENCE = 2.0  # seconds after which a progress bar shows
-
-
-class Predictions(list[Prediction]):
-    """What a run says of some images, in their order."""
-
-    def frame(self) -> Any:
-        """A pandas.DataFrame with a row an image: ``path, label_1, probability_1, ..., unknown, abstain, error``.
-
-        Raises:
-            UserError: pandas is not installed.
-        """
-        try:
-            import pandas as pd  # type: ignore[import-untyped, import-not-found, unused-ignore]
-        except ModuleNotFoundError:
-            raise UserError("A DataFrame is made by pandas: pip install pandas, or take the list as it is.") from None
-        return pd.DataFrame([row_of(each, abstains=True) | {"error": each.error} for each in self])
 
 
 class Run:
@@ -213,6 +191,33 @@ class Run:
         none = torch.empty(0, 3, *[answers.module.backbone.image_size] * 2, dtype=torch.uint8)
         return torch.cat([none, *answers.views(named(images))])
 
+    def add_class(self, name: str, images: Any) -> str:
+        """Lets this object tell one class more apart, without training; the files of the run stay as they are.
+
+        A head that compares with text takes the name alone, class means the mean of the images. GDA, ridge regression
+        and other closed forms are fitted anew to the shots of the run and the images: its data set must be there.
+
+        Args:
+            name: of the class, as it stands in a sentence.
+            images: of it, as of :meth:`predict`.
+
+        Returns:
+            what was done, in a sentence.
+
+        Raises:
+            UserError: the head cannot take another class, or has it already; or an image cannot be read.
+
+        Examples:
+            >>> import kshot, numpy as np
+            >>> run = kshot.load("runs/clip_16shot/001")
+            >>> run.add_class("black", np.zeros((2, 32, 32, 3), np.uint8)).partition(";")[0]
+            "The class 'black' was added: its mean is that of 2 images"
+            >>> run.predict(np.zeros((32, 32, 3), np.uint8))[0].label
+            'black'
+        """
+        with leaving_no_trace():
+            return add_class(self.answers, name, list(named(images)))
+
     def test(self, *, options: Mapping[str, Any] | None = None, **more: Any) -> dict[str, Any]:
         """Measures the run on the test images of its data set, or of another: ``run.test(data="other/")``.
 
@@ -335,43 +340,3 @@ def ran(command: str, configs: Sequence[Words], words: Sequence[str]) -> Path:
     if cli.directory is None:
         raise UserError("A run with trainer.fast_dev_run leaves no directory: leave it out.")
     return cli.directory
-
-
-def words_of(options: Mapping[str, Any] | None, more: Mapping[str, Any]) -> list[str]:
-    """Options as words of a command line; ``data`` and ``shots`` are short for what :func:`fit` calls so.
-
-    Examples:
-        >>> words_of({"model.adapter.rank": 4}, {"data__class_names": ["cat", "dog"], "shots": None})
-        ['--model.adapter.rank=4', '--data.class_names=["cat", "dog"]', '--data.shots=null']
-    """
-    short = {"data": "data.dataset", "shots": "data.shots"}
-    given = [*(options or {}).items(), *((name.replace("__", "."), value) for name, value in more.items())]
-    return [f"--{short.get(name, name)}={word_of(value)}" for name, value in given]
-
-
-def word_of(value: Any) -> str:
-    """A value as a command line has it: words as they are, others as JSON, which is YAML."""
-    return os.fspath(value) if isinstance(value, (str, os.PathLike)) else json.dumps(value, default=os.fspath)
-
-
-@contextmanager
-def leaving_no_trace() -> Iterator[None]:
-    """Gives a process back what libraries change in it, for one thread after the other."""
-    with ONE_AT_A_TIME:
-        python, arrays = random.getstate(), np.random.get_state()  # noqa: NPY002  the state that libraries draw from
-        variables = {name: os.environ.get(name) for name in VARIABLES}
-        levels = {name: logging.getLogger(name).level for name in LOGGERS}
-        try:
-            with torch.random.fork_rng(), warnings.catch_warnings():
-                os.environ.setdefault(VARIABLES[-1], "off")
-                yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(arrays)  # noqa: NPY002
-            for name, level in levels.items():
-                logging.getLogger(name).setLevel(level)
-            for name, value in variables.items():
-                if value is None:
-                    os.environ.pop(name, None)
-                else:
-                    os.environ[name] = value

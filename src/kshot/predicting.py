@@ -13,7 +13,8 @@ from typing import Any, BinaryIO
 
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from kshot.answering import Answers, Named, Prediction, files_of
+from kshot.adding import add_class
+from kshot.answering import Answers, Named, Prediction, files_of, named
 from kshot.data.prediction import told_changes
 from kshot.errors import UserError, nearest_first, require
 from kshot.files import may_be_read, new_file
@@ -45,7 +46,8 @@ def run_predict(arguments: Sequence[str]) -> int:
             copies = None if given.copy_to is None else Copies(given.copy_to)
             opened = open_run(given.run, *options)
             answers = Answers(opened)
-            for note in (*answers.notes, *changes(opened)):
+            added = [add_class(answers, name, list(named(folder))) for name, folder in given.add_class]
+            for note in (*answers.notes, *changes(opened), *added):
                 print(note, file=sys.stderr)
             abstain = None
             if given.abstain_error is not None:
@@ -199,6 +201,13 @@ WORDS: dict[str, dict[str, Any]] = {
         "choices": ("probability", "energy"),
         "default": "probability",
         "help": "what tells how sure an answer is (default: probability)",
+    },
+    "--add-class": {
+        "nargs": 2,
+        "action": "append",
+        "default": [],
+        "metavar": ("NAME", "FOLDER"),
+        "help": "tell one class more apart, without training: heads that compare with text, class means, GDA, ridge",
     },
     "--copy-to": {"type": Path, "metavar": "DIR", "help": "copy each image into its class's folder in a new folder"},
     "--workers": {"type": int, "metavar": "N", "help": "threads that read images (default: one a core, at most 8)"},

@@ -38,6 +38,22 @@ def row_of(prediction: Prediction, abstains: bool) -> Row:
     return row | {"unknown": prediction.unknown} | ({"abstain": prediction.abstain} if abstains else {})
 
 
+class Predictions(list[Prediction]):
+    """What a run says of some images, in their order."""
+
+    def frame(self) -> Any:
+        """A pandas.DataFrame with a row an image: ``path, label_1, probability_1, ..., unknown, abstain, error``.
+
+        Raises:
+            UserError: pandas is not installed.
+        """
+        try:
+            import pandas as pd  # type: ignore[import-untyped, import-not-found, unused-ignore]
+        except ModuleNotFoundError:
+            raise UserError("A DataFrame is made by pandas: pip install pandas, or take the list as it is.") from None
+        return pd.DataFrame([row_of(each, abstains=True) | {"error": each.error} for each in self])
+
+
 class Table(Protocol):
     """Takes rows one by one."""
 
