@@ -7,6 +7,7 @@ import shlex
 import sys
 import warnings
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,53 @@ def test_the_program_of_the_tour_runs(capsys):
     exec(compile(program, "tour.md", "exec"), {})
     lines = capsys.readouterr().out.strip().splitlines()
     assert [line.rsplit(" ", 1)[0] for line in lines] == ["CoOp", "TextPrompt + LoRA"]
+
+
+NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
+def test_a_notebook_runs(file, tmp_path, monkeypatch):
+    """Its cells in order, in a namespace of their own; a notebook is plain JSON, and is kept without outputs."""
+    monkeypatch.chdir(tmp_path)
+    cells = [cell for cell in json.loads(file.read_text())["cells"] if cell["cell_type"] == "code"]
+    assert cells
+    assert not [cell for cell in cells if cell["outputs"]]
+    values: dict = {}
+    for number, cell in enumerate(cells):
+        exec(compile("".join(cell["source"]), f"{file.name}, cell {number}", "exec"), values)
+    assert values["again"].predict(values["scans"])[0].label == "zero"
+
+
+def test_there_is_a_notebook():
+    assert NOTEBOOKS
+
+
+def test_the_readme_goes_from_a_fit_to_a_table(tmp_path, monkeypatch):
+    """The lines of README.md alone, on a folder as it describes one."""
+    monkeypatch.chdir(tmp_path)
+    scans(tmp_path / "messy")
+    with suppress(SystemExit):
+        main(["data", "split", "messy", "--out", "messy/split.json"])
+    (program,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    given = {
+        '"clip_16shot.yaml", data="photos/"': '["clip_16shot.yaml", "methods/gda.yaml"], data="messy/split.json"',
+        '["a.jpg", "new/"]': '"messy/001.three"',
+    }
+    for lines, quick in given.items():
+        assert lines in program
+        program = program.replace(lines, quick)
+    values: dict = {}
+    lines = program.splitlines()
+    frame = [line for line in lines if ".frame()" in line]
+    assert len(frame) == 1
+    if find_spec("pandas") is None:
+        lines.remove(frame[0])
+    exec("\n".join(lines), values)
+    assert len(values["found"]) > 10
+    assert {each.label for each in values["found"] if not each.error} <= {"three", "five", "eight", "nine"}
+    if "table" in values:
+        assert list(values["table"].columns[:3]) == ["path", "label_1", "probability_1"]
 
 
 def shown_after(command: str) -> tuple[list[str], list[str]]:
