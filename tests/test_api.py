@@ -180,6 +180,66 @@ def test_what_is_no_image_gets_one_line(image, said, run):
         run.predict(image if isinstance(image, list) else [image])
 
 
+def odd_files(folder: Path) -> dict[str, Path]:
+    """Files of odd kinds, all of which show something."""
+    noise = np.random.default_rng(3)
+    colours = Image.fromarray(noise.integers(0, 256, (48, 64, 3), dtype=np.uint8))
+    clear = Image.fromarray(noise.integers(0, 256, (48, 64, 4), dtype=np.uint8), "RGBA")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    made = {
+        "transparent.png": (clear, {}),
+        "palette.gif": (colours.quantize(16), {}),
+        "palette.png": (clear.quantize(16), {}),
+        "cmyk.jpg": (colours.convert("CMYK"), {}),
+        "grey with opacity.png": (clear.convert("LA"), {}),
+        "one bit.png": (colours.convert("1"), {}),
+        "phone.jpg": (colours, {"exif": exif}),
+        "long.png": (Image.fromarray(noise.integers(0, 256, (1, 3000, 3), dtype=np.uint8)), {}),
+        "jpeg.jfif": (colours, {"format": "JPEG"}),
+        "without suffix": (colours, {"format": "JPEG"}),
+        "another.txt": (colours, {"format": "PNG"}),
+        "sixteen bits.tif": (Image.fromarray(noise.integers(0, 4000, (48, 64), dtype=np.uint16)), {}),
+    }
+    for name, (image, options) in made.items():
+        image.save(folder / name, **options)
+    return {name: folder / name for name in made}
+
+
+def test_odd_files_are_read_alike_from_disk_from_bytes_and_open(run, tmp_path):
+    deep = kshot.load(run.directory, data__white=4095)
+    files = odd_files(tmp_path)
+    ways = {
+        "path": list(files.values()),
+        "bytes": [file.read_bytes() for file in files.values()],
+        "Pillow": [Image.open(file) for file in files.values()],
+    }
+    found = {way: deep.predict(images) for way, images in ways.items()}
+    for way, each in found.items():
+        assert [one.error for one in each] == [""] * len(files), way
+        assert [one[1:] for one in each] == [one[1:] for one in found["path"]], way
+    upright = Image.open(files["phone.jpg"]).transpose(Image.Transpose.ROTATE_270)
+    turned, straight = found["path"][list(files).index("phone.jpg")], deep.predict(np.asarray(upright))[0]
+    assert turned.labels == straight.labels
+    assert turned.probabilities == pytest.approx(straight.probabilities, abs=1e-5)
+    assert "set --data.white" in run.predict(files["sixteen bits.tif"])[0].error
+
+
+def test_a_table_has_a_row_an_image(run, folder, monkeypatch):
+    found = run.predict([folder, "none.png"], top_k=2)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "pandas", None)
+        with pytest.raises(UserError, match="pip install pandas"):
+            found.frame()
+    pytest.importorskip("pandas")
+    table = found.frame()
+    names = ["path", "label_1", "probability_1", "label_2", "probability_2", "unknown", "abstain", "error"]
+    assert list(table.columns) == names
+    assert list(table["path"]) == [each.path for each in found]
+    assert table["probability_2"].tolist()[:-1] == [each.probabilities[1] for each in found[:-1]]
+    assert table["label_1"].isna().tolist() == [False] * 7 + [True]
+
+
 def test_unreadable_images_are_passed_over_and_told(run, folder, tmp_path):
     (tmp_path / "empty.png").touch()
     (tmp_path / "broken.png").write_text("broken")
@@ -209,6 +269,7 @@ def test_the_model_gives_the_logits_and_the_features_of_the_answers(run, folder)
         assert row.max().item() == pytest.approx(each.probability, abs=1e-6)
         assert run.class_names[row.argmax()] == each.label
     assert torch.allclose(run.features(folder), features, atol=1e-5)
+    assert torch.nn.Linear(128, 2)(run.features(folder)).sum().backward() is None, "a probe can learn from them"
     moved = run.model.to(torch.float64)
     assert torch.allclose(moved(pixels).float(), logits, atol=1e-3)
     run.model.to(torch.float32)

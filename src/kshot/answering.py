@@ -158,7 +158,7 @@ class Answers:
     def encoded(self, views: Tensor) -> Tensor:
         """Image features, (B, D) in float32 on the CPU, of what the backbone sees, (B, 3, S, S)."""
         features: Tensor = self.step(self.module.features_of, batch_of(views, range(len(views))))
-        return features.float().cpu()
+        return features.float().cpu().clone()  # outside of inference mode, so that it may stand in a graph
 
     def views(self, images: Iterable[Named], workers: int | None = None) -> Iterator[Tensor]:
         """What the backbone sees of images, (B, 3, S, S) in uint8; raises UserError for one that cannot be read."""
@@ -178,10 +178,9 @@ class Answers:
         self, images: Iterable[Named], workers: int | None = None, batch_size: int | None = None
     ) -> Iterator[tuple[list[str], list[Tensor | str]]]:
         """What images are called, and their views, or what keeps one from being read, a batch at a time."""
-        size = batch_size or self.opened.images.eval_batch_size
+        size = self.opened.images.eval_batch_size if batch_size is None else batch_size
         require("predict", "batch_size", size, size >= 1, "be 1 or more")
         require("predict", "workers", workers, workers is None or 0 <= workers <= 256, "be from 0 to 256")
-
         preprocessing, decoding = self.reading
 
         def read(named: Named) -> Tensor | str:

@@ -12,25 +12,32 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+FOR_A_WHILE = ("held", "lowered")
+
 
 class Temporary(nn.Module):
     """A module that leaves what it has for a while out of its copies and pickles."""
 
     def __getstate__(self) -> dict[str, Any]:
         state = cast("dict[str, Any]", super().__getstate__())
-        return {name: value for name, value in state.items() if name not in ("held", "lowered")}
+        return {name: value for name, value in state.items() if name not in FOR_A_WHILE}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Temporary:
+        """Moves also what it has for a while: ``module.to(device)``."""
+        super()._apply(fn, recurse)
+        for name in FOR_A_WHILE:
+            value = getattr(self, name, None)
+            if isinstance(value, tuple):
+                setattr(self, name, tuple(None if each is None else fn(each) for each in value))
+            elif value is not None:
+                setattr(self, name, fn(value))
+        return self
 
 
 class Holder(Temporary):
     """A module that can compute something once, and hold it for the time of a ``with merged(model):``."""
 
     held: Tensor | None = None
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Holder:
-        """Moves what is held with the module: ``module.to(device)``."""
-        super()._apply(fn, recurse)
-        self.held = None if self.held is None else fn(self.held)
-        return self
 
     def hold(self) -> Tensor | None:
         """Computes what is to be held from the present values, without gradients."""
