@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import io
+import math
 import os
 import threading
 from collections import deque
@@ -110,6 +111,14 @@ class Answers:
         """Of the classes that are told apart, in label order."""
         return self.module.classifier.task.class_names
 
+    def abstaining(self, by: str, rate: float | None) -> tuple[str, float] | None:
+        """A score, and the least of it that is answered at a rate of errors; None where no rate is asked for.
+
+        Raises:
+            UserError: the shots show no such rate.
+        """
+        return None if rate is None else (by, self.module.calibration.threshold(by, rate))
+
     def predictions(
         self,
         images: Iterable[Named],
@@ -133,6 +142,7 @@ class Answers:
         """
         require("predict", "top_k", top_k, top_k >= 1, "be 1 or more")
         names, k = self.class_names, min(top_k, len(self.class_names))
+        by, least = abstain or ("probability", -math.inf)
         for paths, views in self.batches(images, workers, batch_size):
             there = [i for i, view in enumerate(views) if not isinstance(view, str)]
             pairs = zip(paths, views, strict=True)
@@ -141,9 +151,8 @@ class Answers:
                 batch = batch_of(torch.stack([view for view in views if not isinstance(view, str)]), there)
                 index, probabilities, energy = self.step(self.module.predict_step, batch, 0)
                 values, labels = probabilities.topk(k, dim=-1)
-                low = torch.zeros(len(index), dtype=torch.bool)
-                if abstain is not None:
-                    low = {"probability": values[:, 0], "energy": energy}[abstain[0]] < abstain[1]
+                scores = {"probability": values[:, 0], "energy": energy}
+                low = ~(scores[by] >= least)  # what is not a number is not answered
                 rows = (index.tolist(), labels.tolist(), values.tolist(), (-energy).tolist(), low.tolist())
                 for i, ranked, sure, unknown, below in zip(*rows, strict=True):
                     said = tuple(names[label] for label in ranked)

@@ -156,9 +156,8 @@ class Run:
         batch_size: int | None = None,
     ) -> Iterator[Prediction]:
         """The same as :meth:`predict`, one by one: of endless images too, of which a few batches are held at a time."""
-        answers, abstain = self.answers, None
-        if abstain_error is not None:
-            abstain = abstain_by, answers.module.calibration.threshold(abstain_by, abstain_error)
+        answers = self.answers
+        abstain = answers.abstaining(abstain_by, abstain_error)
         return answers.predictions(named(images), top_k=top_k, abstain=abstain, workers=workers, batch_size=batch_size)
 
     def features(self, images: Any, *, workers: int | None = None) -> Tensor:

@@ -49,10 +49,7 @@ def run_predict(arguments: Sequence[str]) -> int:
             added = [add_class(answers, name, list(named(folder))) for name, folder in given.add_class]
             for note in (*answers.notes, *changes(opened), *added):
                 print(note, file=sys.stderr)
-            abstain = None
-            if given.abstain_error is not None:
-                least = opened.module.calibration.threshold(given.abstain_by, given.abstain_error)
-                abstain = given.abstain_by, least
+            abstain = answers.abstaining(given.abstain_by, given.abstain_error)
             found = answers.predictions(
                 images, top_k=given.top_k, abstain=abstain, workers=given.workers, batch_size=given.batch_size
             )
