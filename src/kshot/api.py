@@ -287,6 +287,8 @@ def fit(
 def load(run: Words, *, options: Mapping[str, Any] | None = None, **more: Any) -> Run:
     """Opens a run directory, of this machine or another; neither its data set nor its machine need be there.
 
+    A fit that runs in another thread is waited for.
+
     Args:
         run: the directory of a run, or a folder of runs, of which the last finished one is taken, or a checkpoint.
         options: laid over its config, by their names on the command line, as where the weights of the backbone are

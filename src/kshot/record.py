@@ -1,4 +1,4 @@
-"""What a run leaves behind: its directory, result.json, per-class accuracies, predictions, and the closing table.
+"""What a run leaves behind: its directory, result.json, per-class accuracies, and the closing table.
 
 Every file is the whole one or none: the disk may be full.
 """
