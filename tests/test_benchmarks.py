@@ -251,6 +251,6 @@ def test_data(run, tmp_path):
 def test_predict__beside_plain_loops(run, tmp_path):
     few = ["--images", "8", "--batch", "4", "--rounds", "1", "--workers", "2"]
     rows = run("predict", "--open-clip", CLIP[1], "--timm", "test_vit", *few, "--out", str(tmp_path / "predict.csv"))
-    names = ("wall_kshot", "wall_plain", "wall_ratio", "core_ratio", "start")
+    names = ("wall_kshot", "wall_plain", "wall_ratio", "core_ratio", "start", "start_core")
     assert [row["library"] for row in rows["predict"]] == ["open_clip", "timm"]
     assert all(positive(row, *names) for row in rows["predict"])
