@@ -71,6 +71,13 @@ def refused(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
     return line
 
 
+def predict(run: Path, *words: object) -> None:
+    """Labels images by a run: ``predict(run, "--images", folder, "--out", file)``."""
+    with pytest.raises(SystemExit) as end:
+        main(["predict", "--run", str(run), *map(str, words)])
+    assert end.value.code == 0
+
+
 def photos(folder: Path, count: int = 5) -> Path:
     generator = torch.Generator().manual_seed(0)
     for i in range(count):

@@ -12,10 +12,13 @@ import pickle
 import struct
 import zipfile
 import zlib
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import torch
 from PIL import Image
+
+import kshot
 
 FIT = ["fit", "--config", "clip_16shot.yaml", "--trainer.max_epochs", "1", "--data.shots", "1"]
 TEST = ["test", "--config", "clip_16shot.yaml"]
@@ -124,6 +127,14 @@ def loop(root: Path) -> None:
     (root / "train" / "cat" / "again").symlink_to(root / "train")
 
 
+def zero_shot_run(here: Path) -> Path:
+    """The directory of a run that trains nothing."""
+    options = {"run.root": here / "runs", "run.test": False}
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        run = kshot.fit(["clip_16shot.yaml", "methods/zero_shot.yaml"], shots=1, progress=False, options=options)
+    return run.directory
+
+
 def class_of(place: str, path: str, arguments: str = "{}"):
     """A config with a class, and its arguments, at a place such as ``model.schedule``; ``[]`` after it makes a list."""
     group, _, name = place.partition(".")
@@ -208,8 +219,7 @@ MAKERS = {
     "images: a device": data(lambda root: (root / "train" / "cat" / "zero.png").symlink_to("/dev/zero")),
     "images: a folder that holds itself": data(loop),
     "predict: a named pipe": lambda h: [
-        "predict", "--config", "clip_16shot.yaml", "--config", "methods/zero_shot.yaml",
-        "--images", str(fifo(h / "a.png")),
+        "predict", "--run", str(zero_shot_run(h)), "--images", str(fifo(h / "a.png")),
     ],
     "run.name that leaves the folder of runs": lambda h: [*FIT, "--run.name", "../../PWNED"],
 }  # fmt: skip

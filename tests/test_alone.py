@@ -11,7 +11,7 @@ import many_runs
 import numpy as np
 import pytest
 import towers
-from command_line import refused
+from command_line import predict, refused
 from data_fixtures import image_folder, parted_folder, save_image
 from PIL import Image
 
@@ -26,7 +26,6 @@ from kshot.data.prediction import PredictionData, of_run
 from kshot.errors import UserError
 from kshot.header import header_of
 from kshot.module import FewShotModule
-from kshot.predicting import write_predictions
 from kshot.run import build, fit, make_trainer
 from kshot.sealing import check_seal
 
@@ -99,12 +98,7 @@ def run(finished_run, here) -> Path:
 
 def predicted(run: Path, out: str, *options: str, weights: str = "tuned.safetensors", images: str = "new") -> bytes:
     """The CSV of predictions by a run."""
-    main(
-        [
-            *["predict", "--config", str(run / "config.yaml"), "--ckpt_path", str(run / weights), "--images", images],
-            *["--out", out, "--trainer.enable_progress_bar", "false", *options],
-        ]
-    )
+    predict(run / weights, "--images", images, "--out", out, *options)
     return Path(out).read_bytes()
 
 
@@ -113,12 +107,13 @@ HEADS = many_runs.exported(classifiers, Classifier)
 
 
 def labels(module: FewShotModule, data: PredictionData, weights: Path | None = None) -> bytes:
-    """The CSV of what a model says of the new images."""
+    """What a model says of the new images, a line each."""
     data.images = ["new"]
     data.use_preprocessing(module.backbone.preprocessing)
     found = make_trainer().predict(module, datamodule=data, ckpt_path=weights)
-    write_predictions(Path("found.csv"), data.predict_paths, found, data.class_names, 3)
-    return Path("found.csv").read_bytes()
+    rows = [row for positions, probabilities, _ in found for row in zip(positions, probabilities, strict=True)]
+    each = [f"{data.predict_paths[i]} {dict(zip(data.class_names, p.tolist(), strict=True))}" for i, p in rows]
+    return "\n".join(each).encode()
 
 
 @pytest.mark.parametrize("adapter", ADAPTED, ids=lambda adapter: type(adapter).__name__)
@@ -245,8 +240,7 @@ def test_another_order_in_a_list_is_pointed_out(tmp_path, monkeypatch, capsys):
     ],
 )
 def test_other_names_and_sentences_are_refused(options, expected, run, capsys):
-    arguments = ["predict", "--config", str(run / "config.yaml"), "--ckpt_path", str(run / "tuned.safetensors")]
-    assert expected in refused(capsys, [*arguments, "--images", "new", *options])
+    assert expected in refused(capsys, ["predict", "--run", str(run), "--images", "new", *options])
 
 
 def test_base_to_new_predicts_the_classes_that_it_was_trained_on(here):
@@ -259,10 +253,14 @@ def test_base_to_new_predicts_the_classes_that_it_was_trained_on(here):
 
 
 def test_weights_in_a_file_that_is_gone_get_one_line(run, here, capsys):
+    shutil.copytree(run, run.parents[1] / "whole" / "001")
     config = run / "config.yaml"
     config.write_text(config.read_text().replace(str(towers.folder_of("clip")), str(here / "gone")))
-    arguments = ["predict", "--config", str(config), "--ckpt_path", str(run / "tuned.safetensors"), "--images", "new"]
-    assert str(here / "gone") in refused(capsys, arguments)
+    line = refused(capsys, ["predict", "--run", str(run), "--images", "new"])
+    assert str(here / "gone") in line
+    assert "--model.backbone.model PATH" in line
+    before = predicted(run, "after.csv", "--model.backbone.model", str(towers.folder_of("clip")))
+    assert before == predicted(run.parents[1] / "whole" / "001", "before.csv")
 
 
 def deep(path: Path, top: int, seed: int) -> None:

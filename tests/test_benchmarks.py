@@ -253,3 +253,11 @@ def test_data(run, tmp_path):
     rows = run("data", *tiny, "--classes", "2", "--views", "2", "--out", str(tmp_path / "data.csv"))["data"]
     assert [row["part"] for row in rows] == ["listing", "first pass", "second pass", "digest", "fit", "memory"]
     assert all(positive(row, "kshot", "value") for row in rows if row["part"] in {"first pass", "second pass", "fit"})
+
+
+def test_predict__beside_plain_loops(run, tmp_path):
+    few = ["--images", "8", "--batch", "4", "--rounds", "1", "--workers", "2"]
+    rows = run("predict", "--open-clip", CLIP[1], "--timm", "test_vit", *few, "--out", str(tmp_path / "predict.csv"))
+    names = ("wall_kshot", "wall_plain", "wall_ratio", "core_ratio", "start", "start_core")
+    assert [row["library"] for row in rows["predict"]] == ["open_clip", "timm"]
+    assert all(positive(row, *names) for row in rows["predict"])

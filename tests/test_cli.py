@@ -22,6 +22,7 @@ from command_line import (
     cut_fit,
     fit,
     photos,
+    predict,
     refused,
     run_test,
 )
@@ -141,19 +142,18 @@ def test_validate_reports_the_few_shot_validation_accuracy(fitted, tmp_path, cap
 
 def test_predict_labels_a_folder_and_a_list(fitted, tmp_path):
     folder = photos(tmp_path / "photos")
-    common = ["predict", "--config", "clip_16shot.yaml", "--ckpt_path", str(fitted / "tuned.safetensors")]
-    main([*common, "--images", str(folder), "--run.root", str(tmp_path / "runs"), "--top_k", "3"])
-    (found,) = (tmp_path / "runs").rglob("predictions.csv")
+    found = tmp_path / "found.csv"
+    predict(fitted, "--images", folder, "--top_k", "3", "--out", found)
     rows = list(csv.DictReader(found.open()))
     assert [row["path"] for row in rows] == sorted(str(p) for p in folder.rglob("*.png"))
     for row in rows:
         probabilities = [float(row[f"probability_{i}"]) for i in (1, 2, 3)]
         assert probabilities == sorted(probabilities, reverse=True)
         assert 0 < sum(probabilities) <= 1.0001
-    assert list(rows[0]) == [f"{w}{i}" for i in ("", *"123") for w in (("label_", "probability_") if i else ("path",))]
+    ranked = [f"{word}_{i}" for i in (1, 2, 3) for word in ("label", "probability")]
+    assert list(rows[0]) == ["path", *ranked, "unknown"]
     one = tmp_path / "one.csv"
-    files = json.dumps([str(p) for p in sorted(folder.rglob("*.png"))[:2]])
-    main([*common, "--images", files, "--out", str(one), "--run.root", str(tmp_path / "runs")])
+    predict(fitted, "--images", *sorted(folder.rglob("*.png"))[:2], "--out", one)
     assert len(one.read_text().splitlines()) == 3
 
 
@@ -396,16 +396,8 @@ def test_several_processes_leave_one_run_and_one_table(launcher, tmp_path):
     assert torch.load(directory / "checkpoints" / "last.ckpt", weights_only=True)["epoch"] == 1
 
 
-def test_prediction_is_refused_on_several_devices(tmp_path, capsys):
-    arguments = [
-        "predict",
-        *FIT[1:],
-        "--config",
-        "methods/zero_shot.yaml",
-        "--images",
-        str(photos(tmp_path, 1)),
-        *TWO[:6],
-    ]
+def test_prediction_is_refused_on_several_devices(fitted, tmp_path, capsys):
+    arguments = ["predict", "--run", str(fitted), "--images", str(photos(tmp_path, 1)), *TWO[:6]]
     assert "predict writes one file, and runs on one device" in refused(capsys, arguments)
 
 
@@ -440,5 +432,5 @@ def test_full_help_lists_options(command, capsys):
         main([command, "--help"])
     assert exit_code.value.code == 0
     out = capsys.readouterr().out
-    assert "--run.root" in out
-    assert ("--images" in out) == (command == "predict")
+    assert ("--run.root" in out) == (command == "fit")
+    assert ("--images" in out) == ("--run RUN" in out) == (command == "predict")

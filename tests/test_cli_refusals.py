@@ -10,7 +10,9 @@ from command_line import (
     QUICK,
     ROOT,
     TINY_VIT,
+    fit,
     photos,
+    predict,
     refused,
 )
 
@@ -80,8 +82,11 @@ REFUSALS = {
     ("arguments", "expected"),
     [
         *(([*FIT, *options.split()], expected) for options, expected in REFUSALS.items()),
-        (["predict", "--config", "clip_16shot.yaml"], "--images"),
-        (["predict", *FIT[1:], "--config", "methods/zero_shot.yaml", "--images", "no/such"], "no/such"),
+        (["predict", "--run", "runs"], "--images"),
+        (["predict", "--images", "x"], "--run"),
+        (["predict", "--run", "runs", "--images", "no/such"], "no/such"),
+        (["predict", "--run", "no/run", "--images", str(ROOT / "main.py")], "There is no run no/run"),
+        (["predict", "--run", "no/run", "--images", str(ROOT / "main.py"), "--out", "x.txt"], "ends in none of .csv"),
     ],
 )
 def test_a_mistake_gets_one_line_and_writes_nothing(arguments, expected, capsys, tmp_path, monkeypatch):
@@ -121,36 +126,28 @@ def test_a_checkpoint_of_another_backbone_or_method_is_refused(fitted, capsys, t
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("command", ["test", "validate", "predict"])
+@pytest.mark.parametrize("command", ["test", "validate"])
 @pytest.mark.parametrize("method", ["lora", "class_mean"])
 def test_measuring_what_was_never_trained_is_refused(command, method, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = [command, "--config", "clip_16shot.yaml", "--config", f"methods/{method}.yaml"]
-    images = ["--images", str(ROOT)] if command == "predict" else []
-    assert "has learnt nothing yet" in refused(capsys, [*arguments, *images])
+    assert "has learnt nothing yet" in refused(capsys, arguments)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_zero_shot_needs_no_checkpoint(tmp_path):
     folder = photos(tmp_path / "photos", 2)
-    common = [
-        "--config",
-        "clip_16shot.yaml",
-        "--config",
-        "methods/zero_shot.yaml",
-        "--run.root",
-        str(tmp_path / "runs"),
-    ]
-    main(["predict", *common, "--images", str(folder)])
-    assert len(next((tmp_path / "runs").rglob("predictions.csv")).read_text().splitlines()) == 3
+    main(["test", *FIT[1:], "--config", "methods/zero_shot.yaml", *QUICK, "--run.root", str(tmp_path / "runs")])
+    run = fit(tmp_path / "fits", "--config", "methods/zero_shot.yaml")
+    predict(run, "--images", folder, "--out", tmp_path / "found.csv")
+    assert len((tmp_path / "found.csv").read_text().splitlines()) == 3
 
 
 def test_a_place_that_cannot_be_written_gets_one_line(fitted, capsys, tmp_path):
     (tmp_path / "file").write_text("in the way")
     assert "choose another --run.root" in refused(capsys, [*FIT, *QUICK, "--run.root", str(tmp_path / "file")])
-    common = ["--config", "clip_16shot.yaml", "--ckpt_path", str(fitted / "tuned.safetensors")]
     images = ["--images", str(photos(tmp_path / "photos", 1)), "--out", str(tmp_path / "file" / "out.csv")]
-    line = refused(capsys, ["predict", *common, *images, "--run.root", str(tmp_path / "runs")])
+    line = refused(capsys, ["predict", "--run", str(fitted), *images])
     assert f"{tmp_path / 'file'} cannot be made" in line
     assert not (tmp_path / "runs").exists()
 

@@ -80,7 +80,7 @@ def offer(served, name: str, files: tiny_sets.Files, monkeypatch) -> None:
         same = {key: digests[key] for key in digests if getattr(archive, key)}
         archives.append(dataclasses.replace(archive, urls=[served.url(path)], **same))
     assert left == {}, "no archive of the catalogue has these"
-    monkeypatch.setitem(CATALOGUE, name, dataclasses.replace(CATALOGUE[name], archives=archives))
+    monkeypatch.setitem(CATALOGUE.own, name, dataclasses.replace(CATALOGUE[name], archives=archives))
 
 
 def two_steps(backbone, name: str, root: Path, **settings) -> FewShotDataModule:

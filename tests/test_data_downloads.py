@@ -106,7 +106,7 @@ def toy(monkeypatch, server):
         server.files[urls[-1]] = content
         md5 = hashlib.md5(content).hexdigest() if md5 is None else md5
         archive = Archive(**{"urls": [server.url(url) for url in urls], "gives": ["toy"], "md5": md5} | more)
-        monkeypatch.setitem(CATALOGUE, "toy", DatasetEntry(kind="folders", folder="toy", archives=[archive]))
+        monkeypatch.setitem(CATALOGUE.own, "toy", DatasetEntry(kind="folders", folder="toy", archives=[archive]))
 
     return offer
 

@@ -22,7 +22,7 @@ SOME = ["--data.eval_batch_size", "16", "--trainer.limit_test_batches", "1"]  # 
 @pytest.fixture
 def my_package(tmp_path, monkeypatch) -> Path:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "extending.md").read_text(), re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     (tmp_path / "my_package.py").write_text("\n".join(blocks))
     monkeypatch.syspath_prepend(tmp_path)
     sys.modules.pop("my_package", None)
@@ -71,6 +71,47 @@ def test_the_program_of_the_tour_runs(capsys):
     exec(compile(program, "tour.md", "exec"), {})
     lines = capsys.readouterr().out.strip().splitlines()
     assert [line.rsplit(" ", 1)[0] for line in lines] == ["CoOp", "TextPrompt + LoRA"]
+
+
+NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
+def test_a_notebook_runs(file, tmp_path, monkeypatch):
+    """Its cells in order, in a namespace of their own; a notebook is plain JSON, and is kept without outputs."""
+    monkeypatch.chdir(tmp_path)
+    cells = [cell for cell in json.loads(file.read_text())["cells"] if cell["cell_type"] == "code"]
+    assert cells
+    assert not [cell for cell in cells if cell["outputs"]]
+    values: dict = {}
+    for number, cell in enumerate(cells):
+        exec(compile("".join(cell["source"]), f"{file.name}, cell {number}", "exec"), values)
+    assert values["again"].predict(values["scans"])[0].label == "zero"
+
+
+def test_there_is_a_notebook():
+    assert NOTEBOOKS
+
+
+def test_the_readme_goes_from_a_fit_to_a_table(tmp_path, monkeypatch):
+    """The lines of README.md alone, on a folder as it describes one."""
+    monkeypatch.chdir(tmp_path)
+    scans(tmp_path / "messy")
+    with suppress(SystemExit):
+        main(["data", "split", "messy", "--out", "messy/split.json"])
+    (program,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    given = {
+        '"clip_16shot.yaml", data="photos/"': '["clip_16shot.yaml", "methods/gda.yaml"], data="messy/split.json"',
+        '["a.jpg", "new/"]': '"messy/001.three"',
+    }
+    for lines, quick in given.items():
+        assert lines in program
+        program = program.replace(lines, quick)
+    values: dict = {}
+    exec(program, values)
+    assert len(values["found"]) > 10
+    assert {each.label for each in values["found"] if not each.error} <= {"three", "five", "eight", "nine"}
+    assert list(values["table"].columns[:3]) == ["path", "label_1", "probability_1"]
 
 
 def shown_after(command: str) -> tuple[list[str], list[str]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import QUICK, fit, refused
+from command_line import QUICK, fit, predict, refused
 from data_fixtures import parted_folder
 from PIL import Image
 from safetensors.torch import load_file
@@ -288,10 +288,8 @@ def test_a_classifier_of_other_settings_is_not_the_one_trained(method, setting, 
 def test_labels_of_files_whose_names_are_no_utf8(whole, tmp_path):
     (tmp_path / "photos").mkdir()
     Image.new("RGB", (32, 32), (1, 2, 3)).save(tmp_path / "photos" / os.fsdecode(b"caf\xe9.png"))
-    main(["predict", "--config", str(whole / "config.yaml"), "--ckpt_path", str(whole / "tuned.safetensors"),
-          "--images", str(tmp_path / "photos"), "--run.root", str(tmp_path / "runs")])  # fmt: skip
-    (found,) = (tmp_path / "runs").rglob("predictions.csv")
-    assert b"/caf\xe9.png," in found.read_bytes()
+    predict(whole, "--images", tmp_path / "photos", "--out", tmp_path / "found.csv")
+    assert b"/caf\xe9.png," in (tmp_path / "found.csv").read_bytes()
 
 
 class TestMetricsFile:

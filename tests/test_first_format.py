@@ -2,15 +2,14 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from command_line import refused
+from command_line import predict, refused
 from PIL import Image
 from sklearn.datasets import load_digits
-
-from kshot.cli import main
 
 FIXTURES = Path(__file__).parent / "fixtures" / "format_1"
 EXPECTED = json.loads((FIXTURES / "expected.json").read_text())
@@ -27,6 +26,17 @@ def scans(tmp_path_factory) -> Path:
     return folder
 
 
+def predicted(name: str, suffix: str, scans: Path, tmp_path: Path) -> list[dict[str, str]]:
+    """What a file says of the scans, in a directory as a run has it."""
+    run = tmp_path / "run"
+    weights = run / ("tuned.safetensors" if suffix == "safetensors" else "checkpoints/last.ckpt")
+    weights.parent.mkdir(parents=True)
+    shutil.copy(FIXTURES / f"{name}.yaml", run / "config.yaml")
+    shutil.copy(FIXTURES / f"{name}.{suffix}", weights)
+    predict(weights, "--images", scans, "--top_k", "10", "--out", tmp_path / "out.csv")
+    return list(csv.DictReader((tmp_path / "out.csv").open()))
+
+
 def arguments(command: str, name: str, tmp_path: Path, suffix: str = "safetensors") -> list[str]:
     config, file = FIXTURES / f"{name}.yaml", FIXTURES / f"{name}.{suffix}"
     quiet = ["--run.root", str(tmp_path / "runs"), "--trainer.enable_progress_bar", "false"]
@@ -35,19 +45,16 @@ def arguments(command: str, name: str, tmp_path: Path, suffix: str = "safetensor
 
 @pytest.mark.parametrize("name", [name for name in EXPECTED if name not in REMADE])
 def test_predictions_are_what_they_were(name, scans, tmp_path):
-    out = tmp_path / "out.csv"
-    main([*arguments("predict", name, tmp_path), "--images", str(scans), "--top_k", "10", "--out", str(out)])
-    for row, expected in zip(csv.DictReader(out.open()), EXPECTED[name]["probabilities"], strict=True):
+    for row, expected in zip(
+        predicted(name, "safetensors", scans, tmp_path), EXPECTED[name]["probabilities"], strict=True
+    ):
         found = {row[f"label_{i}"]: float(row[f"probability_{i}"]) for i in range(1, 11)}
         assert [found[c] for c in NAMES] == pytest.approx(expected, abs=2e-5)
 
 
 @pytest.mark.parametrize("name", WITH_LAST)
 def test_the_file_to_resume_from_is_measured_and_not_resumed(name, scans, tmp_path, capsys):
-    out = tmp_path / "out.csv"
-    predict = arguments("predict", name, tmp_path, "ckpt")
-    main([*predict, "--images", str(scans), "--top_k", "10", "--out", str(out)])
-    for row, expected in zip(csv.DictReader(out.open()), EXPECTED[name]["probabilities"], strict=True):
+    for row, expected in zip(predicted(name, "ckpt", scans, tmp_path), EXPECTED[name]["probabilities"], strict=True):
         found = {row[f"label_{i}"]: float(row[f"probability_{i}"]) for i in range(1, 11)}
         assert [found[c] for c in NAMES] == pytest.approx(expected, abs=2e-5)
     line = refused(capsys, arguments("fit", name, tmp_path, "ckpt"))

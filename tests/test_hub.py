@@ -5,7 +5,7 @@ import socket
 
 import pytest
 import timm
-from command_line import QUICK, fit, photos
+from command_line import QUICK, fit, photos, predict
 from huggingface_hub import constants
 from safetensors.torch import save_file
 
@@ -108,7 +108,7 @@ def test_a_run_on_local_weights_opens_no_connection_and_asks_no_name(tmp_path, m
     common = ["--config", "clip_16shot.yaml", "--ckpt_path", str(directory / "tuned.safetensors")]
     common += ["--run.root", str(tmp_path / "more")]
     main(["test", *common, *QUICK])
-    main(["predict", *common, "--images", str(photos(tmp_path / "photos", 2))])
+    predict(directory, "--images", photos(tmp_path / "photos", 2), "--out", tmp_path / "found.csv")
     assert asked == []
 
 

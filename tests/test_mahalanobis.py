@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from command_line import photos, refused, run_test
+from command_line import photos, predict, refused, run_test
 from data_fixtures import digit_folder
 from safetensors.torch import load_file
 from scipy.spatial.distance import cdist
@@ -262,10 +262,8 @@ def run(tmp_path_factory) -> Path:
     return refit(tmp_path_factory.mktemp("near"))
 
 
-def predicted(run: Path, folder: Path, *options: str, weights: str = "tuned.safetensors") -> list[str]:
-    files = ["--config", str(run / "config.yaml"), "--ckpt_path", str(run / weights), "--images", str(folder)]
-    quiet = ["--trainer.enable_progress_bar", "false", "--run.root", str(folder.parent / "runs")]
-    return ["predict", *files, *quiet, "--abstain_by", "mahalanobis", *options]
+def predicted(run: Path, folder: Path, *options: str, by: str = "mahalanobis") -> list[str]:
+    return ["predict", "--run", str(run), "--images", str(folder), "--abstain-by", by, *options]
 
 
 class TestFiles:
@@ -277,7 +275,7 @@ class TestFiles:
         digit_folder(folder / "scans", train=3)
         tensors, header = read_tensors(away / "tuned.safetensors")
         rate, cell = next(iter(header["calibration"]["abstain"]["mahalanobis"].items()))
-        main(predicted(away, folder, "--abstain_error", rate, "--out", str(tmp_path / "out.csv")))
+        predict(*predicted(away, folder, "--abstain-error", rate, "--out", str(tmp_path / "out.csv"))[2:])
         rows = {row["path"]: row["abstain"] for row in csv.DictReader((tmp_path / "out.csv").open())}
 
         data = FewShotDataModule("digits", shots=1)
@@ -290,7 +288,7 @@ class TestFiles:
         expected = ["yes" if score < cell["threshold"] else "" for score in scores.tolist()]
         assert rows == dict(zip(data.predict_paths, expected, strict=True))
         assert set(expected) == {"yes", ""}
-        assert capsys.readouterr().out.count(f"14 images labelled, of which {expected.count('yes')} are marked") == 1
+        assert capsys.readouterr().out.count(f", of which {expected.count('yes')} are marked") == 1
 
     def test_a_prediction_gives_the_score_of_each_image(self, backbone, shots):
         judge, module, images = judged_by(backbone, shots, adapter=LoRA(rank=2), targets=["image.*.q"])
@@ -330,13 +328,13 @@ class TestFiles:
         write_tensors(old / "tuned.safetensors", kept, header)
         assert run_test(old, tmp_path / "runs")["acc"] == json.loads((run / "result.json").read_text())["acc"]
         folder = photos(tmp_path / "photos", 2)
-        line = refused(capsys, predicted(old, folder, "--abstain_error", "0.2"))
+        line = refused(capsys, predicted(old, folder, "--abstain-error", "0.2"))
         assert "Nothing tells where the shots lie" in line
         out = str(tmp_path / "out.csv")
-        main([*predicted(old, folder, "--abstain_error", "0.2", "--out", out), "--abstain_by", "probability"])
+        predict(*predicted(old, folder, "--abstain-error", "0.2", "--out", out, by="probability")[2:])
 
     def test_a_rate_that_was_not_found_is_refused_in_one_line(self, run, tmp_path, capsys):
-        line = refused(capsys, predicted(run, photos(tmp_path / "photos", 1), "--abstain_error", "1e-5"))
+        line = refused(capsys, predicted(run, photos(tmp_path / "photos", 1), "--abstain-error", "1e-5"))
         assert "There is no threshold of mahalanobis for an error rate of 1e-05: the least is" in line
 
     def test_a_run_that_is_not_calibrated_keeps_nothing(self, tmp_path):

@@ -126,12 +126,11 @@ def test_no_place_runs_code(place, here):
         assert [p.name for p in here.iterdir()] == ["config.yaml"], value
 
 
-@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict", "import"])
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "import"])
 @pytest.mark.parametrize("name", ["os.system", "exec", "Popen", "partial"])
 def test_no_command_runs_code(name, command, capsys, here):
     config = hostile(here, over(PLACES["schedule"], RUN_CODE[name]))
-    images = ["--images", str(ROOT)] if command == "predict" else []
-    assert "schedule" in refused(capsys, [command, *FIT[1:], "--config", str(config), *images])
+    assert "schedule" in refused(capsys, [command, *FIT[1:], "--config", str(config)])
     assert [p.name for p in here.iterdir()] == ["config.yaml"]
 
 

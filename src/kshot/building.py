@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from lightning.pytorch.trainer import Trainer
 from kshot.backbones import Backbone
 from kshot.config import Tree
 from kshot.data import FewShotDataModule
+from kshot.data.prediction import PredictionData
 from kshot.errors import user_error_behind
 from kshot.folds import fold_settings
 from kshot.module import FewShotModule
@@ -32,7 +34,7 @@ def backbone_of(tree: Tree) -> Backbone:
 def made(name: str, base: type, spec: Any) -> Any:
     """An object of a class that settings name."""
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(base, name)
+    parser.add_subclass_arguments(base, name, fail_untyped=False)  # users' classes need no annotations
     return instantiated(parser, {name: spec})[name]
 
 
@@ -47,12 +49,21 @@ def instantiated(parser: ArgumentParser, settings: Tree) -> Any:
         raise mistake from error
 
 
+def reading_of(tree: Tree) -> Tree:
+    """How a command line's settings of a data set say that images are read, beside its settings as they are."""
+    given, parser = tree["data"]["init_args"], ArgumentParser(exit_on_error=False)
+    known_to_header = {"class_names", "templates", "found_white"}
+    parser.add_class_arguments(PredictionData, "data", skip=known_to_header, instantiate=False)
+    own = {n: given[n] for n in inspect.signature(PredictionData).parameters if n in given.keys() - known_to_header}
+    return {**given, **vars(instantiated(parser, {"data": own}).data)}
+
+
 def method_of(tree: Tree) -> dict[str, Any]:
     """What makes a :class:`~kshot.module.FewShotModule` of a backbone and a data set, by its arguments."""
     given = {name: value for name, value in tree["model"]["init_args"].items() if name != "backbone"}
     parser = ArgumentParser(exit_on_error=False)
     left_out = {"backbone", *LINKED}
-    parser.add_class_arguments(FewShotModule, "model", skip=left_out, instantiate=False)
+    parser.add_class_arguments(FewShotModule, "model", skip=left_out, instantiate=False, fail_untyped=False)
     return dict(vars(instantiated(parser, {"model": given}).model))
 
 

@@ -13,6 +13,7 @@ from kshot.errors import UserError
 from kshot.judging import best_scale
 
 RATES = (0.01, 0.02, 0.05, 0.1, 0.2)  # of errors among what is not abstained from
+SCORES = ("probability", "energy", "mahalanobis")  # that tell how sure an answer is, or how like the shots an image
 SPREAD = 0.5  # of the logarithm of a temperature about 0, so that ten images do not move it far
 BINS = 15  # of equal width, as calibration errors in tables have
 

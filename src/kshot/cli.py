@@ -12,7 +12,8 @@ from contextlib import contextmanager
 
 STARTED = time.time()
 USAGE = """\
-usage: python main.py {fit,validate,test,predict,import} --config NAME [--config METHOD ...] [options]
+usage: python main.py {fit,validate,test,import} --config NAME [--config METHOD ...] [options]
+       python main.py predict --run RUN --images IMAGES ... [--out FILE]
        python main.py data {list,info,check,split,import,download,store} ... [--json]
        python main.py runs [FOLDER] | compare RUN RUN [RUN ...] | show RUN | push RUN ORG/NAME ...
        python main.py doctor [--json]
@@ -20,7 +21,7 @@ usage: python main.py {fit,validate,test,predict,import} --config NAME [--config
   fit       adapt a backbone from a few images a class, then test it
   validate  accuracy on the few validation images
   test      accuracy on the test split, of a checkpoint with --ckpt_path
-  predict   label any images: --images FOLDER_OR_FILES, writes a CSV; the data set may be gone
+  predict   label any images by a run, as CSV, JSON lines or Parquet; its data set may be gone
   import    turn a file that CoOp or CLIP-LoRA released into a checkpoint: --file FILE
   data      list, check, divide or download data sets: 'data check photos/' finds broken files, duplicates and leaks
   runs      list runs and choose among them: --method, --data, --shots, --min-acc, --since
@@ -35,7 +36,7 @@ examples:
   python main.py fit --config clip_16shot.yaml --config methods/coop.yaml
   python main.py fit --resume runs/clip_16shot/001
   python main.py test --config clip_16shot.yaml --ckpt_path runs/clip_16shot/001/tuned.safetensors
-  python main.py predict --config runs/clip_16shot/001/config.yaml --ckpt_path ... --images photos/
+  python main.py predict --run runs/clip_16shot/001 --images photos/ --out labels.csv
   python main.py import --config recipes/clip_lora.yaml --file lora_weights.pt
 
 'python main.py fit --help' lists the options of kshot, and 'fit --help-all' all of them. A name given to --config is a

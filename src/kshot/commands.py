@@ -28,7 +28,8 @@ from kshot.callbacks import Progress, ResumeFile
 from kshot.checkpoint import HEADER, AtomicCheckpoints, packed, write_tensors
 from kshot.choice import Choice, kept
 from kshot.config import CommandLine, Tree, read_command_line
-from kshot.data.prediction import PredictionData, of_run, white_in
+from kshot.data.datamodule import FewShotDataModule
+from kshot.data.prediction import white_in
 from kshot.data.splits import TEST_SHARE
 from kshot.errors import UserError, first_line
 from kshot.evaluate import Tested
@@ -40,7 +41,6 @@ from kshot.header import header_of
 from kshot.layering import listed, written_out
 from kshot.module import FewShotModule
 from kshot.optim import watches
-from kshot.predicting import predict
 from kshot.prepare import check_classes
 from kshot.record import RunOptions
 from kshot.run import DEFAULTS, evaluate, finish, fit, has_length, set_length
@@ -94,7 +94,7 @@ class FewShotCLI(LightningCLI):
     """Builds data, model and trainer of a command line's settings, and runs its command."""
 
     model: FewShotModule
-    datamodule: Any  # a FewShotDataModule, or PredictionData where a run is alone
+    datamodule: FewShotDataModule
     trainer: Trainer
 
     def __init__(self, line: CommandLine, tree: Tree, started: float, choice: Choice | None = None) -> None:
@@ -102,10 +102,9 @@ class FewShotCLI(LightningCLI):
         self.directory: Path | None = None
         self.lock = ExitStack()  # of the directory
         self.files = AtomicCheckpoints()
-        self.alone: PredictionData | None = None  # of a run that needs its data set no more
         super().__init__(
             FewShotModule,
-            PredictionData,
+            FewShotDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
             seed_everything_default=1,
@@ -140,17 +139,8 @@ class FewShotCLI(LightningCLI):
         self.config_dump = yaml.safe_load(self.config_text)  # which LightningCLI would make, with all checks once more
 
     def instantiate_classes(self) -> None:
-        """Builds data, model and trainer, and gives the data the preprocessing of the backbone.
-
-        What is to predict takes its classes from the checkpoint, and needs no data set.
-        """
-        config, path = self.config.clone(), self.config.get("ckpt_path")  # which import has not
-        if self.line.command == "predict" and path is not None:
-            header = self.files.look_at(path).get(HEADER, {})
-            self.alone = of_run(header, config["data"]["init_args"])
-        if self.alone is not None:
-            config["data"] = self.alone  # an object in the place of settings is taken as it is
-        self.config_init = self.parser.instantiate_classes(config)
+        """Builds data, model and trainer, and gives the data the preprocessing of the backbone."""
+        self.config_init = self.parser.instantiate_classes(self.config.clone())
         self.datamodule, self.model = self.config_init["data"], self.config_init["model"]
         self.datamodule.use_preprocessing(self.model.backbone.preprocessing)
         self.trainer = self.instantiate_trainer()
@@ -198,8 +188,7 @@ class FewShotCLI(LightningCLI):
         make_folder(self.resume_file.folder, parents=False)
         self.resume_file.metrics.file = self.directory / "metrics.csv"
         self.trainer.loggers = [*self.trainer.loggers, self.resume_file.metrics, *record.loggers(self.directory)]
-        if self.line.command != "predict":
-            self.datamodule.write_manifest(self.directory / "split.json")
+        self.datamodule.write_manifest(self.directory / "split.json")
 
     def unfinished_run(self) -> Path | None:
         """The directory of the run that a fit goes on with; one that has its result stays as it is."""
@@ -333,10 +322,6 @@ class FewShotCLI(LightningCLI):
             raise UserError(f"{self.datamodule.dataset_name} has no validation images to measure on: use test.")
         self.open_directory()
         self.trainer.validate(self.model, datamodule=self.datamodule, ckpt_path=path)
-
-    def run_predict(self) -> None:
-        """Labels images and writes the CSV."""
-        predict(self)
 
     def run_import(self) -> None:
         """Turns a file that CoOp or CLIP-LoRA released into a checkpoint of the config's model, which it must fit."""

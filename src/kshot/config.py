@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ SHORT = {"-c": "--config", "-h": "--help"}
 PROGRAMS = {  # commands that take no experiment, by the function that runs their words and gives the exit status
     "data": "kshot.data_command:run_data",
     "doctor": "kshot.doctor:run_doctor",
+    "predict": "kshot.predicting:run_predict",
     "runs": "kshot.seeing.runs:run_runs",
     "compare": "kshot.seeing.compare:run_compare",
     "show": "kshot.seeing.show:run_show",
@@ -89,6 +91,23 @@ def read_command_line(words: Sequence[str], commands: Sequence[str]) -> CommandL
                 layer = {part: layer}
             line.layers.append((None, layer))
     return line
+
+
+def words_of(options: Mapping[str, Any] | None, more: Mapping[str, Any]) -> list[str]:
+    """Options as words of a command line, from those by name and those with two underscores for a dot.
+
+    Examples:
+        >>> words_of({"model.adapter.rank": 4}, {"data__class_names": ["cat", "dog"], "shots": None})
+        ['--model.adapter.rank=4', '--data.class_names=["cat", "dog"]', '--data.shots=null']
+    """
+    short = {"data": "data.dataset", "shots": "data.shots"}
+    given = [*(options or {}).items(), *((name.replace("__", "."), value) for name, value in more.items())]
+    return [f"--{short.get(name, name)}={word_of(value)}" for name, value in given]
+
+
+def word_of(value: Any) -> str:
+    """A value as a command line has it: words as they are, others as JSON, which is YAML."""
+    return os.fspath(value) if isinstance(value, (str, os.PathLike)) else json.dumps(value, default=os.fspath)
 
 
 def find_config(name: str) -> Path:

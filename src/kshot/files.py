@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
 
@@ -37,6 +37,30 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         raise UserError(
             f"Could not write {path} ({first_line(error)}); {before}. If the disk is full, free some and resume."
         ) from error
+    finally:
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, which is there whole at the end of the block, and not at all where that fails.
+
+    Raises:
+        UserError: there is one already, or it cannot be written.
+    """
+    if os.path.lexists(path):
+        raise UserError(f"{path} exists already: choose another name.")
+    make_folder(path.parent)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with beside.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        beside.rename(path)
+    except OSError as error:
+        raise UserError(f"Could not write {path}: {(error.strerror or str(error)).lower()}.") from error
     finally:
         with suppress(OSError):
             beside.unlink(missing_ok=True)

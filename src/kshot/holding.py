@@ -5,12 +5,14 @@ Each is a plain attribute, written when a ``with`` begins and forgotten when it 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+
+FOR_A_WHILE = ("held", "lowered")
 
 
 class Temporary(nn.Module):
@@ -18,7 +20,18 @@ class Temporary(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         state = cast("dict[str, Any]", super().__getstate__())
-        return {name: value for name, value in state.items() if name not in ("held", "lowered")}
+        return {name: value for name, value in state.items() if name not in FOR_A_WHILE}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Temporary:
+        """Moves also what it has for a while: ``module.to(device)``."""
+        super()._apply(fn, recurse)
+        for name in FOR_A_WHILE:
+            value = getattr(self, name, None)
+            if isinstance(value, tuple):
+                setattr(self, name, tuple(None if each is None else fn(each) for each in value))
+            elif value is not None:
+                setattr(self, name, fn(value))
+        return self
 
 
 class Holder(Temporary):

@@ -57,7 +57,6 @@ NUMBERS = {  # what numbers must be, by the full names of their options
     "model.schedule.step_size": FROM_1,
     "run.save_every": FROM_0,
     "seed_everything": (lambda x: 0 <= x < 2**32, f"lie in 0 to {2**32 - 1}"),
-    "top_k": FROM_1,
     "trainer.accumulate_grad_batches": FROM_1,
     "trainer.check_val_every_n_epoch": FROM_0,
     "trainer.devices": (

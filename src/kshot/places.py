@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from enum import Enum
 from functools import cache
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
@@ -125,9 +126,30 @@ def named(name: str, bases: tuple[type, ...], where: str) -> type:
             return found
         raise UserError(f"{takes}, and {name} is none.")
     known = subclasses(bases)
-    if name not in known:
-        raise UserError(f"{where}: there is no {kinds} {name!r:.200}. {nearest_first(name, known)}")
-    return known[name]
+    if name in known:
+        return known[name]
+    points = plugged_in(bases)
+    if name not in points:
+        raise UserError(f"{where}: there is no {kinds} {name!r:.200}. {nearest_first(name, [*known, *points])}")
+    found = loaded(points[name])
+    if isinstance(found, type) and issubclass(found, bases) and not inspect.isabstract(found):
+        return found
+    raise UserError(f"{takes}, and the plug-in {name} = {points[name].value} is none.")
+
+
+def plugged_in(bases: Sequence[type]) -> dict[str, EntryPoint]:
+    """What installed packages bring of these kinds, by short name: entry points of ``kshot.adapters`` and so on."""
+    groups = {".".join(base.__module__.split(".")[:2]) for base in bases}
+    return {point.name: point for group in sorted(groups) for point in entry_points(group=group)}
+
+
+def loaded(point: EntryPoint) -> Any:
+    """What an entry point names; raises UserError where it does not load."""
+    try:
+        return point.load()
+    except Exception as error:  # a module may raise anything
+        why = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"The plug-in {point.name} = {point.value} of {point.group} does not load ({why}).") from error
 
 
 def subclasses(bases: Sequence[type]) -> dict[str, type]:

@@ -1,4 +1,4 @@
-"""What a run leaves behind: its directory, result.json, per-class accuracies, predictions, and the closing table.
+"""What a run leaves behind: its directory, result.json, per-class accuracies, and the closing table.
 
 Every file is the whole one or none: the disk may be full.
 """
@@ -242,13 +242,19 @@ def base_to_new_over_runs(runs: Sequence[tuple[float, float]]) -> dict[str, floa
 def print_result(result: Mapping[str, Any], directory: Path) -> None:
     """Prints the closing table of a run on standard output."""
     from rich.console import Console
+
+    Console(soft_wrap=not sys.stdout.isatty()).print(result_table(result, directory))
+
+
+def result_table(result: Mapping[str, Any], directory: Path) -> Any:
+    """The closing table of a run, for rich to print."""
     from rich.table import Table
 
     title = f"{result['method']} on {result['dataset']}"
     table = Table(title=title, show_header=False, title_justify="left")
     for row in (*table_rows(result), ("results", str(directory))):
         table.add_row(*row)
-    Console(soft_wrap=not sys.stdout.isatty()).print(table)
+    return table
 
 
 def told_ahead(calibration: Calibration) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from enum import Enum
-from typing import Any, Literal
+from typing import Any
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 from lightning.pytorch.trainer import Trainer
@@ -38,24 +38,13 @@ OPTIONS: dict[str, dict[str, tuple[Any, Any, str]]] = {  # of each command alone
     },
     "validate": {"ckpt_path": CHECKPOINT},
     "test": {"ckpt_path": CHECKPOINT},
-    "predict": {
-        "ckpt_path": CHECKPOINT,
-        "images": (list[str] | str | None, None, "A folder, an image, or a list of them."),
-        "top_k": (int, 5, "Labels a row, best first."),
-        "out": (str | None, None, "CSV file; by default in the run directory."),
-        "abstain_error": (float | None, None, "Mark what is too unsure for this rate of errors, as 0.05."),
-        "abstain_by": (
-            Literal["probability", "energy", "mahalanobis"],
-            "probability",
-            "What tells how sure an answer is; mahalanobis: how like the shots an image is.",
-        ),
-    },
     "import": {
         "file": (str | None, None, "What CoOp or CLIP-LoRA released, such as model.pth.tar-200 or lora_weights.pt."),
         "out": (str | None, None, "Where to write; by default beside the file, as FILE.safetensors."),
     },
 }
-PASSED_OVER = {"weights_only", "verbose", "return_predictions"}  # in configs saved by earlier versions
+PREDICTS = {"images", "top_k", "abstain_error", "abstain_by"}  # of a command that takes no experiment any more
+PASSED_OVER = PREDICTS | {"weights_only", "verbose", "return_predictions"}  # in configs saved by earlier versions
 SAFE: Tree = {"import_path_denylist": [], "instantiate_subclass_spec_in_any": False}  # jsonargparse, too, runs no code
 SHOWN = {  # of other libraries' classes, what the short help lists
     "trainer": ("max_epochs", "accelerator", "devices", "precision", "max_time"),
@@ -201,7 +190,7 @@ def plain(name: str) -> str:
 def no_option(error: UnknownOptionError, places: Places, tree: Tree) -> str:
     """What to say of an option that does not exist: the one that it is like on its own level, or that is meant."""
     level, _, last = error.name.rpartition(".")
-    command = next((command for command, own in OPTIONS.items() if error.name in own), None)
+    command = next((command for command, own in {**OPTIONS, "predict": PREDICTS}.items() if error.name in own), None)
     if command is not None:
         return f"There is no option '--{error.name}' of {error.owner}: it is one of {command}."
     refused = f"{error.owner} has no option {last!r}." if level else f"There is no option '--{last}'."

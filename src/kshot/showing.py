@@ -1,4 +1,4 @@
-"""How commands that answer with a table read their words and print it."""
+"""What commands that take no experiment have in common: the reader of their words, and tables on standard output."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kshot.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, as all commands do, and takes no abbreviations."""
+    """Says what is wrong in one line, as the other commands do, and takes no abbreviations."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings, allow_abbrev=False)

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import logging
 import os
+import random
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
+import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from kshot.data.loading import lost_worker
 from kshot.errors import UserError, first_line
 
+ONE_AT_A_TIME = threading.RLock()  # of what draws from the random state that all of a process shares
+VARIABLES = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS", "JSONARGPARSE_DEPRECATION_WARNINGS")  # that are set for libraries
+LOGGERS = ("lightning.pytorch", "lightning.fabric")
 RESUME_FROM = ("checkpoints", "last.ckpt")  # in a run directory
 
 
@@ -44,6 +51,29 @@ def with_resume(arguments: Sequence[str]) -> list[str]:
 
 
 @contextmanager
+def leaving_no_trace() -> Iterator[None]:
+    """Gives a process back what libraries change in it, for one thread after the other."""
+    with ONE_AT_A_TIME:
+        python, arrays = random.getstate(), np.random.get_state()  # noqa: NPY002  the state that libraries draw from
+        variables = {name: os.environ.get(name) for name in VARIABLES}
+        levels = {name: logging.getLogger(name).level for name in LOGGERS}
+        try:
+            with torch.random.fork_rng(), warnings.catch_warnings():
+                os.environ.setdefault(VARIABLES[-1], "off")
+                yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(arrays)  # noqa: NPY002
+            for name, level in levels.items():
+                logging.getLogger(name).setLevel(level)
+            for name, value in variables.items():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value
+
+
+@contextmanager
 def told_to_stderr() -> Iterator[None]:
     """Writes what kshot tells, from INFO on, to the standard error that there is now, until the end of the block."""
     log, handler = logging.getLogger("kshot"), logging.StreamHandler()
@@ -65,7 +95,7 @@ def told_to_stderr() -> Iterator[None]:
 
 def settle_chatter() -> None:
     """Silences messages that tell a user nothing to act on."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
+    for name in LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
     for message in (
         ".*Total length of .list. across ranks is zero.*",  # a data set without validation images
@@ -75,4 +105,4 @@ def settle_chatter() -> None:
         ".*module.s. in eval mode.*",  # frozen towers are meant to be
     ):
         warnings.filterwarnings("ignore", message=message)
-    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning 2.6 calls what jsonargparse 5 drops
+    os.environ.setdefault(VARIABLES[-1], "off")  # Lightning 2.6 calls what jsonargparse 5 drops

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import towers
+from command_line import predict
 from data_fixtures import save_image
 from plain_prompts import trained
 from safetensors.torch import load_file
@@ -112,8 +113,7 @@ def test_either_file_gives_the_same_predictions(whole, tmp_path):
     predicted, image = [], save_image(tmp_path / "a.png")
     for file in ("tuned.safetensors", "checkpoints/last.ckpt"):
         out = tmp_path / f"{len(predicted)}.csv"
-        options = ("--images", str(image), "--out", str(out), "--ckpt_path", str(whole / file))
-        run("predict", tmp_path / file.replace("/", "_"), *options)
+        predict(whole / file, "--images", image, "--out", out)
         predicted.append(out.read_text())
     assert predicted[0] == predicted[1]
 

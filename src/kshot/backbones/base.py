@@ -111,8 +111,8 @@ class Backbone(nn.Module, ABC):
     def normalised(self, image: Tensor) -> Tensor:
         """Images as :meth:`encode_image` takes them, by the mean and deviation of the weights."""
         dtype = torch.promote_types(self.mean.dtype, torch.float32)
-        image = image.to(dtype) / 255 if image.dtype == torch.uint8 else image.to(dtype)
-        return ((image - self.mean) / self.std).to(self.mean.dtype)
+        image = image.to(dtype).div_(255) if image.dtype == torch.uint8 else image.to(dtype)
+        return (image - self.mean).div_(self.std).to(self.mean.dtype)
 
     def leading_blocks(self) -> int:
         """The number of first blocks of the image tower that all that is attached or unfrozen leaves as they are.

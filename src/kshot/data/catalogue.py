@@ -2,8 +2,10 @@
 
 import os
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from kshot.data.splits import TEST_SHARE, Row, Split, listed
 from kshot.data.tables import split_from_table
 from kshot.errors import UserError, nearest_first
 from kshot.files import may_be_read, packaged_folder
+from kshot.places import loaded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +49,37 @@ def entry_of(table: Mapping[str, Any]) -> DatasetEntry:
     return DatasetEntry(**{**table, "archives": archives})
 
 
-_TABLES = tomllib.loads((packaged_folder("data_splits") / "catalogue.toml").read_text("utf-8"))
-CATALOGUE = {name: entry_of(table) for name, table in _TABLES.items()}
+class Catalogue(Mapping[str, DatasetEntry]):
+    """Data sets by name: kshot's own, and tables of installed packages, by entry points of ``kshot.datasets``."""
+
+    def __init__(self, tables: Mapping[str, Any]) -> None:
+        self.own = {name: entry_of(table) for name, table in tables.items()}
+
+    @cached_property
+    def plugged(self) -> dict[str, EntryPoint]:
+        """Those of packages, whose names are not kshot's."""
+        return {p.name: p for p in entry_points(group="kshot.datasets") if p.name not in self.own}
+
+    def __getitem__(self, name: str) -> DatasetEntry:
+        if name in self.own:
+            return self.own[name]
+        table = loaded(self.plugged[name])
+        try:
+            return entry_of(table)
+        except (TypeError, AttributeError) as error:
+            raise UserError(f"The plug-in {name} of kshot.datasets is no table of a data set ({error}).") from error
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.own or name in self.plugged
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([*self.own, *self.plugged])
+
+    def __len__(self) -> int:
+        return len(self.own) + len(self.plugged)
+
+
+CATALOGUE = Catalogue(tomllib.loads((packaged_folder("data_splits") / "catalogue.toml").read_text("utf-8")))
 
 
 @may_be_read()

@@ -105,16 +105,19 @@ def opened(file: Path, content: BinaryIO | None = None) -> Iterator[Image.Image]
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(content or file, formats=FORMATS) as image:
-                if max(image.size) > LONGEST * min(image.size):
-                    raise ValueError(
-                        f"{image.width} x {image.height} pixels, but a side may have {LONGEST} of the other"
-                    )
+                check_shape(image)
                 yield image
     except MemoryError:
         raise
     except Exception as error:  # a broken file may raise anything in a decoder: SyntaxError, struct.error, ...
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UnreadableImageError(f"cannot read the image {str(file)!r}: {reason}") from None
+
+
+def check_shape(image: Image.Image) -> None:
+    """Raises ValueError for an image that takes seconds to resize."""
+    if max(image.size) > LONGEST * min(image.size):
+        raise ValueError(f"{image.width} x {image.height} pixels, but a side may have {LONGEST} of the other")
 
 
 def read_image(

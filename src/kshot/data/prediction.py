@@ -127,6 +127,10 @@ class PredictionData(LightningDataModule):
             raise UserError("image_size is not set: give --data.image_size, or set it before setup")
         return replace(self.preprocessing, size=self.image_size)
 
+    def reading(self) -> tuple[Preprocessing, Decoding]:
+        """How an image that belongs to no data set becomes what the backbone sees."""
+        return self._pixels(), self._decoding(None)
+
     def _decoding(self, source: Any) -> Decoding:  # noqa: ARG002  of labelled images
         return decoding_of(True, self.exif, self.background, self.white or self.found_white)
 
