@@ -20,6 +20,7 @@ SHORT = {"-c": "--config", "-h": "--help"}
 PROGRAMS = {  # commands that take no experiment, by the function that runs their words and gives the exit status
     "data": "kshot.data_command:run_data",
     "doctor": "kshot.doctor:run_doctor",
+    "export": "kshot.export.command:run_export",
 }
 Tree = dict[str, Any]
 

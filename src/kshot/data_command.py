@@ -26,7 +26,7 @@ from kshot.showing import show
 from kshot.store_command import run_store
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, as the other commands do, and takes no abbreviations."""
 
     def __init__(self, **settings: Any) -> None:
@@ -47,8 +47,8 @@ def run_data(words: Sequence[str]) -> int:
         return int(given.run(given) or 0)
 
 
-def _parser() -> _Parser:
-    parser = _Parser(prog="main.py data", description="Data sets: what there is, what is wrong with one, and more.")
+def _parser() -> Parser:
+    parser = Parser(prog="main.py data", description="Data sets: what there is, what is wrong with one, and more.")
     commands = parser.add_subparsers(required=True, metavar="{list,info,check,split,import,download,store}")
 
     def add(name: str, run: Any, what: str, given: str = "", about: str = "") -> argparse.ArgumentParser:
@@ -67,7 +67,7 @@ def _parser() -> _Parser:
     add("list", _list, "the catalogue, and what is on this machine")
     add("info", _info, "classes, numbers of images, template, source and licence", "DATASET", either)
     check = add("check", _check, "broken files, duplicates, leaks, and what training would use", "DATASET", either)
-    check.add_argument("--shots", type=_positive, default=16, help="images a class to train on (default: 16)")
+    check.add_argument("--shots", type=positive, default=16, help="images a class to train on (default: 16)")
     check.add_argument("--contact-sheet", type=Path, metavar="FILE.png", help="a picture of what was found")
     split = add("split", _split, "divide images into parts anew, with duplicates in one part", "DATASET", either)
     split.add_argument("--out", type=Path, required=True, metavar="FILE.json", help="a new file, in CoOp's format")
@@ -80,7 +80,7 @@ def _parser() -> _Parser:
     return parser
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
     if (number := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"{number} is below 1")
     return number
