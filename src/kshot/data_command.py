@@ -81,6 +81,7 @@ def _parser() -> Parser:
 
 
 def positive(text: str) -> int:
+    """A number of at least 1, for a parser."""
     if (number := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"{number} is below 1")
     return number

@@ -76,9 +76,8 @@ def probe_of(run: OpenRun, count: int) -> Probe:
         if not len(part):
             raise UserError("it has no test images")
     except UserError as error:
-        noise = torch.randint(
-            0, 256, (count, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-        )
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=generator)
         reason = f"the test images of {run.settings['data']['init_args']['dataset']} cannot be had: {error}"
         return Probe(noise, None, f"{count} images of noise ({reason.rstrip('.')})")
     chosen = torch.linspace(0, len(part) - 1, min(count, len(part))).round().long()

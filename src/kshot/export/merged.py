@@ -121,13 +121,14 @@ def write_open_clip(backbone: OpenClip, folder: Path, facts: Mapping[str, Any], 
     save_file(plain_state(backbone.clip, dtype), folder / "open_clip_model.safetensors")
     with quiet_loading(hub=False):
         model: Any = open_clip.create_model(f"local-dir:{folder}").eval()
-    return lambda image: model.encode_image(image)
+    encode: Encode = model.encode_image
+    return encode
 
 
 def write_timm(
     backbone: Timm, folder: Path, facts: Mapping[str, Any], dtype: torch.dtype, head: Head | None = None
 ) -> Encode:
-    """A folder that ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads; with the head where it is linear."""
+    """A folder that ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads; with a head, if it is linear."""
     import timm
     from timm.models import save_for_hf
 
@@ -146,4 +147,5 @@ def write_timm(
     save_for_hf(vit.to(dtype), folder, model_config={**config, **told}, model_args=options, safe_serialization=True)
     with quiet_loading(hub=False):
         model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    return lambda image: model(image)
+    encode: Encode = model
+    return encode

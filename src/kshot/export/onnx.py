@@ -44,9 +44,8 @@ def write(run: OpenRun, folder: Path, wanted: Wanted) -> Answers:
                 verbose=False,
             )
         except Exception as error:  # the exporter and the converter of opsets raise what they like
-            raise UserError(
-                f"torch cannot write this run as onnx of opset {wanted.opset}: {first_line(error)}"
-            ) from error
+            reason = f"torch cannot write this run as onnx of opset {wanted.opset}: {first_line(error)}"
+            raise UserError(reason) from error
         assert made is not None
         made.save(file, external_data=sum(t.nbytes for t in run.module.backbone.parameters()) > LARGEST)
         if wanted.int8:
@@ -79,11 +78,10 @@ def as_text(value: Any) -> str:
 
 def quantise(file: Path) -> None:
     """Stores the weights of products in 8 bits, one scale for each of their columns."""
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
+    quantization = needed("onnxruntime.quantization")
     beside = file.with_name("whole.onnx")
     file.rename(beside)
-    quantize_dynamic(str(beside), str(file), per_channel=True, weight_type=QuantType.QInt8)
+    quantization.quantize_dynamic(str(beside), str(file), per_channel=True, weight_type=quantization.QuantType.QInt8)
     beside.unlink()
 
 

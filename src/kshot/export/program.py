@@ -1,4 +1,4 @@
-"""A run as one program from images to logits and probabilities, and ``torch``: the file of it that torch alone loads."""
+"""A run as one program from images to logits and probabilities, and ``torch``: its file that torch alone loads."""
 
 from __future__ import annotations
 

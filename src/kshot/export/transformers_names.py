@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from kshot.backbones import Backbone, OpenClip, Timm
 from kshot.errors import UserError
+from kshot.export.check import EXACT
 from kshot.export.needed import needed
 
 State = dict[str, Tensor]
@@ -64,7 +65,10 @@ def write(backbone: Backbone, folder: Path, facts: Mapping[str, Any], dtype: tor
         loaded, told = type(model).from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     write_processor(folder, facts["preprocessing"])
     assert not any(told.get(kind) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), told
-    return encoder_of(loaded.eval())
+    loaded.eval()
+    if isinstance(backbone, OpenClip):
+        check_texts(backbone, loaded, facts["classes"], EXACT if dtype == torch.float32 else 0.05)
+    return encoder_of(loaded)
 
 
 @contextmanager
@@ -84,12 +88,28 @@ def encoder_of(model: Any) -> Callable[[Tensor], Tensor]:
     """Features, (B, D), of normalised images by a model of Transformers."""
 
     def encode(image: Tensor) -> Tensor:
-        if not hasattr(model, "get_image_features"):
-            return model(pixel_values=image).pooler_output
-        found = model.get_image_features(pixel_values=image)
-        return found if isinstance(found, Tensor) else found.pooler_output  # a tensor before Transformers 5
+        return pooled(getattr(model, "get_image_features", model)(pixel_values=image))
 
     return encode
+
+
+def pooled(found: Any) -> Tensor:
+    """The features in what a model of Transformers gives: a tensor before version 5."""
+    features: Tensor = found if isinstance(found, Tensor) else found.pooler_output
+    return features
+
+
+@torch.no_grad()
+def check_texts(backbone: Any, model: Any, classes: Sequence[str], tolerance: float) -> None:
+    """Raises UserError where a loaded model's text tower gives other features than the backbone's, of class names."""
+    tokens = backbone.tokenize([f"a photo of a {name}." for name in classes])
+    expected, found = backbone.clip.encode_text(tokens), pooled(model.get_text_features(input_ids=tokens))
+    difference = float((found - expected).abs().max() / expected.abs().max())
+    if not difference <= tolerance:
+        raise UserError(
+            f"{backbone.name}: the text tower of Transformers' {type(model).__name__} gives other features "
+            f"({difference:.2g} of the largest)."
+        )
 
 
 def write_processor(folder: Path, seen: Mapping[str, Any]) -> None:
@@ -277,9 +297,8 @@ def dinov2(backbone: Any) -> tuple[Any, State, set[str]]:
 
     vit = backbone.vit
     if vit.global_pool != "token":
-        raise UserError(
-            f"{backbone.name}: Transformers' Dinov2Model gives its class token, and pool is {vit.global_pool}."
-        )
+        what = f"gives its class token, and pool is {vit.global_pool}"
+        raise UserError(f"{backbone.name}: Transformers' Dinov2Model {what}.")
     state: State = {name: t.clone() for name, t in vit.state_dict().items()}
     registers, block, side = vit.num_reg_tokens, vit.blocks[0], backbone.image_size // vit.patch_embed.patch_size[0]
     own = 0 if vit.no_embed_class else vit.num_prefix_tokens
@@ -293,7 +312,7 @@ def dinov2(backbone: Any) -> tuple[Any, State, set[str]]:
         "num_attention_heads": block.attn.num_heads,
         "image_size": backbone.image_size,
         "patch_size": vit.patch_embed.patch_size[0],
-        "mlp_ratio": block.mlp.fc1.out_features / vit.embed_dim,
+        "mlp_ratio": block.mlp.fc1.out_features // vit.embed_dim,
         "hidden_act": "gelu" if gated else act_of(block.mlp.act),
         "layer_norm_eps": vit.norm.eps,
     }
