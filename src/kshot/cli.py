@@ -15,6 +15,7 @@ USAGE = """\
 usage: python main.py {fit,validate,test,predict,import} --config NAME [--config METHOD ...] [options]
        python main.py data {list,info,check,split,import,download,store} ... [--json]
        python main.py doctor [--json]
+       python main.py export RUN --format {merged,peft,torch,onnx,openvino} [options]
 
   fit       adapt a backbone from a few images a class, then test it
   validate  accuracy on the few validation images
@@ -22,6 +23,7 @@ usage: python main.py {fit,validate,test,predict,import} --config NAME [--config
   predict   label any images: --images FOLDER_OR_FILES, writes a CSV; the data set may be gone
   import    turn a file that CoOp or CLIP-LoRA released into a checkpoint: --file FILE
   data      list, check, divide or download data sets: 'data check photos/' finds broken files, duplicates and leaks
+  export    write a run for other libraries, and try what was written: a whole model, an adapter of PEFT, a program
   doctor    say what is installed, what this machine has and whether a small run works
 
 examples:

@@ -19,7 +19,7 @@ from kshot.backbones.open_clip import loaded_open_clip, resolve
 from kshot.errors import UserError
 from kshot.export import transformers_names
 from kshot.export.check import Answers
-from kshot.export.head import Head, head_of, write_head
+from kshot.export.head import write_head
 from kshot.export.written import Wanted, facts_of
 from kshot.opening import OpenRun
 from kshot.slots import merge
@@ -34,21 +34,9 @@ def write(run: OpenRun, folder: Path, wanted: Wanted) -> Answers:
         UserError: no weights of the library express the run.
     """
     check_plain(run)
-    backbone = library_backbone(run)
-    return with_head(run, backbone, folder, wanted)
-
-
-def with_head(run: OpenRun, backbone: Backbone, folder: Path, wanted: Wanted) -> Answers:
-    """Writes a backbone that is the library's own again, and the run's head; gives the answers of both, loaded."""
-    facts = facts_of(run)
-    if wanted.layout == "native" and isinstance(backbone, Timm):
-        head = head_of(run)
-        if head is not None and head.kind == "linear":
-            encode = write_timm(backbone, folder, facts, wanted.dtype, head)
-            return lambda image: encode(normalised(image, facts))
-    encode = write_towers(backbone, folder, facts, wanted)
-    head_from = write_head(run, folder)
-    return lambda image: head_from(encode(normalised(image, facts)).float())
+    backbone, facts = library_backbone(run), facts_of(run)
+    encode, head = write_towers(backbone, folder, facts, wanted), write_head(run, folder)
+    return lambda image: head(encode(normalised(image, facts)))
 
 
 def write_towers(backbone: Backbone, folder: Path, facts: Mapping[str, Any], wanted: Wanted) -> Encode:
@@ -125,10 +113,8 @@ def write_open_clip(backbone: OpenClip, folder: Path, facts: Mapping[str, Any], 
     return encode
 
 
-def write_timm(
-    backbone: Timm, folder: Path, facts: Mapping[str, Any], dtype: torch.dtype, head: Head | None = None
-) -> Encode:
-    """A folder that ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads; with a head, if it is linear."""
+def write_timm(backbone: Timm, folder: Path, facts: Mapping[str, Any], dtype: torch.dtype) -> Encode:
+    """A folder that ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads."""
     import timm
     from timm.models import save_for_hf
 
@@ -138,13 +124,8 @@ def write_timm(
     crop_mode = {"shortest": "center", "longest": "border", "squash": "squash"}[seen["resize"]]
     config = {**vit.pretrained_cfg, "input_size": (3, seen["size"], seen["size"]), "crop_pct": seen["crop"]}
     config |= {**shown, "crop_mode": crop_mode, "fixed_input_size": False, "num_classes": vit.num_classes}
-    if head is not None:
-        vit.reset_classifier(len(head.weight))
-        vit.head.load_state_dict({"weight": head.weight, "bias": head.bias})
-        config["num_classes"] = len(head.weight)
     vit.pretrained_cfg = config
-    told = {"label_names": facts["classes"]} if head is not None else {}
-    save_for_hf(vit.to(dtype), folder, model_config={**config, **told}, model_args=options, safe_serialization=True)
+    save_for_hf(vit.to(dtype), folder, model_config=config, model_args=options, safe_serialization=True)
     with quiet_loading(hub=False):
         model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     encode: Encode = model

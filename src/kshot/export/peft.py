@@ -257,10 +257,10 @@ def factors_of(layer: AdapterLayer, rank: int | None) -> Factors:
     Raises:
         UserError: it is no product of thin factors, and no rank is given.
     """
-    name = type(layer).__name__.removesuffix("Layer")
+    name = layer.slot.name
     if not layer.mergeable:
         advice = "export --format torch or onnx, where the program computes it"
-        raise UserError(f"{name} on {layer.slot.name} depends on its input: PEFT has nothing like it: {advice}.")
+        raise UserError(f"What is adapted in {name} depends on its input, and PEFT has nothing like it: {advice}.")
     sides = min(layer.slot.out_features, layer.slot.in_features)
     if isinstance(layer, LowRankLayer) and (layer.finish is None or (rank is None and isinstance(layer, DoRALayer))):
         terms = layer.factors()
@@ -272,7 +272,7 @@ def factors_of(layer: AdapterLayer, rank: int | None) -> Factors:
         wide = delta.shape[0] < delta.shape[1]
         return Factors(torch.eye(sides), delta) if wide else Factors(delta, torch.eye(sides))
     if rank is None:
-        raise UserError(f"{name} on {layer.slot.name} has full rank, and PEFT no method like it: {INSTEAD}.")
+        raise UserError(f"The change of {name} has full rank, and PEFT no method like it: {INSTEAD}.")
     u, s, vt = torch.linalg.svd(layer.evaluated_weight() - layer.slot.weight, full_matrices=False)
     return Factors(u[:, :rank] * s[:rank], vt[:rank])
 
