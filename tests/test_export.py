@@ -24,6 +24,7 @@ from kshot.export import command, merged
 from kshot.export.check import answers_of, compare, probe_of
 from kshot.export.command import export
 from kshot.export.head import head_of
+from kshot.export.reading import peft_tensors
 from kshot.export.written import Wanted
 from kshot.module import FewShotModule
 from kshot.opening import OpenRun
@@ -479,3 +480,67 @@ def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"^onnx is not installed: pip install 'kshot\[export\]'\.$"):
         export(run_of(), "onnx", tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------------------ and back
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [("clip", "native"), ("clip", "transformers"), ("vit_dinov2", "native"), ("vit_qk_norm", "native")],
+)
+@pytest.mark.parametrize("label", ["lora", "pissa", "autolora"])
+def test_a_lora_of_peft_comes_back(name, layout, label, tmp_path):
+    targets = ["*.[qv]", "*.fc2"]
+    run = run_of(name, case_of(label), targets=targets)
+    out = exported(run, "peft", tmp_path / "out", Wanted(layout=layout))
+    back = run_of(name, LoRA(rank=5, alpha=3), targets=targets)  # of a larger rank, and with a scale of its own
+    tensors, told = peft_tensors(out, back.module)
+    assert told["file"] == "out"
+    back.module.load_state_dict(tensors, strict=False)
+    heads = {n: v for n, v in run.module.tuned_state().items() if n.startswith("classifier.") and ".adapters." not in n}
+    back.module.load_state_dict({n: v for n, v in heads.items() if "backbone" not in n}, strict=False)
+    images = probe_of(run, 8).images
+    found, expected = answers_of(back, images), answers_of(run, images)
+    assert float((found - expected).abs().max() / expected.abs().max()) <= EXACT
+
+
+@pytest.mark.parametrize(
+    ("adapter", "targets", "message"),
+    [
+        (LoRA(rank=1), ["image.*.[qv]"], r"rank 2 on 4 slots, .* set --model.adapter LoRA --model.adapter.rank 2"),
+        (LoRA(rank=2), ["*.q"], r"config has LoRA on 4 slots: .*--model.targets '\[\"image.\*.\[qv\]\"\]'"),
+        (None, [], "the config has no adapter"),
+    ],
+)
+def test_a_lora_that_does_not_fit_is_refused(adapter, targets, message, tmp_path):
+    run = run_of(adapter=LoRA(rank=2), targets=["image.*.[qv]"])
+    out = exported(run, "peft", tmp_path / "out")
+    with pytest.raises(UserError, match=message):
+        peft_tensors(out, run_of(adapter=adapter, targets=targets).module)
+    with pytest.raises(UserError, match="is no folder of PEFT's"):
+        peft_tensors(tmp_path, run.module)
+    with pytest.raises(UserError, match="has no such module"):
+        peft_tensors(out, run_of("vit_qk_norm", LoRA(rank=2)).module)
+
+
+def test_the_command_reads_a_folder_of_peft(lora, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["export", str(lora), "--format", "peft", "--out", str(tmp_path / "peft"), "--images", "20"])
+    capsys.readouterr()
+    main(
+        [
+            "import",
+            "--config",
+            "clip_16shot.yaml",
+            "--file",
+            str(tmp_path / "peft"),
+            "--out",
+            str(tmp_path / "b.safetensors"),
+        ]
+    )
+    assert "TextPrompt + LoRA from" in capsys.readouterr().out
+    there, here = (read_tensors(file)[0] for file in (lora / "tuned.safetensors", tmp_path / "b.safetensors"))
+    assert there.keys() == here.keys()
+    for name in there:
+        torch.testing.assert_close(here[name], there[name])

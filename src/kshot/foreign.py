@@ -10,7 +10,7 @@ import pickle
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,9 @@ from kshot.header import header_of
 
 if TYPE_CHECKING:
     from kshot.module import FewShotModule
+
+
+Reader = Callable[[Path, "FewShotModule"], tuple[dict[str, Tensor], dict[str, str]]]
 
 
 class Inert:
@@ -91,20 +94,26 @@ def read_released(path: Path) -> tuple[Any, str]:
     return contents, hashlib.sha256(data).hexdigest()
 
 
-def import_released(model: FewShotModule, file: str | None, out: str | None) -> Path:
-    """Turns a file that CoOp or CLIP-LoRA released into a checkpoint of a model, which it must fit; says where it is.
+def import_released(model: FewShotModule, file: str | None, out: str | None, read: Reader | None = None) -> Path:
+    """Turns a released file into a checkpoint of a model, which it must fit; says where it is.
+
+    Args:
+        model: of a config.
+        file: what was released.
+        out: where to write; None for beside the file.
+        read: as :func:`released_tensors`, which it is by default.
 
     Raises:
         UserError: there is no such file, it does not fit, or what is to be written exists.
     """
     if file is None:
         raise UserError("import needs --file: what CoOp or CLIP-LoRA released, such as model.pth.tar-200.")
-    path = Path(out or f"{file}.safetensors")
+    path = Path(out or f"{file.rstrip('/')}.safetensors")
     if path.suffix != ".safetensors":
         raise UserError(f"--out is {path}, and must end with .safetensors.")
     if path.exists():
         raise UserError(f"{path} exists already: choose another --out.")
-    tensors, origin = released_tensors(Path(file), model)
+    tensors, origin = (read or released_tensors)(Path(file), model)
     make_folder(path.parent)
     header = header_of(model) | {"split": None, "training": None, "imported": origin}  # no file says of which shots
     model.on_load_checkpoint({"state_dict": dict(tensors), HEADER: header})
