@@ -21,7 +21,7 @@ usage: python main.py {fit,validate,test,predict,import} --config NAME [--config
   validate  accuracy on the few validation images
   test      accuracy on the test split, of a checkpoint with --ckpt_path
   predict   label any images: --images FOLDER_OR_FILES, writes a CSV; the data set may be gone
-  import    turn a file that CoOp or CLIP-LoRA released into a checkpoint: --file FILE
+  import    turn files of CoOp, CLIP-LoRA, MaPLe, PromptSRC, Tip-Adapter or PEFT into a checkpoint: --file FILE
   data      list, check, divide or download data sets: 'data check photos/' finds broken files, duplicates and leaks
   export    write a run for other libraries, and try what was written: a whole model, an adapter of PEFT, a program
   doctor    say what is installed, what this machine has and whether a small run works

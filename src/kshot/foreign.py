@@ -1,4 +1,4 @@
-"""Files that CoOp and CLIP-LoRA released, as tensors under this toolkit's names; nothing that they pickle is run."""
+"""Files that others released, CoOp's and CLIP-LoRA's here, as tensors under this toolkit's names; nothing that they pickle is run."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import io
 import json
 import math
 import pickle
+import re
 import warnings
 import zipfile
 from collections import OrderedDict
@@ -25,6 +26,7 @@ from kshot.classifiers import CoOp, KgCoOp
 from kshot.errors import UserError, first_line
 from kshot.files import make_folder
 from kshot.header import header_of
+from kshot.released import checked, maple_tensors, promptsrc_tensors, tip_tensors
 
 if TYPE_CHECKING:
     from kshot.module import FewShotModule
@@ -107,7 +109,9 @@ def import_released(model: FewShotModule, file: str | None, out: str | None, rea
         UserError: there is no such file, it does not fit, or what is to be written exists.
     """
     if file is None:
-        raise UserError("import needs --file: what CoOp or CLIP-LoRA released, such as model.pth.tar-200.")
+        raise UserError(
+            "import needs --file: what others released, such as CoOp's model.pth.tar-200, or a folder of PEFT."
+        )
     path = Path(out or f"{file.rstrip('/')}.safetensors")
     if path.suffix != ".safetensors":
         raise UserError(f"--out is {path}, and must end with .safetensors.")
@@ -126,8 +130,9 @@ def import_released(model: FewShotModule, file: str | None, out: str | None, rea
 def released_tensors(path: Path, model: FewShotModule) -> tuple[dict[str, Tensor], dict[str, str]]:
     """What a released file holds for the model of a config: tensors in float32, by their names in the model.
 
-    It is a file of CoOp (``state_dict`` with ``ctx``, or that dictionary alone) or of CLIP-LoRA (``weights`` and
-    ``metadata``). With the tensors come its name and SHA-256, for the header.
+    It is a file of CoOp (``state_dict`` with ``ctx``, or that dictionary alone), MaPLe or PromptSRC (a whole model's),
+    CLIP-LoRA (``weights`` and ``metadata``) or Tip-Adapter (keys, with values beside it). With the tensors come its
+    name and SHA-256, for the header.
 
     Raises:
         UserError: it is no such file, or belongs to another backbone, method or setting than the config's.
@@ -136,19 +141,34 @@ def released_tensors(path: Path, model: FewShotModule) -> tuple[dict[str, Tensor
     contents = read if isinstance(read, dict) else {}
     state, weights, metadata = contents.get("state_dict", contents), contents.get("weights"), contents.get("metadata")
     try:
-        if isinstance(weights, dict) and isinstance(metadata, dict):
+        if isinstance(read, Tensor):
+            tensors = tip_tensors(read, values_beside(path), model)
+        elif isinstance(state, dict) and "image_encoder.VPT" in state:
+            tensors = promptsrc_tensors(state, model)
+        elif isinstance(state, dict) and "prompt_learner.proj.weight" in state:
+            tensors = maple_tensors(state, model)
+        elif isinstance(weights, dict) and isinstance(metadata, dict):
             tensors = clip_lora_tensors(weights, metadata, model)
         elif isinstance(state, dict) and "ctx" in state:
             tensors = coop_tensors(state, model)
         else:
             keys = ", ".join(map(str, list(state if isinstance(state, dict) else contents)[:6]))
             raise UserError(
-                "neither of CoOp (state_dict with ctx) nor of CLIP-LoRA (weights, metadata): it holds "
+                "neither of CoOp (state_dict with ctx), MaPLe, PromptSRC or Tip-Adapter nor of CLIP-LoRA (weights, "
+                "metadata): it holds "
                 f"{keys or 'nothing of that kind'}."
             )
     except UserError as error:  # of the contents, which know no file
         raise UserError(f"{path.name}: {error}") from None
     return tensors, {"file": path.name, "sha256": sha256}
+
+
+def values_beside(path: Path) -> Any:
+    """The values of Tip-Adapter's cache: ``values_16shots.pt`` beside ``keys_16shots.pt`` or ``best_F_16shots.pt``."""
+    name = re.sub(r"^(keys|best_F)_", "values_", path.name)
+    if name == path.name:
+        raise UserError("it is a tensor alone: Tip-Adapter's files are called keys_16shots.pt and best_F_16shots.pt.")
+    return read_released(path.with_name(name))[0]
 
 
 def coop_tensors(state: Mapping[str, Any], model: FewShotModule) -> dict[str, Tensor]:
@@ -302,12 +322,3 @@ def targets_of(slots: Collection[str], backbone: Backbone) -> list[str]:
         whole = len(blocks) == blocks_of(tower, backbone)
         patterns += [f"{tower}.*.{parts}"] * bool(blocks) if whole else [f"{tower}.{b}.{parts}" for b in blocks]
     return patterns
-
-
-def checked(name: str, value: Any) -> Tensor:
-    """A tensor of a file in float32; raises UserError when it is none of finite floating-point numbers."""
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        raise UserError(f"{name} is no tensor of floating-point numbers.")
-    if not torch.isfinite(value).all():
-        raise UserError(f"{name} holds values that are not finite.")
-    return value.detach().float().clone()

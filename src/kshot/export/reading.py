@@ -21,9 +21,10 @@ from kshot.backbones.attention import Attention
 from kshot.checkpoint import named_layers
 from kshot.errors import UserError, first_line
 from kshot.export import transformers_names
-from kshot.foreign import checked, targets_of
+from kshot.foreign import targets_of
 from kshot.module import FewShotModule
 from kshot.products import Factors
+from kshot.released import checked
 from kshot.slots import Projection
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
