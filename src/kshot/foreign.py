@@ -1,4 +1,4 @@
-"""Files that others released, CoOp's and CLIP-LoRA's here, as tensors under this toolkit's names; nothing that they pickle is run."""
+"""Files that others released, CoOp's and CLIP-LoRA's here, as tensors; nothing that they pickle is run."""
 
 from __future__ import annotations
 
