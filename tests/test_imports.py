@@ -18,7 +18,8 @@ ORDER = (
     "holding", "slots", "layers", "backbones",
     "adapters", "classifiers", "config", "places", "layering", "data", "optim", "header", "features", "kept_tokens",
     "prepare",
-    "metrics", "callbacks", "checkpoint", "predictions", "evaluate", "module", "run", "folds", "forecast", "foreign",
+    "metrics", "callbacks", "checkpoint", "predictions", "evaluate", "module", "run", "folds", "forecast", "released",
+    "foreign",
 )  # fmt: skip
 LIGHT = set(ORDER[: ORDER.index("classifiers") + 1])  # plain torch: no trainer, no command line
 

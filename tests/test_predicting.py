@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pyarrow import parquet
 from command_line import UNTESTED, fit, photos, predict, refused
+from pyarrow import parquet
 from safetensors import safe_open
 from test_parser import PLACES, RUN_CODE, over
 

@@ -16,17 +16,19 @@ usage: python main.py {fit,validate,test,import} --config NAME [--config METHOD 
        python main.py predict --run RUN --images IMAGES ... [--out FILE]
        python main.py data {list,info,check,split,import,download,store} ... [--json]
        python main.py runs [FOLDER] | compare RUN RUN [RUN ...] | show RUN | push RUN ORG/NAME ...
+       python main.py export RUN --format {merged,peft,torch,onnx,openvino} [options]
        python main.py doctor [--json]
 
   fit       adapt a backbone from a few images a class, then test it
   validate  accuracy on the few validation images
   test      accuracy on the test split, of a checkpoint with --ckpt_path
   predict   label any images by a run, as CSV, JSON lines or Parquet; its data set may be gone
-  import    turn a file that CoOp or CLIP-LoRA released into a checkpoint: --file FILE
+  import    turn files of CoOp, CLIP-LoRA, MaPLe, PromptSRC, Tip-Adapter or PEFT into a checkpoint: --file FILE
   data      list, check, divide or download data sets: 'data check photos/' finds broken files, duplicates and leaks
   runs      list runs and choose among them: --method, --data, --shots, --min-acc, --since
   compare   differences of runs on the same images, with McNemar's test, class by class
   show      a page about a run: confusions, errors, calibration, what it looks at, how features lie
+  export    write a run for other libraries, and try what was written: a whole model, an adapter of PEFT, a program
   push      put a run on Hugging Face's hub, with a model card
   doctor    say what is installed, what this machine has and whether a small run works
 

@@ -324,6 +324,10 @@ class FewShotCLI(LightningCLI):
         self.trainer.validate(self.model, datamodule=self.datamodule, ckpt_path=path)
 
     def run_import(self) -> None:
-        """Turns a file that CoOp or CLIP-LoRA released into a checkpoint of the config's model, which it must fit."""
-        out = import_released(self.model, self.config["file"], self.config["out"])
+        """Turns a file that others wrote into a checkpoint of the config's model, which it must fit."""
+        from kshot.export.reading import peft_tensors
+
+        file = self.config["file"]
+        read = peft_tensors if file and Path(file).is_dir() else None
+        out = import_released(self.model, file, self.config["out"], read)
         print(shlex.join(["python", "main.py", "test", *self.line.without("file", "out"), "--ckpt_path", str(out)]))

@@ -26,6 +26,7 @@ PROGRAMS = {  # commands that take no experiment, by the function that runs thei
     "compare": "kshot.seeing.compare:run_compare",
     "show": "kshot.seeing.show:run_show",
     "push": "kshot.seeing.hub:run_push",
+    "export": "kshot.export.command:run_export",
 }
 Tree = dict[str, Any]
 

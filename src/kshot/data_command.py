@@ -57,7 +57,7 @@ def _parser() -> Parser:
     add("list", _list, "the catalogue, and what is on this machine")
     add("info", _info, "classes, numbers of images, template, source and licence", "DATASET", either)
     check = add("check", _check, "broken files, duplicates, leaks, and what training would use", "DATASET", either)
-    check.add_argument("--shots", type=_positive, default=16, help="images a class to train on (default: 16)")
+    check.add_argument("--shots", type=positive, default=16, help="images a class to train on (default: 16)")
     check.add_argument("--contact-sheet", type=Path, metavar="FILE.png", help="a picture of what was found")
     split = add("split", _split, "divide images into parts anew, with duplicates in one part", "DATASET", either)
     split.add_argument("--out", type=Path, required=True, metavar="FILE.json", help="a new file, in CoOp's format")
@@ -70,7 +70,8 @@ def _parser() -> Parser:
     return parser
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """A number of at least 1, for a parser."""
     if (number := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"{number} is below 1")
     return number

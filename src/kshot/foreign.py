@@ -1,4 +1,4 @@
-"""Files that CoOp and CLIP-LoRA released, as tensors under this toolkit's names; nothing that they pickle is run."""
+"""Files that others released, CoOp's and CLIP-LoRA's here, as tensors; nothing that they pickle is run."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import io
 import json
 import math
 import pickle
+import re
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,9 +26,13 @@ from kshot.classifiers import CoOp, KgCoOp
 from kshot.errors import UserError, first_line
 from kshot.files import make_folder
 from kshot.header import header_of
+from kshot.released import checked, maple_tensors, promptsrc_tensors, tip_tensors
 
 if TYPE_CHECKING:
     from kshot.module import FewShotModule
+
+
+Reader = Callable[[Path, "FewShotModule"], tuple[dict[str, Tensor], dict[str, str]]]
 
 
 class Inert:
@@ -91,20 +96,28 @@ def read_released(path: Path) -> tuple[Any, str]:
     return contents, hashlib.sha256(data).hexdigest()
 
 
-def import_released(model: FewShotModule, file: str | None, out: str | None) -> Path:
-    """Turns a file that CoOp or CLIP-LoRA released into a checkpoint of a model, which it must fit; says where it is.
+def import_released(model: FewShotModule, file: str | None, out: str | None, read: Reader | None = None) -> Path:
+    """Turns a released file into a checkpoint of a model, which it must fit; says where it is.
+
+    Args:
+        model: of a config.
+        file: what was released.
+        out: where to write; None for beside the file.
+        read: as :func:`released_tensors`, which it is by default.
 
     Raises:
         UserError: there is no such file, it does not fit, or what is to be written exists.
     """
     if file is None:
-        raise UserError("import needs --file: what CoOp or CLIP-LoRA released, such as model.pth.tar-200.")
-    path = Path(out or f"{file}.safetensors")
+        raise UserError(
+            "import needs --file: what others released, such as CoOp's model.pth.tar-200, or a folder of PEFT."
+        )
+    path = Path(out or f"{file.rstrip('/')}.safetensors")
     if path.suffix != ".safetensors":
         raise UserError(f"--out is {path}, and must end with .safetensors.")
     if path.exists():
         raise UserError(f"{path} exists already: choose another --out.")
-    tensors, origin = released_tensors(Path(file), model)
+    tensors, origin = (read or released_tensors)(Path(file), model)
     make_folder(path.parent)
     header = header_of(model) | {"split": None, "training": None, "imported": origin}  # no file says of which shots
     model.on_load_checkpoint({"state_dict": dict(tensors), HEADER: header})
@@ -117,8 +130,9 @@ def import_released(model: FewShotModule, file: str | None, out: str | None) -> 
 def released_tensors(path: Path, model: FewShotModule) -> tuple[dict[str, Tensor], dict[str, str]]:
     """What a released file holds for the model of a config: tensors in float32, by their names in the model.
 
-    It is a file of CoOp (``state_dict`` with ``ctx``, or that dictionary alone) or of CLIP-LoRA (``weights`` and
-    ``metadata``). With the tensors come its name and SHA-256, for the header.
+    It is a file of CoOp (``state_dict`` with ``ctx``, or that dictionary alone), MaPLe or PromptSRC (a whole model's),
+    CLIP-LoRA (``weights`` and ``metadata``) or Tip-Adapter (keys, with values beside it). With the tensors come its
+    name and SHA-256, for the header.
 
     Raises:
         UserError: it is no such file, or belongs to another backbone, method or setting than the config's.
@@ -127,19 +141,34 @@ def released_tensors(path: Path, model: FewShotModule) -> tuple[dict[str, Tensor
     contents = read if isinstance(read, dict) else {}
     state, weights, metadata = contents.get("state_dict", contents), contents.get("weights"), contents.get("metadata")
     try:
-        if isinstance(weights, dict) and isinstance(metadata, dict):
+        if isinstance(read, Tensor):
+            tensors = tip_tensors(read, values_beside(path), model)
+        elif isinstance(state, dict) and "image_encoder.VPT" in state:
+            tensors = promptsrc_tensors(state, model)
+        elif isinstance(state, dict) and "prompt_learner.proj.weight" in state:
+            tensors = maple_tensors(state, model)
+        elif isinstance(weights, dict) and isinstance(metadata, dict):
             tensors = clip_lora_tensors(weights, metadata, model)
         elif isinstance(state, dict) and "ctx" in state:
             tensors = coop_tensors(state, model)
         else:
             keys = ", ".join(map(str, list(state if isinstance(state, dict) else contents)[:6]))
             raise UserError(
-                "neither of CoOp (state_dict with ctx) nor of CLIP-LoRA (weights, metadata): it holds "
+                "neither of CoOp (state_dict with ctx), MaPLe, PromptSRC or Tip-Adapter nor of CLIP-LoRA (weights, "
+                "metadata): it holds "
                 f"{keys or 'nothing of that kind'}."
             )
     except UserError as error:  # of the contents, which know no file
         raise UserError(f"{path.name}: {error}") from None
     return tensors, {"file": path.name, "sha256": sha256}
+
+
+def values_beside(path: Path) -> Any:
+    """The values of Tip-Adapter's cache: ``values_16shots.pt`` beside ``keys_16shots.pt`` or ``best_F_16shots.pt``."""
+    name = re.sub(r"^(keys|best_F)_", "values_", path.name)
+    if name == path.name:
+        raise UserError("it is a tensor alone: Tip-Adapter's files are called keys_16shots.pt and best_F_16shots.pt.")
+    return read_released(path.with_name(name))[0]
 
 
 def coop_tensors(state: Mapping[str, Any], model: FewShotModule) -> dict[str, Tensor]:
@@ -293,12 +322,3 @@ def targets_of(slots: Collection[str], backbone: Backbone) -> list[str]:
         whole = len(blocks) == blocks_of(tower, backbone)
         patterns += [f"{tower}.*.{parts}"] * bool(blocks) if whole else [f"{tower}.{b}.{parts}" for b in blocks]
     return patterns
-
-
-def checked(name: str, value: Any) -> Tensor:
-    """A tensor of a file in float32; raises UserError when it is none of finite floating-point numbers."""
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        raise UserError(f"{name} is no tensor of floating-point numbers.")
-    if not torch.isfinite(value).all():
-        raise UserError(f"{name} holds values that are not finite.")
-    return value.detach().float().clone()

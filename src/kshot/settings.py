@@ -39,7 +39,11 @@ OPTIONS: dict[str, dict[str, tuple[Any, Any, str]]] = {  # of each command alone
     "validate": {"ckpt_path": CHECKPOINT},
     "test": {"ckpt_path": CHECKPOINT},
     "import": {
-        "file": (str | None, None, "What CoOp or CLIP-LoRA released, such as model.pth.tar-200 or lora_weights.pt."),
+        "file": (
+            str | None,
+            None,
+            "A released file, such as CoOp's model.pth.tar-200 or lora_weights.pt, or a folder of PEFT.",
+        ),
         "out": (str | None, None, "Where to write; by default beside the file, as FILE.safetensors."),
     },
 }

@@ -241,7 +241,7 @@ class OpenClip(VisionLanguageBackbone):
 
 def with_tokens(x: Tensor, tokens: Tensor) -> Tensor:
     """States, (N, L, width), with learned tokens, (n, width), in the places 1 ... n."""
-    return torch.cat([x[:, :1], tokens.to(x.dtype).expand(len(x), -1, -1), x[:, 1 + len(tokens) :]], 1)
+    return torch.cat([x[:, :1], tokens.to(x.dtype).expand(x.shape[0], -1, -1), x[:, 1 + len(tokens) :]], 1)
 
 
 def loaded_open_clip(with_transformers: bool = False) -> Any:

@@ -81,7 +81,7 @@ def run_prompted(blocks: Sequence[Run], x: Tensor, prompts: Sequence[Tensor]) ->
     length = x.shape[1]
     for block, prompt in zip_longest(blocks, prompts):
         if prompt is not None:
-            x = torch.cat([x[:, :length], prompt.to(x.dtype).expand(len(x), -1, -1)], 1)
+            x = torch.cat([x[:, :length], prompt.to(x.dtype).expand(x.shape[0], -1, -1)], 1)
         x = block(x)
     return x[:, :length]
 

@@ -121,7 +121,7 @@ class CoOp(TextClassifier):
 
     def shared_prompts(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """Prefix, (G, P, width), and suffix, (G, C, S, width), of contexts, (G, M, width), before the class name."""
-        groups, common = len(context), self.rest[:1, : self.same]
+        groups, common = context.shape[0], self.rest[:1, : self.same]
         prefix = torch.cat([self.start.expand(groups, -1, -1), context, common.expand(groups, -1, -1)], 1)
         return prefix, self.rest[:, self.same :].expand(groups, -1, -1, -1)
 

@@ -1,0 +1,1 @@
+"""What a run has learnt in files that other libraries read, one file of this package a format."""
