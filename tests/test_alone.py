@@ -111,7 +111,7 @@ def labels(module: FewShotModule, data: PredictionData, weights: Path | None = N
     data.images = ["new"]
     data.use_preprocessing(module.backbone.preprocessing)
     found = make_trainer().predict(module, datamodule=data, ckpt_path=weights)
-    rows = [row for positions, probabilities, _ in found for row in zip(positions, probabilities, strict=True)]
+    rows = [row for positions, probabilities, *_ in found for row in zip(positions, probabilities, strict=True)]
     each = [f"{data.predict_paths[i]} {dict(zip(data.class_names, p.tolist(), strict=True))}" for i, p in rows]
     return "\n".join(each).encode()
 

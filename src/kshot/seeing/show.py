@@ -129,7 +129,7 @@ def draw(given: Any, options: Sequence[str], answered: Answered, seen: Seen, fol
 
 def tree_of(run: Path, options: Sequence[str]) -> Any:
     """The settings of a run, with options laid over them."""
-    return settings(read_command_line(["predict", "--config", str(run / CONFIG), *options], list(OPTIONS)))[1]
+    return settings(read_command_line(["test", "--config", str(run / CONFIG), *options], list(OPTIONS)))[1]
 
 
 def tiny(image: Image.Image) -> bool:
