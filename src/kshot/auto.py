@@ -250,7 +250,8 @@ class Search:
         """The best of what was judged by as many steps as it will take; by a rule where nothing could be held out.
 
         Few images judge badly, and of many candidates one is lucky: :data:`SEVERAL_LAYERS` stays where no closed form
-        is clearly better, and the best of these where nothing that takes steps is.
+        is clearly better. What takes steps may have been judged on fewer images, and must beat the best
+        closed form on these.
 
         Raises:
             UserError: no candidate can be fitted.
@@ -269,7 +270,8 @@ class Search:
         if SEVERAL_LAYERS in closed and not clearly(contenders, best, SEVERAL_LAYERS):
             best = SEVERAL_LAYERS
         trained = [words for words in contenders if words in self.whole and words != best]
-        better = {words: contenders[words] for words in trained if clearly(contenders, words, best)}
+        pairs = {words: {best: contenders[best], words: contenders[words]} for words in trained}
+        better = {words: contenders[words] for words, pair in pairs.items() if first_of(pair) == words}
         words = first_of(better or {best: contenders[best]})
         logits, label = shared({**closed, **better})
         right = torch.stack([each.argmax(-1) == label for each in logits.values()])
