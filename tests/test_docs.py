@@ -99,7 +99,7 @@ def test_the_readme_goes_from_a_fit_to_a_table(tmp_path, monkeypatch):
     scans(tmp_path / "messy")
     with suppress(SystemExit):
         main(["data", "split", "messy", "--out", "messy/split.json"])
-    (program,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    program, elsewhere = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     given = {
         '"clip_16shot.yaml", data="photos/"': '["clip_16shot.yaml", "methods/gda.yaml"], data="messy/split.json"',
         '["a.jpg", "new/"]': '"messy/001.three"',
@@ -112,6 +112,16 @@ def test_the_readme_goes_from_a_fit_to_a_table(tmp_path, monkeypatch):
     assert len(values["found"]) > 10
     assert {each.label for each in values["found"] if not each.error} <= {"three", "five", "eight", "nine"}
     assert list(values["table"].columns[:3]) == ["path", "label_1", "probability_1"]
+
+    run = values["run"].directory
+    with suppress(SystemExit):
+        main(["export", str(run), "--format", "onnx", "--out", "written"])
+    for line, quick in {"runs/clip_16shot/001/export/onnx": "written", "a.jpg": values["found"][0].path}.items():
+        assert line in elsewhere
+        elsewhere = elsewhere.replace(line, quick)
+    exec(elsewhere, values)
+    assert values["probabilities"].sum() == pytest.approx(1, abs=1e-5)
+    assert values["probabilities"].max() == pytest.approx(values["found"][0].probability, abs=0.1)  # another resize
 
 
 def shown_after(command: str) -> tuple[list[str], list[str]]:
