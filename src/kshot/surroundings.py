@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from PIL import Image
 
 from kshot.data.loading import lost_worker
 from kshot.errors import UserError, first_line
@@ -105,4 +106,5 @@ def settle_chatter() -> None:
         ".*module.s. in eval mode.*",  # frozen towers are meant to be
     ):
         warnings.filterwarnings("ignore", message=message)
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # such images are refused
     os.environ.setdefault(VARIABLES[-1], "off")  # Lightning 2.6 calls what jsonargparse 5 drops

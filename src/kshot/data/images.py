@@ -4,9 +4,10 @@ import logging
 import math
 import os
 import stat
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -102,16 +103,29 @@ def opened(file: Path, content: BinaryIO | None = None) -> Iterator[Image.Image]
     if content is None and (wrong := fault(file)):
         raise UnreadableImageError(wrong)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(content or file, formats=FORMATS) as image:
-                check_shape(image)
-                yield image
+        with unwarned(), Image.open(content or file, formats=FORMATS) as image:
+            check_shape(image)
+            check_size(image)
+            yield image
     except MemoryError:
         raise
     except Exception as error:  # a broken file may raise anything in a decoder: SyntaxError, struct.error, ...
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UnreadableImageError(f"cannot read the image {str(file)!r}: {reason}") from None
+
+
+def unwarned() -> AbstractContextManager[Any]:
+    """Lets Pillow not warn of what is refused; in the main thread alone, for filters are those of all threads."""
+    if threading.current_thread() is not threading.main_thread():
+        return nullcontext()
+    return warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning)
+
+
+def check_size(image: Image.Image) -> None:
+    """Raises ValueError for an image of which Pillow warns."""
+    pixels, most = image.width * image.height, Image.MAX_IMAGE_PIXELS
+    if most is not None and pixels > most:
+        raise ValueError(f"its size of {pixels:,} pixels exceeds limit of {most:,}")
 
 
 def check_shape(image: Image.Image) -> None:
