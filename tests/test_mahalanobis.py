@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import test_folds
 import torch
 import torch.nn.functional as F
 from command_line import photos, predict, refused, run_test
@@ -24,12 +25,11 @@ from kshot.classifiers import GDA, VPT, LinearProbe, ProLIP, TextPrompt
 from kshot.cli import main
 from kshot.data import FewShotDataModule
 from kshot.errors import UserError
-from kshot.features import FeatureStore, place
-from kshot.folds import HeldOut, Judge, fold_settings, joined, stratified_folds, twin_of
+from kshot.folds import HeldOut, joined, stratified_folds, twin_of
 from kshot.forecast import ahead, look_around
 from kshot.mahalanobis import DIRECTIONS, PREFIX, mahalanobis, stated, stored_mahalanobis
 from kshot.optim import AdamW
-from kshot.run import build, fit, make_trainer
+from kshot.run import fit, make_trainer
 
 FIT = ["fit", "--config", "clip_16shot.yaml"]
 QUICK = ["--trainer.enable_progress_bar", "false", "--trainer.limit_test_batches", "1", "--data.views", "1"]
@@ -167,15 +167,10 @@ def shots():
 
 
 def judged_by(backbone, data, **settings):
-    """A judge, a module that has learnt nothing, and features of the shots as evaluation sees them."""
-    module = build(backbone, data, **settings)
-    trainer = make_trainer([FeatureStore(backbone)], max_epochs=1)
-    data.trainer = trainer
-    data.setup("fit")
-    place(module, trainer)
+    """A judge, a module that has learnt nothing, and the shots as evaluation sees them."""
+    judge, module = test_folds.judged_by(backbone, data, **settings)
     data.open_judged()
-    images = data.part("judged").images([(i, 0) for i in range(40)])
-    return Judge(data, trainer, module, fold_settings({"max_epochs": 1})), module, images
+    return judge, module, data.part("judged").images([(i, 0) for i in range(40)])
 
 
 def near(features, label, held):

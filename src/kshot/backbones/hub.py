@@ -23,16 +23,26 @@ def quiet_loading(hub: bool) -> Iterator[None]:
     """
     from huggingface_hub import constants
 
-    disabled, offline = logging.root.manager.disable, constants.HF_HUB_OFFLINE
+    offline = constants.HF_HUB_OFFLINE
     behind_proxy = any(name in os.environ for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"))
     constants.HF_HUB_OFFLINE = offline or (hub and not behind_proxy and not answers(constants.ENDPOINT))
-    logging.disable(logging.ERROR)
+    try:
+        with muted(logging.ERROR):
+            yield
+    finally:
+        constants.HF_HUB_OFFLINE = offline
+
+
+@contextmanager
+def muted(level: int) -> Iterator[None]:
+    """Without warnings, and what libraries log up to a level."""
+    disabled = logging.root.manager.disable
+    logging.disable(level)
     try:
         with warnings.catch_warnings(action="ignore"):
             yield
     finally:
         logging.disable(disabled)
-        constants.HF_HUB_OFFLINE = offline
 
 
 def answers(endpoint: str, timeout: float = 3.0) -> bool:

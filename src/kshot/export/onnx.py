@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from kshot.backbones.hub import muted
 from kshot.errors import UserError, first_line
 from kshot.export.check import Answers
 from kshot.export.needed import needed
@@ -33,7 +31,7 @@ def write(run: OpenRun, folder: Path, wanted: Wanted) -> Answers:
     """
     onnx, ort = needed("onnx", "onnxscript", "onnxruntime"), needed("onnxruntime")
     file = folder / FILE
-    with quiet():
+    with muted(logging.WARNING):
         try:
             made = torch.onnx.export(
                 program_of(run, wanted.dtype),
@@ -83,15 +81,3 @@ def quantise(file: Path) -> None:
     file.rename(beside)
     quantization.quantize_dynamic(str(beside), str(file), per_channel=True, weight_type=quantization.QuantType.QInt8)
     beside.unlink()
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without what the exporters tell of their own steps."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            yield
-    finally:
-        logging.disable(disabled)
