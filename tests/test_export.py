@@ -205,10 +205,37 @@ def test_siglip_by_the_names_of_transformers(tmp_path):
     ],
 )
 def test_methods_that_peft_has_are_its_own(name, adapter, targets, kind, tmp_path):
-    out = exported(run_of(name, adapter, targets=targets), "peft", tmp_path / "out")
+    run = run_of(name, adapter, targets=targets)
+    out = exported(run, "peft", tmp_path / "out")
     config = json.loads((out / "adapter_config.json").read_text())
     assert config["peft_type"] == kind
     assert bool(config.get("use_dora")) == isinstance(adapter, DoRA)
+    if adapter.wise_alpha == 1:
+        comes_back(run, out, run_of(name, adapter, targets=targets))
+
+
+def comes_back(run, out, back):
+    """What was exported answers in another run as it did in its own."""
+    tensors, told = peft_tensors(out, back.module)
+    assert told["file"] == "out"
+    back.module.load_state_dict(tensors, strict=False)
+    heads = {n: v for n, v in run.module.tuned_state().items() if n.startswith("classifier.") and ".adapters." not in n}
+    back.module.load_state_dict({n: v for n, v in heads.items() if "backbone" not in n}, strict=False)
+    images = probe_of(run, 8).images
+    found, expected = answers_of(back, images), answers_of(run, images)
+    assert float((found - expected).abs().max() / expected.abs().max()) <= EXACT
+
+
+@pytest.mark.parametrize(("kind", "seed"), [(VeRA, 2), (RandLoRA, 2)])
+def test_random_matrices_of_another_seed_are_refused(kind, seed, tmp_path):
+    out = exported(run_of("vit_dinov2", kind(rank=3), targets=["*.qkv"]), "peft", tmp_path / "out")
+    with pytest.raises(UserError, match=rf"_A is not what --model.adapter.seed {seed} gives here"):
+        peft_tensors(out, run_of("vit_dinov2", kind(rank=3, seed=seed), targets=["*.qkv"]).module)
+    with pytest.raises(UserError, match=rf"set --model.adapter {kind.__name__} --model.adapter.rank 3"):
+        peft_tensors(out, run_of("vit_dinov2", kind(rank=4), targets=["*.qkv"]).module)
+    save_file({"base_model.model.blocks.0.x": torch.zeros(1)}, out / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=f"which is nothing of {kind.__name__}"):
+        peft_tensors(out, run_of("vit_dinov2", kind(rank=3), targets=["*.qkv"]).module)
 
 
 def test_ranks_may_differ_and_towers_are_told_apart(tmp_path):
@@ -501,14 +528,7 @@ def test_a_lora_of_peft_comes_back(name, layout, label, tmp_path):
     run = run_of(name, case_of(label), targets=targets)
     out = exported(run, "peft", tmp_path / "out", Wanted(layout=layout))
     back = run_of(name, LoRA(rank=5, alpha=3), targets=targets)  # of a larger rank, and with a scale of its own
-    tensors, told = peft_tensors(out, back.module)
-    assert told["file"] == "out"
-    back.module.load_state_dict(tensors, strict=False)
-    heads = {n: v for n, v in run.module.tuned_state().items() if n.startswith("classifier.") and ".adapters." not in n}
-    back.module.load_state_dict({n: v for n, v in heads.items() if "backbone" not in n}, strict=False)
-    images = probe_of(run, 8).images
-    found, expected = answers_of(back, images), answers_of(run, images)
-    assert float((found - expected).abs().max() / expected.abs().max()) <= EXACT
+    comes_back(run, out, back)
 
 
 @pytest.mark.parametrize(

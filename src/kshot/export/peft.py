@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -169,28 +169,43 @@ def as_dora(modules: Mapping[str, Module]) -> tuple[dict[str, Any], Tensors]:
 def as_vera(adapter: VeRA, modules: Mapping[str, Module]) -> tuple[dict[str, Any], Tensors]:
     """VeRA with its frozen pair in the file."""
     layers: dict[str, Any] = {name: module.alone for name, module in modules.items()}
-    pair = next(iter(layers.values())).pair
-    tensors = {"vera_A": pair.A, "vera_B": pair.B}
+    tensors = vera_pair(list(layers.values()))
     for name, layer in layers.items():
         tensors |= {f"model.{name}.vera_lambda_{which}": getattr(layer, f"lambda_{which}") for which in "bd"}
     return {"kind": "VeraConfig", "r": adapter.rank, "save_projection": True}, tensors
 
 
-def as_randlora(adapter: RandLoRA, modules: Mapping[str, Module]) -> tuple[dict[str, Any], Tensors]:
-    """RandLoRA with its frozen bases in the file, as large as PEFT makes them."""
-    layers: dict[str, Any] = {name: module.alone for name, module in modules.items()}
-    shapes = [(layer.slot.out_features, layer.slot.in_features) for layer in layers.values()]
+def vera_pair(layers: Sequence[Any]) -> Tensors:
+    """The frozen pair of all layers, by PEFT's names."""
+    pair = layers[0].pair
+    return {"vera_A": pair.A, "vera_B": pair.B}
+
+
+def randlora_bases(adapter: RandLoRA, layers: Sequence[Any]) -> Tensors:
+    """The frozen bases of all layers by PEFT's names, as large as PEFT makes them.
+
+    Raises:
+        UserError: layers take parts of them in which PEFT orders them otherwise.
+    """
+    shapes = [(layer.slot.out_features, layer.slot.in_features) for layer in layers]
     smaller, larger = sorted(max(sides) for sides in zip(*shapes, strict=True))
-    terms = {len(layer.Gamma) for layer in layers.values()}
+    terms = {len(layer.Gamma) for layer in layers}
     if len(terms) > 1:  # PEFT lays the columns of B out by a layer's own number of terms
         raise UserError(
             f"PEFT cannot have RandLoRA here: matrices of other smaller sides share a basis, which it orders by each: "
             f"adapt those of one side, or {INSTEAD}."
         )
-    bases, n, rank = next(iter(layers.values())).bases, terms.pop(), adapter.rank
+    bases, n, rank = layers[0].bases, terms.pop(), adapter.rank
     flat = bases.B[:, :n].transpose(1, 2).reshape(-1, n, rank)  # where the column of term j and rank k is k n + j
     tensors: Tensors = {"randlora_A": F.pad(bases.A, (0, smaller - bases.A.shape[1])).unsqueeze(1)}
     tensors["randlora_B"] = F.pad(flat, (0, 0, 0, -(-smaller // rank) - n, 0, larger - len(flat)))
+    return tensors
+
+
+def as_randlora(adapter: RandLoRA, modules: Mapping[str, Module]) -> tuple[dict[str, Any], Tensors]:
+    """RandLoRA with its frozen bases in the file."""
+    layers: dict[str, Any] = {name: module.alone for name, module in modules.items()}
+    tensors = randlora_bases(adapter, list(layers.values()))
     for name, layer in layers.items():
         tensors |= {f"model.{name}.randlora_lambda": layer.Lambda.T, f"model.{name}.randlora_gamma": layer.Gamma}
     alpha = int(adapter.alpha) if float(adapter.alpha).is_integer() else adapter.alpha
