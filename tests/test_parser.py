@@ -22,7 +22,7 @@ from kshot.classifiers import Classifier, ClassifierFactory, CoOp
 from kshot.cli import main
 from kshot.config import find_config, load_yaml, read_command_line, read_config, read_word
 from kshot.errors import UserError
-from kshot.layering import check_plain, check_stored, lay
+from kshot.layering import check_stored, lay, plain_value
 from kshot.module import FewShotModule
 from kshot.optim import DasslCosine, WarmupCosine, make_schedule
 from kshot.places import Place, arguments_of, imported, named, place_of
@@ -529,7 +529,7 @@ def test_an_annotation_that_is_not_there_takes_no_class():
         with pytest.raises(UserError, match="x takes a function, which a config cannot give"):
             lay(place, None, path, "x")
     with pytest.raises(UserError, match="x takes no class"):
-        check_plain(Place(), [{"class_path": "a.B"}], "x")
+        plain_value(Place(), [{"class_path": "a.B"}], "x")
 
 
 def test_a_plain_record_takes_settings_and_no_file(here):
@@ -539,8 +539,8 @@ def test_a_plain_record_takes_settings_and_no_file(here):
 
     (here / "c.yaml").write_text("size: 3")
     place = place_of(Record | bool)
-    assert lay(place, {"size": 2}, {"size": "4"}, "x") == {"size": "4"}
-    assert lay(place, None, "true", "x") == "true"
+    assert lay(place, {"size": 2}, {"size": "4"}, "x") == {"size": 4}
+    assert lay(place, None, "true", "x") is True
     for value, expected in {"./c.yaml": "must be a mapping", "many": "must be a mapping", "3.5": "Expected"}.items():
         with pytest.raises(UserError, match=expected):
             lay(place, None, value, "x")

@@ -12,8 +12,6 @@ import pytest
 import timm
 import torch
 from jsonargparse import ArgumentParser
-from lightning.pytorch.cli import LightningCLI
-from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import kshot
@@ -22,7 +20,6 @@ from kshot.optim import ScheduleFactory, built_by
 ROOT = Path(kshot.__file__).parent
 
 PRIVATE = {  # names with an underscore in src
-    "lightning.pytorch.core.mixins.hparams_mixin._given_hyperparameters": "whether a config builds the module",
     "_embeds": "open_clip's image tower up to its blocks, between which prompts are put",
     "_pos_embed": "timm's image tower up to its blocks",
     "_samples": "torchvision's GTSRB and others: paths and labels, which it gives in no other way",
@@ -31,7 +28,6 @@ PRIVATE = {  # names with an underscore in src
 }
 UNDOCUMENTED = {  # names without one
     "jsonargparse: a factory is partial(builder, class, **settings)": "kshot.optim.built_by finds the class in it",
-    "lightning: a LightningCLI that has config_dump makes no other": "kshot.commands: settings are written out once",
     "importlib.metadata: what the first finder raises ends a search": "kshot.lean: a start in half the time",
     "open_clip: visual.ln_pre, _pool, proj, output_tokens; text.attn_mask": "kshot.backbones.towers and open_clip",
     "timm: norm_pre, patch_drop, rope, rope_mixed, forward_head, q_bias": "kshot.backbones.towers and unfuse",
@@ -82,10 +78,6 @@ def test_nothing_of_another_library_is_replaced():
                     assert f"{file.name}: {ast.unparse(node)}" in WRITTEN, f"line {node.lineno}"
 
 
-def test_given_hyperparameters_are_none_in_a_script():
-    assert _given_hyperparameters.get() is None
-
-
 def test_the_class_lies_in_the_factory_of_a_config(monkeypatch):
     monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     parser = ArgumentParser(exit_on_error=False)
@@ -95,13 +87,6 @@ def test_the_class_lies_in_the_factory_of_a_config(monkeypatch):
     assert isinstance(factory, partial)
     assert built_by(factory) is CosineAnnealingLR
     assert built_by(partial(partial(CosineAnnealingLR, T_max=1), eta_min=0.1)) is CosineAnnealingLR
-
-
-def test_lightning_makes_no_second_dump_of_the_settings():
-    cli = LightningCLI.__new__(LightningCLI)  # without a parser, which a dump would ask
-    cli.config_dump = given = {"model": {}}
-    cli._dump_config()
-    assert cli.config_dump is given
 
 
 def test_lightning_loads_without_what_it_would_load_in_vain():

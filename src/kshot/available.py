@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 
-from jsonargparse import ArgumentParser
 from lightning.fabric.plugins.environments import (
     LSFEnvironment,
     MPIEnvironment,
@@ -20,6 +19,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from kshot.config import Tree
 from kshot.errors import UserError, nearest_first
 from kshot.layering import DURATION, listed
+from kshot.making import made
+from kshot.places import Place
 
 PARTS_OF_TRAINER = {"callbacks": Callback, "logger": Logger}
 LAUNCHERS = (TorchElasticEnvironment, SLURMEnvironment, LSFEnvironment, MPIEnvironment)
@@ -61,10 +62,8 @@ def check_part(where: str, kind: type, spec: Tree) -> None:
     monitor = spec["init_args"].get("monitor") or "val/acc"
     if monitor != "val/acc" and not monitor.startswith("train/"):
         raise UserError(f"{where}: {class_name(spec)} watches {monitor!r}; a run logs val/acc and train/loss.")
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--part", type=kind)
     try:
-        parser.instantiate_classes(parser.parse_object({"part": spec}))
+        made(Place(bases=(kind,)), spec)
     except (ImportError, TypeError, ValueError, MisconfigurationException) as error:
         said = str(error).strip().splitlines()[-1].strip()
         raise UserError(f"{where}: {class_name(spec)} cannot be made: {said:.300}") from error

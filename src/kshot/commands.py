@@ -12,23 +12,21 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import yaml  # type: ignore[import-untyped]
-from jsonargparse import ArgumentError
+from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.trainer import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from kshot import __version__, predictions, record
 from kshot.auto import choose
+from kshot.building import backbone_of, data_of, kind_of, method_of, options_of, trainer_settings
 from kshot.calibration import stored_calibration
 from kshot.callbacks import Progress, ResumeFile
 from kshot.checkpoint import HEADER, AtomicCheckpoints, packed, write_tensors
 from kshot.choice import Choice, kept
 from kshot.config import CommandLine, Tree, read_command_line
-from kshot.data.datamodule import FewShotDataModule
 from kshot.data.prediction import white_in
 from kshot.data.splits import TEST_SHARE
 from kshot.errors import UserError, first_line
@@ -38,15 +36,15 @@ from kshot.folds import fold_settings, twin_of
 from kshot.forecast import look_ahead, look_around
 from kshot.foreign import import_released
 from kshot.header import header_of
-from kshot.layering import listed, written_out
+from kshot.layering import BUILDER, listed, written_out
 from kshot.module import FewShotModule
 from kshot.optim import watches
 from kshot.prepare import check_classes
-from kshot.record import RunOptions
 from kshot.run import DEFAULTS, evaluate, finish, fit, has_length, set_length
-from kshot.settings import LINKED, OPTIONS, add_options, help_text, settings
+from kshot.settings import LINKED, OPTIONS, help_text, settings
 from kshot.surroundings import RESUME_FROM, mistake_behind, settle_chatter, told_to_stderr, with_resume
 
+DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # libyaml's, where PyYAML was built with it
 TRAINER_DEFAULTS = DEFAULTS | {
     "logger": False,
     "enable_model_summary": False,
@@ -69,14 +67,11 @@ def run(arguments: Sequence[str], started: float | None = None) -> FewShotCLI:
         print(help_text(line))
         raise SystemExit(0)
     (places, tree), choice = settings(line), None
-    try:
-        if tree.get("budget") is not None and "print_config" not in line.flags:
-            line, choice = choose(line, tree)
-            places, tree = settings(line)
-        tree["trainer"] = TRAINER_DEFAULTS | tree["trainer"]
-        cli = FewShotCLI(line, written_out(places, tree), started, choice)
-    except ArgumentError as error:
-        raise UserError(" ".join(str(error).split())[:600]) from error
+    if tree.get("budget") is not None and "print_config" not in line.flags:
+        line, choice = choose(line, tree)
+        places, tree = settings(line)
+    tree["trainer"] = TRAINER_DEFAULTS | tree["trainer"]
+    cli = FewShotCLI(line, written_out(places, tree), started, choice)
     try:
         getattr(cli, f"run_{line.command}")()
     except BaseException as error:
@@ -90,81 +85,70 @@ def run(arguments: Sequence[str], started: float | None = None) -> FewShotCLI:
     return cli
 
 
-class FewShotCLI(LightningCLI):
-    """Builds data, model and trainer of a command line's settings, and runs its command."""
+class FewShotCLI:
+    """Builds data, model and trainer of a command line's settings, and runs its command.
 
-    model: FewShotModule
-    datamodule: FewShotDataModule
-    trainer: Trainer
+    Args:
+        line: the command line.
+        tree: its settings, with all defaults written out.
+        started: when its process began, or the command.
+        choice: how its method was chosen, where it was.
+
+    Raises:
+        UserError: what the parts of a run refuse.
+        SystemExit: after --print_config.
+    """
 
     def __init__(self, line: CommandLine, tree: Tree, started: float, choice: Choice | None = None) -> None:
-        self.line, self.choice = line, choice
+        self.line, self.config, self.choice = line, tree, choice
         self.directory: Path | None = None
         self.lock = ExitStack()  # of the directory
         self.files = AtomicCheckpoints()
-        super().__init__(
-            FewShotModule,
-            FewShotDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            seed_everything_default=1,
-            auto_configure_optimizers=False,
-            save_config_callback=None,
-            parser_kwargs={"exit_on_error": False, "dump_header": [f"kshot=={__version__}"]},
-            args=tree,
-            run=False,
-        )
+        if tree["seed_everything"] is not False:
+            chosen = tree["seed_everything"]
+            tree["seed_everything"] = seed_everything(None if chosen is True else chosen, workers=True)
+        if "print_config" in line.flags:
+            print(text_of(tree), end="")
+            raise SystemExit(0)
+        tree["run"]["name"] = tree["run"]["name"] or line.name  # so that the saved file adds to the same folder
+        self.config_text = text_of(tree)
+        self.options = options_of(tree)
+        self.datamodule = data_of(tree)
+        self.model = self.make_model()
+        self.datamodule.use_preprocessing(self.model.backbone.preprocessing)
+        self.given = trainer_settings(tree["trainer"])
+        self.trainer = self.make_trainer()
         self.seconds = {"start": time.time() - started}
 
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Links what the data set knows to the model, and adds where runs are kept and the command's own options."""
-        for name in LINKED:
-            parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
-        add_options(parser, self.line.command)
+    def make_model(self) -> FewShotModule:
+        """The model on its backbone, for the classes of the data, with the settings that its checkpoints tell."""
+        known = {name: getattr(self.datamodule, name) for name in LINKED}
+        backbone = backbone_of(self.config)
+        model = kind_of(self.config)(backbone=backbone, **known, **method_of(self.config))
+        spec = self.config["model"]
+        own = {"_class_path": spec["class_path"], **spec["init_args"], **spec.get("dict_kwargs", {}), **known}
+        model.save_hyperparameters(own | {"_instantiator": BUILDER})
+        return model
 
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Reads settings of which each is there, so that jsonargparse need not look for defaults class by class."""
-        self.config = parser.parse_object(args, defaults=False)
-        for name in LINKED:
-            self.config["model"]["init_args"][name] = None  # the place where the data set's are put
-
-    def before_instantiate_classes(self) -> None:
-        """Answers --print_config; else writes the settings out once, for config.yaml and for checkpoints."""
-        if "print_config" in self.line.flags:
-            print(self.parser.dump(self.config, skip_none=False), end="")
-            raise SystemExit(0)
-        run = self.config["run"]  # with its name, so that the saved file, given again, adds to the same folder
-        run["name"] = run["name"] or self.line.name
-        self.config_text = self.parser.dump(self.config, skip_none=False, skip_validation=True)
-        self.config_dump = yaml.safe_load(self.config_text)  # which LightningCLI would make, with all checks once more
-
-    def instantiate_classes(self) -> None:
-        """Builds data, model and trainer, and gives the data the preprocessing of the backbone."""
-        self.config_init = self.parser.instantiate_classes(self.config.clone())
-        self.datamodule, self.model = self.config_init["data"], self.config_init["model"]
-        self.datamodule.use_preprocessing(self.model.backbone.preprocessing)
-        self.trainer = self.instantiate_trainer()
-
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+    def make_trainer(self) -> Trainer:
         """The configured trainer with safe checkpoint files, which validates where something is decided by it."""
-        given = self.config_init["trainer"]
-        self.options: RunOptions = self.config_init["run"]
+        given = dict(self.given)
         self.resume_file = ResumeFile(self.options.save_every)
-        callbacks = [*listed(given["callbacks"]), self.resume_file]
+        given["callbacks"] = callbacks = [*listed(given["callbacks"]), self.resume_file]
         if given["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             callbacks.append(Progress(leave=False))
         if given["check_val_every_n_epoch"] == 0:
-            kwargs["check_val_every_n_epoch"] = 1
+            given["check_val_every_n_epoch"] = 1
             decided = given["val_check_interval"] is not None or any(getattr(c, "monitor", None) for c in callbacks)
             decided = decided or watches(self.model.schedule_factory)
             if self.line.command == "fit" and not decided:
-                kwargs["limit_val_batches"] = 0
-        plugins = [*listed(given["plugins"]), self.files]
+                given["limit_val_batches"] = 0
+        given["plugins"] = [*listed(given["plugins"]), self.files]
         left_open = self.line.command == "fit" and not has_length(given)
         if left_open:
-            kwargs["max_epochs"] = 1  # until the number of devices is known
+            given["max_epochs"] = 1  # until the number of devices is known
         try:
-            trainer = super().instantiate_trainer(callbacks=callbacks, plugins=plugins, **kwargs)
+            trainer = Trainer(**given)
         except (MisconfigurationException, ValueError, ModuleNotFoundError) as error:
             raise UserError(f"trainer: {first_line(error)}") from error
         if left_open:
@@ -262,7 +246,7 @@ class FewShotCLI(LightningCLI):
             if self.choice is not None and self.choice.calibration is not None:
                 self.model.calibration = stored_calibration(self.choice.calibration)
             else:
-                settings = fold_settings(self.config_init["trainer"])
+                settings = fold_settings(self.given)
                 self.model.calibration = look_ahead(self.model, unfitted, *run, settings)
             self.model.mahalanobis = look_around(self.model, *run)
         except UserError as error:  # of a method that cannot learn from fewer shots; the run itself is whole
@@ -331,3 +315,8 @@ class FewShotCLI(LightningCLI):
         read = peft_tensors if file and Path(file).is_dir() else None
         out = import_released(self.model, file, self.config["out"], read)
         print(shlex.join(["python", "main.py", "test", *self.line.without("file", "out"), "--ckpt_path", str(out)]))
+
+
+def text_of(tree: Tree) -> str:
+    """Settings as a config file states them."""
+    return f"# kshot=={__version__}\n{yaml.dump(tree, Dumper=DUMPER, sort_keys=False, allow_unicode=True)}"

@@ -31,7 +31,7 @@ from kshot.places import (
 )
 
 DURATION = ("weeks", "days", "hours", "minutes", "seconds")
-BUILDER = "lightning.pytorch.cli.instantiate_module"  # what LightningCLI writes into checkpoints
+BUILDER = "lightning.pytorch.cli.instantiate_module"  # by which Lightning opens a checkpoint again
 Rule = tuple[Callable[[Any], Any], str]  # what holds of a value, and what completes "is 0, and must ..."
 SPEC: Tree = {"class_path": str, "init_args": dict | None, "dict_kwargs": dict | None}  # a class and its settings
 PLAIN = {bool, int, float, str, type(None), list, tuple, dict}  # what a config holds
@@ -143,7 +143,9 @@ def lay(place: Place, old: Any, new: Any, where: str) -> Any:
     """
     read, several = read_word(new), place.items
     nameless = isinstance(read, dict) and "class_path" not in read
-    chooses = isinstance(read, dict) or (isinstance(read, str) and (is_path(read) or not place.text))
+    chooses = isinstance(read, dict) or (
+        isinstance(read, str) and (is_path(read) or not place.text or read in subclasses(place.bases))
+    )
     if place.group and isinstance(read, dict):
         before = old if isinstance(old, dict) else {}
         return lay_all(arguments_of(place.group)[0], before, read, where, place.group.__name__)
@@ -155,12 +157,15 @@ def lay(place: Place, old: Any, new: Any, where: str) -> Any:
         return [lay(several, None, each, f"{where}[{i}]") for i, each in enumerate(listed(read))]
     if several and nameless:
         return {key: lay(several, None, each, f"{where}.{key}") for key, each in read.items()}
-    check_plain(place, new, where)
-    return new
+    return plain_value(place, new, where)
 
 
-def check_plain(place: Place, value: Any, where: str) -> None:
-    """Refuses a value that is not of a place's type, and all for which jsonargparse would import or read something."""
+def plain_value(place: Place, value: Any, where: str) -> Any:
+    """A value as a config states it, in the type of its place: ``"4"`` is 4 for a number.
+
+    Raises:
+        UserError: it is not of that type, or one for which jsonargparse would import or read something.
+    """
     word = read_word(value)
     for each in walk(word):
         if any(isinstance(part, dict) and "class_path" in part for part in walk(read_word(each))):
@@ -170,15 +175,37 @@ def check_plain(place: Place, value: Any, where: str) -> None:
     if place.calls and isinstance(word, str) and (is_path(word) or os.path.isfile(word)):  # noqa: PTH113  of any length
         raise UserError(f"{where} takes a function, which a config cannot give: not {word!r}.")
     check_range(where, value)
-    kinds = alternatives(place.hint)
-    if Any not in kinds and type(value) not in kinds:  # else it is taken as it is
-        with suppress(ValueError):  # a type that jsonargparse has no rule for
-            try:
-                parser_of(place.hint).parse_object({"value": value})
-            except (ArgumentError, TypeError) as error:
-                names = [name for part in kinds for name in names_of(part)]
-                wanted = " or ".join(dict.fromkeys(names))
-                raise UserError(f"{where}: Expected {wanted}. Got value: {value}") from error
+    if Any in alternatives(place.hint):
+        return word
+    if holds_as_it_is(place.hint, value) and not (isinstance(value, str) and word is not value):
+        return value
+    try:
+        read = parser_of(place.hint).parse_object({"value": value}).value
+    except (ArgumentError, TypeError) as error:
+        names = [name for part in alternatives(place.hint) for name in names_of(part)]
+        raise UserError(f"{where}: Expected {' or '.join(dict.fromkeys(names))}. Got value: {value}") from error
+    except ValueError:  # a type that jsonargparse has no rule for
+        return word
+    return stated(read) if all(type(each) in PLAIN for each in walk(read)) else value
+
+
+def stated(value: Any) -> Any:
+    """A value with lists for tuples and words for keys, at every depth, as a config states them."""
+    if isinstance(value, dict):
+        return {str(name): stated(each) for name, each in value.items()}
+    return [stated(each) for each in value] if isinstance(value, (list, tuple)) else value
+
+
+def holds_as_it_is(hint: Any, value: Any) -> bool:
+    """Whether a value is of one of the types of an annotation, to the letter."""
+    for kind in alternatives(hint):
+        if kind is Any or type(value) is kind:
+            return True
+        if typing.get_origin(kind) is typing.Literal and any(
+            each == value and type(each) is type(value) for each in typing.get_args(kind)
+        ):
+            return True
+    return False
 
 
 @cache
@@ -219,7 +246,7 @@ def lay_class(place: Place, old: Any, new: Any, where: str) -> Tree:
         if not isinstance(value, SPEC.get(key, ())):
             raise UserError(f"{where}.{key} is {value!r:.200}: a class is given as class_path and its init_args.")
     arguments, extra = own.get("init_args") or {}, own.get("dict_kwargs") or {}
-    check_plain(Place(), extra, f"{where}.dict_kwargs")
+    plain_value(Place(), extra, f"{where}.dict_kwargs")
     before = named(old["class_path"], place.bases, where) if isinstance(old, dict) else None
     if "class_path" in own:
         chosen = named(own["class_path"], place.bases, where)
@@ -279,7 +306,11 @@ def _stated(place: Place) -> Any:
     """The default of a place as a config states it, or REQUIRED."""
     if place.bases and isinstance(place.default, type):
         return {"class_path": public_path(place.default), "init_args": {}}
-    return place.default if all(type(each) in PLAIN for each in walk(place.default)) else REQUIRED
+    if any(type(each) not in PLAIN for each in walk(place.default)):
+        return REQUIRED
+    with suppress(UserError):  # of a default that its own annotation does not take
+        return plain_value(place, place.default, "")
+    return place.default
 
 
 def _with_defaults(place: Place, value: Any) -> Any:

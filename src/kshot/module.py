@@ -10,7 +10,6 @@ from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -72,8 +71,6 @@ class FewShotModule(pl.LightningModule):
         cache_features: bool = True,
     ) -> None:
         super().__init__()
-        if _given_hyperparameters.get() is not None:  # the command line's plain config; in a script these are modules
-            self.save_hyperparameters()
         self.strict_loading = False  # only trainable tensors are saved; on_load_checkpoint compares the names itself
         self.adapter, self.targets, self.cache_features, self.head_lr = adapter, targets, cache_features, head_lr
         self.optimizer_factory, self.schedule_factory = optimizer, schedule

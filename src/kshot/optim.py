@@ -140,7 +140,7 @@ def watches(factory: Callable[..., Any] | None) -> bool:
 
 
 def built_by(factory: Callable[..., Any]) -> Callable[..., Any]:
-    """What a factory calls in the end; jsonargparse hands over a partial of its own builder with the class first."""
+    """What a factory calls in the end; Lightning, opening a checkpoint, has jsonargparse's with the class first."""
     while isinstance(factory, partial):
         factory = next((each for each in factory.args if isinstance(each, type)), factory.func)
     return factory

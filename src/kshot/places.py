@@ -37,6 +37,7 @@ class Place:
     bases: tuple[type, ...] = ()  # the kinds of classes that it takes
     group: type | None = None  # a plain record, or another class whose settings stand here without its name
     given: frozenset[str] = frozenset()  # arguments of the class that the run gives, not the config
+    factory: bool = False  # whether it takes what makes an object, once those are given
     items: Place | None = None  # what a list holds here, or a mapping
     text: bool = False  # whether a plain word is a value
     calls: bool = False  # whether any callable is a value
@@ -59,8 +60,9 @@ def place_of(hint: Any, default: Any = None) -> Place:
         elif typing.Protocol in getattr(kind, "__bases__", ()):  # a factory: the run gives what its call takes
             hints = typing.get_type_hints(kind.__call__)
             place.bases, place.given = (*place.bases, hints.pop("return")), frozenset(hints)
+            place.factory = True
         elif kind is collections.abc.Callable and inside and is_kind(inside[-1]):
-            place.bases = (*place.bases, inside[-1])
+            place.bases, place.factory = (*place.bases, inside[-1]), True
         elif kind in (type, collections.abc.Callable, types.ModuleType):
             place.calls = True
         elif isinstance(kind, type) and is_dataclass(kind):

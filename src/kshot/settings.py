@@ -9,12 +9,11 @@ import re
 import shlex
 import textwrap
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import replace
 from enum import Enum
 from typing import Any
 
-from jsonargparse import ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentParser
 from lightning.pytorch.trainer import Trainer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -49,7 +48,6 @@ OPTIONS: dict[str, dict[str, tuple[Any, Any, str]]] = {  # of each command alone
 }
 PREDICTS = {"images", "top_k", "abstain_error", "abstain_by"}  # of a command that takes no experiment any more
 PASSED_OVER = PREDICTS | {"weights_only", "verbose", "return_predictions"}  # in configs saved by earlier versions
-SAFE: Tree = {"import_path_denylist": [], "instantiate_subclass_spec_in_any": False}  # jsonargparse, too, runs no code
 SHOWN = {  # of other libraries' classes, what the short help lists
     "trainer": ("max_epochs", "accelerator", "devices", "precision", "max_time"),
     "model.optimizer": ("lr", "weight_decay", "momentum"),
@@ -133,9 +131,6 @@ def laid(line: CommandLine) -> tuple[Places, Tree]:
     An adapter over a config without one trains with that config's optimizer, made for prompts or a head. It stays so,
     and ``line.notes`` tells it unless an optimizer was chosen later, or its rate is the adapter's own.
     """
-    for setting, value in SAFE.items():
-        with suppress(TypeError):  # a release without it has kshot.layering alone, which refuses before
-            set_parsing_settings(**{setting: value})
     places = {
         "seed_everything": place_of(bool | int, 1),
         "model": Place(FewShotModule, bases=(FewShotModule,), given=frozenset(LINKED)),
