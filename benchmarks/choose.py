@@ -148,17 +148,17 @@ def run_stage(classes: int, options: argparse.Namespace) -> None:
         began = time.process_time()  # by the processor, as started is by the clock
 
         def judge(self, tree: dict) -> Judge:
+            clocks = time.monotonic(), time.process_time()
             judge = super().judge(tree)
             if not judge.kept:
-                wide = judge.backbone.feature_dim
-                clocks, chance = (time.monotonic(), time.process_time()), torch.Generator().manual_seed(1)
+                wide, chance = judge.backbone.feature_dim, torch.Generator().manual_seed(1)
                 label = torch.arange(classes).repeat_interleave(options.stage_shots)
                 centre = torch.randn(classes, wide, generator=chance)[label]
                 views = [centre + 4 * torch.randn(centre.shape, generator=chance) for _ in range(options.views)]
                 judge.label, shots = label, Shots(torch.stack(views), label)
                 judge.kept = {("train", False): shots, ("judged", False): Shots(shots.features[:1], label)}
-                self.started += time.monotonic() - clocks[0]  # stands for encoding
-                self.began += time.process_time() - clocks[1]
+            self.started += time.monotonic() - clocks[0]  # stands for loading a backbone and encoding with it
+            self.began += time.process_time() - clocks[1]
             return judge
 
     name = "random_clip"

@@ -16,7 +16,8 @@ from kshot.classifiers import GDA, ClassMeanText, KernelRidge, NearestClassMean,
 from kshot.classifiers.blend import TEXT_WEIGHTS, beats_chance
 from kshot.classifiers.gda import Gaussians, gda, precise
 from kshot.classifiers.kernel_ridge import dealt, factor, inverted, without
-from kshot.classifiers.leaving_out import ROUNDS, held_out, judgeable, rounds
+from kshot.classifiers.kernel_ridge import kernel as similarity
+from kshot.classifiers.leaving_out import ROUNDS, held_out, judgeable, rounds, spectrum
 from kshot.classifiers.ridge import decompose, ridge
 from kshot.errors import UserError
 from kshot.judging import accuracy, best_of, best_scale, log_loss
@@ -84,12 +85,55 @@ class TestRounds:
         assert text_weight_of(classifier) == 0
 
 
+@pytest.mark.parametrize("width", [7, 60])  # fewer and more features than rows
+class TestSpectrum:
+    @pytest.mark.parametrize("together", [2, 5, 99])
+    def test_equals_the_singular_values(self, width, together, monkeypatch):
+        """However many rows are taken at once."""
+        for name in ("classifiers.leaving_out.AT_ONCE", "mahalanobis.BLOCK"):
+            monkeypatch.setattr(f"kshot.{name}", together)
+        f = unit_features(LABEL, width=width)
+        mean, basis, rows, spread = spectrum(3 * f)
+        centred = f - f.mean((0, 1))
+        torch.testing.assert_close(mean, f.mean((0, 1)), rtol=0, atol=1e-12)
+        torch.testing.assert_close(basis.outside(rows), centred, rtol=0, atol=1e-12)
+        values = torch.linalg.svdvals(centred.flatten(0, 1)).square() / 3
+        torch.testing.assert_close(spread.flip(0)[:7], values[:7], rtol=0, atol=1e-12)
+        lengths = torch.einsum("vnr,vnr->r", rows, rows) / 3
+        torch.testing.assert_close(lengths, spread, rtol=0, atol=1e-12)
+
+    def test_both_closed_forms_take_shots_apart_once(self, width, monkeypatch):
+        calls = []
+        monkeypatch.setattr("kshot.classifiers.base.spectrum", lambda f: calls.append(len(f)) or spectrum(f))
+        shots = Shots(unit_features(LABEL, width=width), LABEL)
+        ridge(shots, 3, None)
+        gda(shots, 3)
+        assert calls == [3]
+
+
+@pytest.mark.parametrize("views", [1, 3])
+def test_the_way_of_many_images_is_that_of_few(views, monkeypatch):
+    """More images than directions, block by block, give what fewer give: the same features with zeros behind."""
+    label = torch.arange(3).repeat(6)
+    f = unit_features(label, views)
+    few = Shots(F.pad(f, (0, 80)), label)
+    monkeypatch.setattr("kshot.classifiers.leaving_out.AT_ONCE", 4)
+    many = Shots(f, label)
+    assert (few.spectrum.basis.rows is None, many.spectrum.basis.rows is None) == (False, True)
+    for solve, times in ((lambda shots: ridge(shots, 3, None), 1), (lambda shots: gda(shots, 3), 87 / 7)):
+        (w, b, z), (weight, bias, held) = solve(few), solve(many)
+        torch.testing.assert_close(w[:, :7], times * weight, rtol=0, atol=1e-9)
+        torch.testing.assert_close(w[:, 7:], torch.zeros(3, 80, dtype=w.dtype), rtol=0, atol=1e-9)
+        torch.testing.assert_close(b, times * bias, rtol=0, atol=1e-9)
+        torch.testing.assert_close(z, times * held, rtol=0, atol=1e-9)
+
+
 class TestRidge:
     @pytest.mark.parametrize("strength", [0.01, 0.3])
     @pytest.mark.parametrize("width", [7, 60])  # fewer and more features than rows
     def test_equals_scikit_learn(self, strength, width):
         f = unit_features(LABEL, width=width)
-        weight, bias = decompose(f, LABEL, 3).solution(strength)
+        weight, bias = decompose(Shots(f, LABEL), 3).solution(strength)
         rows = f.flatten(0, 1)
         kappa = (rows - rows.mean(0)).square().sum(1).mean()
         y = F.one_hot(LABEL.repeat(3), 3).double()
@@ -102,7 +146,7 @@ class TestRidge:
     @pytest.mark.parametrize("width", [7, 60])
     def test_what_is_held_out_is_judged_by_the_others(self, views, width):
         f, y = unit_features(LABEL, views, width), F.one_hot(LABEL, 3).double()
-        _, _, found = ridge(f, LABEL, 3, 0.1)
+        _, _, found = ridge(Shots(f, LABEL), 3, 0.1)
         for held in rounds(LABEL):
             rows, targets = f[:, ~held].flatten(0, 1), y[~held].repeat(views, 1).numpy()
             kappa = float((rows - rows.mean(0)).square().sum(1).mean())
@@ -114,8 +158,7 @@ class TestRidge:
     def test_the_strength_is_the_best_for_what_is_held_out(self):
         shots = Shots(unit_features(LABEL, width=24, spread=2.0).float(), LABEL)
         chosen = fitted(Ridge, shots, 3, text=False)
-        f = F.normalize(shots.features.double(), dim=-1)
-        found = {strength: ridge(f, LABEL, 3, strength)[2] for strength in (0.01, 0.03, 0.1, 0.3, 1.0)}
+        found = {strength: ridge(shots, 3, strength)[2] for strength in (0.01, 0.03, 0.1, 0.3, 1.0)}
         worth = {s: (accuracy(z, LABEL), -log_loss(z, LABEL)) for s, z in found.items()}
         best = max(worth, key=worth.__getitem__)
         alone = fitted(Ridge, shots, 3, text=False, strength=best)
@@ -129,7 +172,7 @@ class TestGDA:
         """Linear discriminant analysis whose shrinkage is that of the paper: the same up to one factor."""
         label, width = torch.arange(4).repeat(5), 7
         f = unit_features(label, 1, width)
-        ours = F.linear(f[0], *Gaussians.of(f, label, 4).solution())
+        ours = F.linear(f[0], *Gaussians.of(Shots(f, label), 4).solution())
         n = len(label)
         theirs = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=width / (width + n - 1))
         theirs.fit(f[0].numpy(), label.numpy())
@@ -138,9 +181,10 @@ class TestGDA:
         # log π is not part of the factor, and equal classes make it a constant
         torch.testing.assert_close(centred[0], centred[1], rtol=0, atol=1e-9)
 
-    def test_equals_the_formula_with_unequal_classes_and_views(self):
-        f, n, d = unit_features(LABEL), len(LABEL), 7
-        weight, bias = Gaussians.of(f, LABEL, 3).solution()
+    @pytest.mark.parametrize("spread", [0.8, 1e-4])  # of the images of a class: all but one scatter is of their means
+    def test_equals_the_formula_with_unequal_classes_and_views(self, spread):
+        f, n, d = unit_features(LABEL, spread=spread), len(LABEL), 7
+        weight, bias = Gaussians.of(Shots(f, LABEL), 3).solution()
         means = torch.stack([f[:, c == LABEL].mean((0, 1)) for c in range(3)])
         cov = (
             sum(torch.outer(x - means[y], x - means[y]) for v in f for x, y in zip(v, LABEL, strict=True)) / 3 / (n - 1)
@@ -150,16 +194,19 @@ class TestGDA:
         expected += (LABEL.bincount().double() / n).log() - torch.einsum("cd,de,ce->c", means, precision, means) / 2
         found = F.linear(f[0], weight, bias)
         torch.testing.assert_close(found.softmax(-1), expected.softmax(-1), rtol=0, atol=1e-9)
+        found, expected = (x - x.mean(1, keepdim=True) for x in (found, expected))
+        assert towers.relative(found, expected) < 1e-9
 
     @pytest.mark.parametrize("views", [1, 3])
     @pytest.mark.parametrize("width", [7, 60])  # fewer and more features than rows
-    def test_what_is_held_out_is_judged_by_the_others(self, views, width):
-        f = unit_features(LABEL, views, width)
-        _, _, found = gda(f, LABEL, 3)
+    @pytest.mark.parametrize("spread", [0.8, 1e-3, 1e-4])
+    def test_what_is_held_out_is_judged_by_the_others(self, views, width, spread):
+        f = unit_features(LABEL, views, width, spread=spread)
+        _, _, found = gda(Shots(f, LABEL), 3)
         for held in rounds(LABEL):
-            answer = Gaussians.of(f[:, ~held], LABEL[~held], 3).solution()
+            answer = Gaussians.of(Shots(f[:, ~held], LABEL[~held]), 3).solution()
             for i in held.nonzero()[:, 0].tolist():
-                torch.testing.assert_close(found[i], F.linear(f[:, i], *answer).mean(0), rtol=0, atol=1e-8)
+                assert towers.relative(found[i], F.linear(f[:, i], *answer).mean(0)) < 1e-9
 
     def test_a_precision_is_that_of_the_whole_matrix(self):
         apart = torch.randn(5, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -216,7 +263,7 @@ class TestKernelRidge:
         x = unit_features(LABEL, 1)[0]
         r = F.one_hot(LABEL, 3).double() - 0.2
         kernel = np.exp(-2 * (1 - (x @ x.T).numpy()))
-        residual = without(inverted(x, 2.0, 0.3), r, LABEL)
+        residual = without(inverted(similarity(x @ x.T, 2.0), 0.3), r, LABEL)
         for held in rounds(LABEL):
             model = kernel_ridge.KernelRidge(alpha=0.3, kernel="precomputed")
             model.fit(kernel[~held][:, ~held], r[~held].numpy())

@@ -139,6 +139,7 @@ class Judge:
     seconds: int | None = None
     encoded: tuple[FewShotModule, list[Tensor]] | None = field(default=None, init=False)
     kept: dict[tuple[str, bool], Shots] = field(default_factory=dict, init=False)
+    parts: dict[tuple[bool, tuple[int, ...]], Shots] = field(default_factory=dict, init=False)
     near: dict[tuple[bool, tuple[int, ...]], Tensor] = field(default_factory=dict, init=False)
 
     @property
@@ -224,10 +225,16 @@ class Judge:
             for part, text in zip(texts_in(twin), self.texts(unfitted), strict=True):
                 part.held = text
             if seen is not None:
-                chosen = Shots(self.train.features[:, seen], self.train.label[seen])
-                twin.classifier.fit(chosen, self.val if "val" in twin.classifier.needs else None)
+                twin.classifier.fit(self.some(seen), self.val if "val" in twin.classifier.needs else None)
             logits: Tensor = twin.classifier(self.judged[held])
         return logits.double().cpu()
+
+    def some(self, seen: Tensor) -> Shots:
+        """Features of some of the shots, of which all closed forms that learn from these share what one has found."""
+        key = "unprojected" in self.owner.classifier.needs, tuple(seen.tolist())
+        if key not in self.parts:
+            self.parts[key] = Shots(self.train.features[:, seen], self.train.label[seen])
+        return self.parts[key]
 
     def texts(self, module: FewShotModule) -> list[Tensor]:
         """Class features of the texts in a module that trains nothing of them, encoded once."""

@@ -16,7 +16,8 @@ from kshot.errors import UserError
 
 PREFIX = "mahalanobis."  # of the tensors in a run's file
 DIRECTIONS = 64  # at least so many have a variance of their own, or as many as there are classes
-AT_ONCE = 8192  # images of which rows are computed in float64
+AT_ONCE = 2048  # images of which rows are computed in float64
+BLOCK = 256  # columns of a product of which one half is wanted
 LEAST = 1e-12  # squared distance of an image from its class, of unit-length features, that is more than rounding
 
 
@@ -70,13 +71,13 @@ def mahalanobis(features: Tensor, label: Tensor) -> Mahalanobis:
         mean.index_add_(0, which, exact_unit(rows))
     mean /= own.bincount()[:, None]
     if images < width:  # the smaller of two matrices with the same eigenvalues
-        apart = exact_unit(features.cpu()) - mean[own]
-        gram = apart @ apart.T
+        apart = exact_unit(features) - mean[own]
+        gram = half_gram(apart)
     else:
         gram = torch.zeros(width, width, dtype=torch.float64)
         for rows, which in parts:
             apart = exact_unit(rows) - mean[which]
-            gram.addmm_(apart.T, apart)
+            gram += half_gram(apart.T)
     total, free = gram.trace(), images - classes
     if total <= LEAST * images:
         return Mahalanobis(mean.float(), torch.zeros(0, width), torch.ones(1))
@@ -93,8 +94,17 @@ def mahalanobis(features: Tensor, label: Tensor) -> Mahalanobis:
 
 
 def exact_unit(features: Tensor) -> Tensor:
-    """Features at unit length in float64."""
-    return F.normalize(features.double(), dim=-1)
+    """Features, (..., D), at unit length in float64 on the CPU: not every device has float64."""
+    return F.normalize(features.cpu().double(), dim=-1)
+
+
+def half_gram(rows: Tensor) -> Tensor:
+    """``X Xᵀ``, (M, M), on and below the diagonal, which is all that ``eigh`` reads, by half of the work."""
+    found = rows.new_zeros(len(rows), len(rows))
+    for start in range(0, len(rows), BLOCK):
+        end = start + BLOCK
+        torch.matmul(rows[start:], rows[start:end].T, out=found[start:, start:end])
+    return found
 
 
 def whitened(x: Tensor, basis: Tensor, deviation: Tensor) -> Tensor:

@@ -5,8 +5,8 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce, wraps
-from typing import Any, NamedTuple, Protocol
+from functools import cached_property, reduce, wraps
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from kshot.backbones.base import Backbone
 from kshot.backbones.language import VisionLanguageBackbone
+from kshot.classifiers.leaving_out import Spectrum, spectrum
 from kshot.errors import UserError
 from kshot.holding import Holder
 from kshot.templates import DEFAULT_TEMPLATE
@@ -32,7 +33,8 @@ class Task:
     templates: tuple[str, ...] = (DEFAULT_TEMPLATE,)
 
 
-class Shots(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Shots:
     """Features of the training or validation images of a run.
 
     Attributes:
@@ -47,6 +49,11 @@ class Shots(NamedTuple):
     def every_view(self) -> tuple[Tensor, Tensor]:
         """Features, (V·N, D), and labels, (V·N,), of all views as images of their own."""
         return self.features.flatten(0, 1), self.label.repeat(len(self.features))
+
+    @cached_property
+    def spectrum(self) -> Spectrum:
+        """The features in the directions of their scatter: found once for all closed forms that learn from these."""
+        return spectrum(self.features)
 
 
 class Classifier(nn.Module, ABC):

@@ -84,12 +84,8 @@ class LinearBlend(WithText):
         self.register_buffer("text_weight", torch.tensor(0.0 if self.prompt is None else 1.0))
 
     @abstractmethod
-    def solve(self, features: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def solve(self, train: Shots) -> tuple[Tensor, Tensor, Tensor | None]:
         """Finds W, (C, D), and b, (C,), and logits of the images that can be held out by answers without them.
-
-        Args:
-            features: (V, N, D) of unit length, in float64.
-            label: (N,).
 
         Returns:
             W, b and the logits, the mean over the views, of the :func:`judgeable` images; None where there are none.
@@ -107,8 +103,9 @@ class LinearBlend(WithText):
 
     @torch.no_grad()
     def fit(self, train: Shots, val: Shots | None) -> None:  # noqa: ARG002  the shots decide
-        views, label = shots_of(self, train)
-        weight, bias, held_out = self.solve(views, label)
+        require_finite(self, train)
+        label = train.label.cpu()
+        weight, bias, held_out = self.solve(train)
         text = None if self.prompt is None else of_text(self.prompt, train)
         if held_out is None:
             scale, text_weight = UNJUDGED, 0.0 if text is None else float(beats_chance(text, label))
@@ -126,16 +123,11 @@ class LinearBlend(WithText):
         self.text_weight.fill_(text_weight)
 
 
-def shots_of(classifier: Classifier, train: Shots) -> tuple[Tensor, Tensor]:
-    """Unit-length features, (V, N, D), in float64, and labels, on the CPU: not every device has float64.
-
-    Raises:
-        UserError: some are not finite.
-    """
+def require_finite(classifier: Classifier, train: Shots) -> None:
+    """Raises UserError where some feature is not finite."""
     if not train.features.isfinite().all():
         who = type(classifier).__name__
         raise UserError(f"{who}: features of the training images are not finite: try another --trainer.precision.")
-    return F.normalize(train.features.cpu().double(), dim=-1), train.label.cpu()
 
 
 def of_text(prompt: TextPrompt, train: Shots) -> Tensor:

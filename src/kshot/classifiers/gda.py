@@ -13,13 +13,15 @@ from torch import Tensor
 from kshot.backbones.base import Backbone
 from kshot.classifiers.base import Shots, Task, exact
 from kshot.classifiers.blend import LinearBlend
-from kshot.classifiers.leaving_out import Basis, directions, downdated, held_out
+from kshot.classifiers.leaving_out import Basis, downdated, held_out
 from kshot.classifiers.ridge import ridge
 from kshot.errors import require
 from kshot.holding import Holder
+from kshot.mahalanobis import exact_unit
 
 COPIES = 16  # of a new class's text among the images that stand for it
 LEAST = 3  # images that some class must have
+CLOSE = 1e-6  # of all scatter: less of it within classes, for each image, is not found as a difference
 NEVER = -1e9  # the bias of a class without images
 
 
@@ -62,8 +64,8 @@ class GDA(LinearBlend, Holder):
         self.bound = LinearBlend.bound if self.prompt is None else ""
         self.register_buffer("rows", torch.zeros(0, backbone.feature_dim))
 
-    def solve(self, features: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        return gda(features, label, len(self.task.class_names))
+    def solve(self, train: Shots) -> tuple[Tensor, Tensor, Tensor | None]:
+        return gda(train, len(self.task.class_names))
 
     @torch.inference_mode(False)  # a state may be loaded over the rows later
     @torch.no_grad()
@@ -99,81 +101,96 @@ class GDA(LinearBlend, Holder):
         return torch.cat([weight, biases(mean, weight, mean.new_full((len(mean),), 1 / len(mean)))[:, None]], 1)
 
 
-def gda(features: Tensor, label: Tensor, classes: int) -> tuple[Tensor, Tensor, Tensor | None]:
+def gda(train: Shots, classes: int) -> tuple[Tensor, Tensor, Tensor | None]:
     """:meth:`LinearBlend.solve` of :class:`GDA`."""
-    shots = Gaussians.of(features, label, classes)
-    if shots.sizes.max() < LEAST or shots.spread.sum() < 1e-12 * len(label):
-        return ridge(features, label, classes, None)
-    inside = shots.inside
-    return *shots.solution(), held_out(label, lambda held: shots.without(held, inside))
+    label = train.label.cpu()
+    if label.bincount().max() < LEAST:
+        return ridge(train, classes, None)
+    shots = Gaussians.of(train, classes)
+    if shots.within < 1e-12 * len(label):
+        return ridge(train, classes, None)
+    return *shots.solution(), held_out(label, shots.without)
 
 
 class Gaussians(NamedTuple):
-    """The shots in a basis in which the scatter within classes, (N - 1) S, is diagonal; it is 0 beyond the basis.
+    """The shots in a basis in which the scatter within classes is ``(N - 1) S = diag(d) - BᵀB``.
+
+    That is their common spectrum less the scatter of the class means. Where little is left, digits would be lost: the
+    scatter within classes is then taken apart itself, and B is empty.
 
     Attributes:
         label: (N,).
-        views: the shots, the mean over their views, (N, D).
-        mean: μ, (C, D).
-        sizes: n, (C,).
+        mean: of the features, (D,), which is the origin of the basis.
         basis: Q, of R directions.
-        apart: the shots less the mean of their class, in it, (V, N, R).
-        spread: the diagonal of (N - 1) S, (R,).
+        rows: the shots in it, (V, N, R).
+        spread: d, (R,).
+        between: B, (C or 0, R).
+        means: of the classes, in it, (C, R).
+        sizes: n, (C,).
+        within: the trace of (N - 1) S.
     """
 
     label: Tensor
-    views: Tensor
     mean: Tensor
-    sizes: Tensor
     basis: Basis
-    apart: Tensor
+    rows: Tensor
     spread: Tensor
+    between: Tensor
+    means: Tensor
+    sizes: Tensor
+    within: Tensor
 
     @classmethod
-    def of(cls, features: Tensor, label: Tensor, classes: int) -> Gaussians:
-        """Takes unit-length features, (V, N, D), in float64, with their labels, (N,)."""
-        member = F.one_hot(label, classes).to(features)
-        count, views = member.sum(0), features.mean(0)
-        mean = member.T @ views / count.clamp(min=1)[:, None]
-        basis, spread, apart = directions((features - mean[label]).flatten(0, 1))
-        return cls(label, views, mean, count, basis, apart.view(*features.shape[:2], -1), spread / len(features))
-
-    @property
-    def inside(self) -> Tensor:
-        """The class means in the basis, (C, R)."""
-        return self.basis.inside(self.mean)
+    def of(cls, train: Shots, classes: int) -> Gaussians:
+        """Takes shots of C classes apart."""
+        (mean, basis, rows, spread), label = train.spectrum, train.label.cpu()
+        sizes = label.bincount(minlength=classes).to(rows)
+        means = member_means(rows.mean(0), label, sizes)
+        between = sizes.sqrt()[:, None] * means
+        within = spread.sum() - between.square().sum()
+        if within < CLOSE * len(label) * spread.norm():
+            rows = exact_unit(train.features) - mean
+            means = member_means(rows.mean(0), label, sizes)
+            apart = (rows - means[label]).flatten(0, 1)
+            inside = torch.linalg.qr(torch.cat([apart, means]).T).Q
+            spread, turn = torch.linalg.eigh((apart @ inside).T @ (apart @ inside) / len(rows))
+            basis, spread = Basis(inside @ turn, None), spread.clamp(min=0)
+            rows, means, within = rows @ basis.turn, means @ basis.turn, spread.sum()
+            between = means[:0]
+        return cls(label, mean, basis, rows, spread, between, means, sizes, within)
 
     def solution(self) -> tuple[Tensor, Tensor]:
         """W, (C, D), and b, (C,)."""
-        shrinkage, inside = self.spread.sum() / (len(self.label) - 1), self.inside
-        weight = self.mean / shrinkage + self.basis.outside(inside / (self.spread + shrinkage) - inside / shrinkage)
-        weight = self.mean.shape[1] * weight
-        bias = biases(self.mean, weight, self.sizes / len(self.label))
+        shrinkage = self.within / (len(self.label) - 1)
+        inside = len(self.mean) * downdated(self.spread + shrinkage, self.between, self.means.T).T
+        weight = self.basis.outside(inside)
+        bias = biases(self.means, inside, self.sizes / len(self.label)) - weight @ self.mean
         weight, bias = weight - weight.mean(0), bias - bias.mean()  # what classes share decides nothing, costs digits
         return weight, torch.where(self.sizes > 0, bias, NEVER)
 
-    def without(self, held: Tensor, inside: Tensor) -> Tensor:
-        """Scores, (n, C), of n images by the answer from the others.
+    def without(self, held: Tensor) -> Tensor:
+        """Scores, (n, C), of n images, (N,) bool, by the answer from the others.
 
         Without s, the sum of what is held out of a class less its mean, the mean of the n others moves by ``s / n``,
-        and the scatter loses each held out image and ``s sᵀ / n``. All of it lies in the basis.
-
-        Args:
-            held: (N,) bool.
-            inside: :attr:`inside`.
+        and the scatter loses each held out image and ``s sᵀ / n``.
         """
-        out, label, left = self.apart[:, held], self.label[held], int((~held).sum())
-        member = F.one_hot(label, len(self.sizes)).to(out)
-        sizes, lost = self.sizes - member.sum(0), member.T @ out.mean(0)
-        mean = inside - lost / sizes.clamp(min=1)[:, None]
-        removed = torch.cat([out.flatten(0, 1) / math.sqrt(len(out)), lost / sizes.clamp(min=1)[:, None].sqrt()])
-        shrinkage = ((self.spread.sum() - removed.square().sum()) / (left - 1)).clamp(min=1e-12)
-        image = out.mean(0) + inside[label]
-        weight = downdated((self.spread + shrinkage)[None], removed, mean.T)[0]
-        scores = image @ weight + (self.views[held] @ self.mean.T - image @ inside.T) / shrinkage
-        norms = (mean.T * weight).sum(0) + (self.mean.square().sum(1) - inside.square().sum(1)) / shrinkage
-        scores = self.mean.shape[1] * (scores - norms / 2) + (sizes / left).clamp(min=1e-12).log()
+        out, label, left = self.rows[:, held], self.label[held], int((~held).sum())
+        apart = out - self.means[label]
+        sizes = self.sizes - label.bincount(minlength=len(self.sizes))
+        lost = torch.zeros_like(self.means).index_add_(0, label, apart.mean(0)) / sizes.clamp(min=1)[:, None].sqrt()
+        mean = self.means - lost / sizes.clamp(min=1)[:, None].sqrt()
+        moved = torch.cat([apart.flatten(0, 1) / math.sqrt(len(out)), lost])
+        shrinkage = ((self.within - moved.square().sum()) / (left - 1)).clamp(min=1e-12)
+        weight = downdated(self.spread + shrinkage, torch.cat([self.between, moved]), mean.T)
+        scores = len(self.mean) * (out.mean(0) @ weight - (mean.T * weight).sum(0) / 2)
+        scores += (sizes / left).clamp(min=1e-12).log()
         return torch.where(sizes > 0, scores - scores.mean(1, keepdim=True), NEVER)
+
+
+def member_means(points: Tensor, label: Tensor, sizes: Tensor) -> Tensor:
+    """Means, (C, R), of points, (N, R), by class, of which there are (C,); zero for a class without any."""
+    sums = points.new_zeros(len(sizes), points.shape[1]).index_add_(0, label, points)
+    return sums / sizes.clamp(min=1)[:, None]
 
 
 def biases(mean: Tensor, weight: Tensor, prior: Tensor) -> Tensor:

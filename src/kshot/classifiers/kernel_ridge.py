@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -10,10 +9,11 @@ from torch import Tensor
 
 from kshot.backbones.base import Backbone
 from kshot.classifiers.base import Shots, Task, exact
-from kshot.classifiers.blend import UNJUDGED, WithText, beats_chance, of_text, shots_of
+from kshot.classifiers.blend import UNJUDGED, WithText, beats_chance, of_text, require_finite
 from kshot.classifiers.leaving_out import judgeable, rounds, turns
 from kshot.errors import require
 from kshot.judging import best_of, best_scale
+from kshot.mahalanobis import exact_unit
 
 SHARPNESS = (1.0, 3.0, 10.0)
 STRENGTHS = (0.01, 0.1, 1.0)
@@ -76,7 +76,7 @@ class KernelRidge(WithText):
         f, keys, coefficients, prior, chosen = exact(features, self.keys, self.coefficients, self.prior, self.chosen)
         beta, scale, text = chosen
         with torch.autocast(f.device.type, enabled=False):
-            moved = kernel(F.normalize(f, dim=-1), keys, beta) @ coefficients
+            moved = kernel(F.normalize(f, dim=-1) @ keys.T, beta) @ coefficients
         if self.prompt is not None:
             prior = torch.where(text > 0, self.prompt(features).softmax(-1), prior)
         logits: Tensor = scale * (prior + moved)
@@ -85,8 +85,9 @@ class KernelRidge(WithText):
     @torch.inference_mode(False)  # a state may be loaded over these later
     @torch.no_grad()
     def fit(self, train: Shots, val: Shots | None) -> None:  # noqa: ARG002  the shots decide
-        views, label = shots_of(self, train)
-        x, classes = F.normalize(views.mean(0), dim=-1), len(self.prior)
+        require_finite(self, train)
+        x, label = F.normalize(exact_unit(train.features).mean(0), dim=-1), train.label.cpu()
+        classes = len(self.prior)
         y = F.one_hot(label, classes).double()
         start = {False: y.mean(0).expand_as(y)}
         if self.prompt is not None:
@@ -97,12 +98,16 @@ class KernelRidge(WithText):
             texts = [True] if self.text else list(start)
             betas, lambdas = ([v] if v else o for v, o in ((self.sharpness, SHARPNESS), (self.strength, STRENGTHS)))
 
+            left = torch.cat([(y - start[text])[some] for text in texts], 1)
+            similar = x[some] @ x[some].T
+
             def left_out() -> Iterator[tuple[tuple[float, float, bool], Tensor]]:
-                for beta, strength in product(betas, lambdas):
-                    inverse = inverted(x[some], beta, strength)
-                    for text in texts:
-                        residual = without(inverse, (y - start[text])[some], label[some])
-                        yield (beta, strength, text), (y[some] - residual)[judged]
+                for beta in betas:
+                    gram = kernel(similar.clone(), beta)
+                    for strength in lambdas:
+                        residuals = without(inverted(gram, strength), left, label[some]).split(classes, 1)
+                        for text, residual in zip(texts, residuals, strict=True):
+                            yield (beta, strength, text), (y[some] - residual)[judged]
 
             (beta, strength, text), logits = best_of(left_out(), label[some][judged])
             scale = best_scale(logits, label[some][judged])
@@ -110,29 +115,27 @@ class KernelRidge(WithText):
             beta, strength, scale = self.sharpness or ALONE[0], self.strength or ALONE[1], UNJUDGED
             text = self.prompt is not None and (bool(self.text) or beats_chance(start[True], label))
         x = x if len(x) <= MANY else x.float()
-        a = torch.cholesky_solve((y - start[text]).to(x), factor(x, beta, strength))
+        a = torch.cholesky_solve((y - start[text]).to(x), factor(kernel(x @ x.T, beta), strength))
         self.keys, self.coefficients = x.to(self.keys), a.to(self.coefficients)
         self.prior.copy_(y.mean(0))
         self.chosen.copy_(torch.tensor([beta, scale, float(text)]))
 
 
-def kernel(x: Tensor, keys: Tensor, beta: Tensor | float) -> Tensor:
-    """``exp(-β (1 - x kᵀ))``, (B, N), of unit-length rows; one tensor of that size is made."""
-    found: Tensor = x @ keys.T
-    return found.sub_(1).mul_(beta).exp_()
+def kernel(similar: Tensor, beta: Tensor | float) -> Tensor:
+    """``exp(-β (1 - x kᵀ))``, (B, N), of the cosines ``x kᵀ``, in whose place it is put."""
+    return similar.sub_(1).mul_(beta).exp_()
 
 
-def factor(x: Tensor, beta: float, strength: float) -> Tensor:
-    """The lower Cholesky factor of ``K + λ I``, (N, N)."""
-    gram = kernel(x, x, beta)
-    gram.diagonal().add_(strength)
+def factor(gram: Tensor, strength: float) -> Tensor:
+    """The lower Cholesky factor of ``K + λ I``, (N, N), from a K with ones on its diagonal, on which λ is left."""
+    gram.diagonal().fill_(1 + strength)
     lower: Tensor = torch.linalg.cholesky(gram)
     return lower
 
 
-def inverted(x: Tensor, beta: float, strength: float) -> Tensor:
+def inverted(gram: Tensor, strength: float) -> Tensor:
     """``(K + λ I)⁻¹``, (N, N)."""
-    return torch.cholesky_inverse(factor(x, beta, strength))
+    return torch.cholesky_inverse(factor(gram, strength))
 
 
 def without(inverse: Tensor, target: Tensor, label: Tensor) -> Tensor:
@@ -145,7 +148,8 @@ def without(inverse: Tensor, target: Tensor, label: Tensor) -> Tensor:
     """
     found = inverse @ target
     for held in rounds(label):
-        found[held] = torch.linalg.solve(inverse[held][:, held], found[held])
+        at = held.nonzero()[:, 0]
+        found[at] = torch.linalg.solve(inverse[at[:, None], at], found[at])
     return found
 
 

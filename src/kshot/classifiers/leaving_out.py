@@ -1,10 +1,12 @@
 """Answers of a closed form about shots that it did not learn from, without finding it again from the rest."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from kshot.mahalanobis import AT_ONCE, exact_unit, half_gram
 
 ROUNDS = 8  # at most so many answers from a part of the shots are found, to choose by
 
@@ -16,11 +18,9 @@ def judgeable(label: Tensor) -> Tensor:
 
 def turns(label: Tensor) -> Tensor:
     """How many images of the same class stand before each, (N,)."""
-    found = torch.zeros_like(label)
-    for c in label.unique():
-        members = (label == c).nonzero()[:, 0]
-        found[members] = torch.arange(len(members))
-    return found
+    count, order = label.bincount(), label.argsort(stable=True)
+    first = (count.cumsum(0) - count).repeat_interleave(count)
+    return torch.empty_like(label).index_copy_(0, order, torch.arange(len(label)) - first)
 
 
 def rounds(label: Tensor) -> list[Tensor]:
@@ -40,9 +40,13 @@ def held_out(label: Tensor, scores: Callable[[Tensor], Tensor]) -> Tensor:
         label: (N,).
         scores: gives those, (..., n, C), of n images, which (N,) bool mark, by an answer from the others.
     """
-    lots = [(held, scores(held)) for held in rounds(label)]
-    index = torch.cat([held.nonzero()[:, 0] for held, _ in lots])
-    found: Tensor = torch.cat([each for _, each in lots], -2)[..., index.argsort(), :]
+    judged, found = judgeable(label), None
+    for held in rounds(label):
+        each = scores(held)
+        if found is None:  # filled in place: of many classes each copy is large
+            found = each.new_empty(*each.shape[:-2], int(judged.sum()), each.shape[-1])
+        found[..., held[judged], :] = each
+    assert found is not None, "some image can be held out"
     return found
 
 
@@ -57,34 +61,60 @@ class Basis(NamedTuple):
     turn: Tensor
     rows: Tensor | None
 
-    def inside(self, points: Tensor) -> Tensor:
-        """``x Q``, (..., R), of points, (..., D)."""
-        return points @ self.turn if self.rows is None else points @ self.rows.T @ self.turn
-
     def outside(self, points: Tensor) -> Tensor:
         """``c Qᵀ``, (..., D), of points in the basis, (..., R)."""
         return points @ self.turn.T if self.rows is None else points @ self.turn.T @ self.rows
 
 
-def directions(rows: Tensor) -> tuple[Basis, Tensor, Tensor]:
-    """Eigenvectors Q of ``XᵀX``, its eigenvalues, (R,), and X Q, (M, R), by the smaller of its two products.
+class Spectrum(NamedTuple):
+    """Shots in the directions of their scatter, in which both ridge regression and Gaussians are divisions.
+
+    Attributes:
+        mean: x̄, (D,), of their unit-length features.
+        basis: Q, R directions of the centred features.
+        rows: the centred features in it, (V, N, R).
+        spread: eigenvalues of their scatter, the mean over the views, (R,): ``Σ_i mean_v x xᵀ``.
+    """
+
+    mean: Tensor
+    basis: Basis
+    rows: Tensor
+    spread: Tensor
+
+
+def spectrum(features: Tensor) -> Spectrum:
+    """Takes shots apart by the smaller of two matrices, D x D or VN x VN, in float64.
+
+    Features are turned to float64 and centred a block at a time, so that no copy of all is made where there are more
+    images than directions. Where there are fewer, directions in which nothing lies are left out.
 
     Args:
-        rows: X, (M, D), in float64. Where M <= D, directions in which nothing lies are left out.
+        features: (V, N, D).
     """
-    if len(rows) > rows.shape[1]:
-        values, basis = torch.linalg.eigh(rows.T @ rows)
-        return Basis(basis, None), values.clamp(min=0), rows @ basis
-    values, vectors = torch.linalg.eigh(rows @ rows.T)
-    present = values > 1e-12 * values.sum()
-    values, vectors = values[present], vectors[:, present]
-    return Basis(vectors / values.sqrt(), rows), values, vectors * values.sqrt()
+    views, images, width = features.shape
+    parts = features.flatten(0, 1).split(AT_ONCE)
+    mean = torch.stack([exact_unit(part).sum(0) for part in parts]).sum(0) / (views * images)
+    if views * images > width:
+        scatter = torch.zeros(width, width, dtype=mean.dtype)
+        for part in parts:
+            rows = exact_unit(part) - mean
+            scatter += half_gram(rows.T)
+        values, turn = torch.linalg.eigh(scatter)
+        inside = torch.empty(views * images, width, dtype=mean.dtype)
+        for part, into in zip(parts, inside.split(AT_ONCE), strict=True):
+            torch.matmul(exact_unit(part) - mean, turn, out=into)
+        basis, values = Basis(turn, None), values.clamp(min=0)
+    else:
+        rows = exact_unit(features.flatten(0, 1)) - mean
+        values, vectors = torch.linalg.eigh(half_gram(rows))
+        present = values > 1e-12 * values.sum()
+        values, vectors = values[present], vectors[:, present]
+        basis, inside = Basis(vectors / values.sqrt(), rows), vectors * values.sqrt()
+    return Spectrum(mean, basis, inside.view(views, images, -1), values / views)
 
 
-def downdated(diagonals: Tensor, removed: Tensor, right: Tensor) -> Tensor:
-    """``(diag(d) - UᵀU)⁻¹ Y`` for each d, (S, R, C): what least squares give once some rows are taken out of them.
-
-    By the identity of Woodbury where there are fewer rows than directions.
+def of_removed(diagonals: Tensor, removed: Tensor, right: Tensor) -> Iterator[Tensor]:
+    """``U (diag(d) - UᵀU)⁻¹ Y``, (M, C), for each d: what least squares say of rows that are taken out of them.
 
     Args:
         diagonals: d, (S, R), of the whole.
@@ -93,10 +123,30 @@ def downdated(diagonals: Tensor, removed: Tensor, right: Tensor) -> Tensor:
     """
     if len(removed) >= len(right):
         lost = removed.T @ removed
-        return torch.stack([torch.linalg.solve(torch.diag(d) - lost, right) for d in diagonals])
-    found = []
-    for d in diagonals:
-        shrunk, each = right / d[:, None], removed / d
-        inner = torch.eye(len(removed), dtype=d.dtype) - each @ removed.T
-        found.append(shrunk + each.T @ torch.linalg.solve(inner, removed @ shrunk))
-    return torch.stack(found)
+        for d in diagonals:
+            yield removed @ torch.linalg.solve(torch.diag(d) - lost, right)
+        return
+    for d in diagonals:  # (I - U D⁻¹ Uᵀ)⁻¹ U D⁻¹ Y
+        each = removed / d
+        inner = (each @ removed.T).neg_()
+        inner.diagonal().add_(1)
+        yield torch.linalg.solve(inner, each @ right)
+
+
+def downdated(diagonal: Tensor, removed: Tensor, right: Tensor) -> Tensor:
+    """``(diag(d) - UᵀU)⁻¹ Y``, (R, C): what least squares give once some rows are taken out of them.
+
+    By the identity of Woodbury where there are fewer rows than directions.
+
+    Args:
+        diagonal: d, (R,), of the whole.
+        removed: U, (M, R).
+        right: Y, (R, C).
+    """
+    if len(removed) >= len(right):
+        found: Tensor = torch.linalg.solve(torch.diag(diagonal) - removed.T @ removed, right)
+        return found
+    shrunk, each = right / diagonal[:, None], removed / diagonal
+    inner = (each @ removed.T).neg_()
+    inner.diagonal().add_(1)
+    return shrunk.addmm_(each.T, torch.linalg.solve(inner, removed @ shrunk))

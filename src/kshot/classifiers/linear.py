@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from kshot.backbones.base import Backbone
 from kshot.classifiers.base import Classifier, Shots, Task, exact, exact_linear
-from kshot.classifiers.blend import shots_of
+from kshot.classifiers.blend import require_finite
 from kshot.classifiers.gda import gda
 from kshot.classifiers.ridge import ridge
 from kshot.errors import require
 from kshot.judging import scale_of_loss
+from kshot.mahalanobis import exact_unit
 
 Start = Literal["ridge", "gda", "zero"]
 SOFT, SHARP = 0.8, 0.03  # of the log loss of a guess, what a start leaves on its own shots: features change, or stay
@@ -65,10 +66,9 @@ class LinearProbe(Classifier):
 
     @torch.no_grad()
     def fit(self, train: Shots, val: Shots | None) -> None:  # noqa: ARG002  the shots decide
-        views, label = shots_of(self, train)
-        classes = len(self.task.class_names)
-        solved = gda(views, label, classes) if self.head_start == "gda" else ridge(views, label, classes, None)
-        weight, bias, _ = solved
+        require_finite(self, train)
+        views, label, classes = exact_unit(train.features), train.label.cpu(), len(self.task.class_names)
+        weight, bias, _ = gda(train, classes) if self.head_start == "gda" else ridge(train, classes, None)
         logits = F.linear(views, weight, bias).flatten(0, 1)
         share = SOFT if self.moving or self.backbone.trainable("image") else SHARP
         scale = self.head_scale or scale_of_loss(logits, label.repeat(len(views)), share * math.log(classes))

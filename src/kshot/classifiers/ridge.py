@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kshot.backbones.base import Backbone
-from kshot.classifiers.base import Task
+from kshot.classifiers.base import Shots, Task
 from kshot.classifiers.blend import LinearBlend
-from kshot.classifiers.leaving_out import Basis, directions, downdated, held_out, judgeable
+from kshot.classifiers.leaving_out import Spectrum, held_out, judgeable, of_removed
 from kshot.errors import require
 from kshot.judging import best_of
 
@@ -45,15 +45,14 @@ class Ridge(LinearBlend):
         require("Ridge", "strength", strength, holds, "be above 0, or null to choose it")
         self.strength = strength
 
-    def solve(self, features: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        return ridge(features, label, len(self.task.class_names), self.strength)
+    def solve(self, train: Shots) -> tuple[Tensor, Tensor, Tensor | None]:
+        return ridge(train, len(self.task.class_names), self.strength)
 
 
-def ridge(
-    features: Tensor, label: Tensor, classes: int, strength: float | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def ridge(train: Shots, classes: int, strength: float | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """:meth:`LinearBlend.solve` of :class:`Ridge`."""
-    problem, judged = decompose(features, label, classes), judgeable(label)
+    label = train.label.cpu()
+    problem, judged = decompose(train, classes), judgeable(label)
     if not judged.any():
         return *problem.solution(strength or ALONE), None
     tried = STRENGTHS if strength is None else (strength,)
@@ -66,40 +65,38 @@ class Problem(NamedTuple):
     """A ridge regression in the basis in which every strength is a division.
 
     Attributes:
-        mean: x̄, (D,).
+        shots: features in it.
         prior: ȳ, (C,), the share of each class.
         targets: centred one-hot labels, (N, C).
-        basis: Q, R directions of the centred features.
-        rows: the centred features in it, (V, N, R).
-        spread: eigenvalues of their mean over the views, (R,): ``Σ_i mean_v x xᵀ``.
+        right: ``Xᵀ Y`` of the features in the basis, the mean over the views, and these, (R, C).
     """
 
-    mean: Tensor
+    shots: Spectrum
     prior: Tensor
     targets: Tensor
-    basis: Basis
-    rows: Tensor
-    spread: Tensor
+    right: Tensor
 
     def solution(self, strength: float) -> tuple[Tensor, Tensor]:
         """W, (C, D), and b, (C,)."""
-        shrunk = 1 / (self.spread + strength * self.spread.sum() / len(self.targets)).clamp(min=1e-300)
-        weight = self.basis.outside(self.targets.T @ self.rows.mean(0) * shrunk)
-        return weight, self.prior - weight @ self.mean
+        spread = self.shots.spread
+        shrunk = 1 / (spread + strength * spread.sum() / len(self.targets)).clamp(min=1e-300)
+        weight = self.shots.basis.outside(self.right.T * shrunk)
+        return weight, self.prior - weight @ self.shots.mean
 
     def without(self, held: Tensor, strengths: Sequence[float]) -> Tensor:
         """Scores, (S, n, C), of n images by answers from the others, (N,) bool, at each strength.
 
         The bias is the weight of one more direction, in which all rows are 1: other means are other biases.
         """
-        out, sizes = self.rows[:, held], (len(self.targets), int((~held).sum()))
-        middle, targets = out.mean(0), self.targets[held]
-        left = self.spread.sum() - out.square().sum((-1, -2)).mean() - middle.sum(0).square().sum() / sizes[1]
+        out, sizes = self.shots.rows[:, held], (len(self.targets), int((~held).sum()))
+        middle, spread = out.mean(0), self.shots.spread
+        left = spread.sum() - out.square().sum((-1, -2)).mean() - middle.sum(0).square().sum() / sizes[1]
         penalties = torch.tensor(strengths, dtype=out.dtype)[:, None] * left.clamp(min=1e-300) / sizes[1]
-        diagonals = F.pad(self.spread + penalties, (0, 1), value=sizes[0])
-        right = F.pad(self.rows.mean(0).T @ self.targets, (0, 0, 0, 1)) - with_one(middle).T @ targets
-        found = downdated(diagonals, with_one(out).flatten(0, 1) / math.sqrt(len(out)), right)
-        return with_one(middle) @ found + self.prior
+        diagonals = F.pad(spread + penalties, (0, 1), value=sizes[0])
+        right = F.pad(self.right, (0, 0, 0, 1)) - with_one(middle).T @ self.targets[held]
+        views = math.sqrt(len(out))
+        found = of_removed(diagonals, with_one(out).flatten(0, 1) / views, right)
+        return torch.stack([each.unflatten(0, out.shape[:2]).sum(0) / views for each in found]) + self.prior
 
 
 def with_one(rows: Tensor) -> Tensor:
@@ -107,17 +104,11 @@ def with_one(rows: Tensor) -> Tensor:
     return F.pad(rows, (0, 1), value=1.0)
 
 
-def decompose(features: Tensor, label: Tensor, classes: int) -> Problem:
-    """Takes a ridge regression apart.
-
-    Args:
-        features: (V, N, D) in float64.
-        label: (N,).
-        classes: C.
-    """
-    mean = features.mean((0, 1))
-    rows = features - mean
-    y = F.one_hot(label, classes).to(rows)
+def decompose(train: Shots, classes: int) -> Problem:
+    """Takes a ridge regression of C classes apart."""
+    shots, label = train.spectrum, train.label.cpu()
+    y = F.one_hot(label, classes).to(shots.rows)
     prior = y.mean(0)
-    basis, spread, within = directions(rows.flatten(0, 1))
-    return Problem(mean, prior, y - prior, basis, within.view(*features.shape[:2], -1), spread / len(features))
+    y -= prior
+    right = torch.stack([rows.T @ y for rows in shots.rows]).mean(0)
+    return Problem(shots, prior, y, right)
