@@ -2,14 +2,19 @@
 
 import csv
 import json
-from collections.abc import Sequence
+import os
+import signal
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file
 
 from kshot.studies.plan import Planned, Planner
 from kshot.studies.store import write_study
 from kshot.studies.study import read_study
+from kshot.studies.worker import read_only, work
 
 QUICK = (  # options of runs that take tenths of a second
     "options: {trainer.accelerator: cpu, data.eval_batch_size: 16, trainer.limit_test_batches: 1, data.views: 2, "
@@ -66,3 +71,50 @@ class Lines:
         folder = Path(options["run.root"], options["run.name"], "001")
         folder.mkdir(parents=True, exist_ok=True)
         return folder
+
+
+def forked(work: Callable[[], Any]) -> int:
+    """Does the work in a child of this process, which has loaded what it needs; gives its number."""
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            work()
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return child
+
+
+def ended(child: int) -> int:
+    """Waits for a child; its exit status, below 0 for a signal."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+class Forked:
+    """An engine for tests, whose workers are children of this process, which is quick."""
+
+    told = "children"
+
+    def __init__(self, study: Path, settings: Any) -> None:
+        self.only = read_only(settings.only)
+        self.children = [
+            forked(lambda: work(study, only=self.only, beat=0.1, patience=2.0)) for _ in range(settings.workers or 1)
+        ]
+
+    def poll(self) -> int:
+        self.children = [child for child in self.children if os.waitpid(child, os.WNOHANG)[0] == 0]
+        return len(self.children)
+
+    def stop(self) -> None:
+        for child in self.children:
+            os.kill(child, signal.SIGKILL)
+            ended(child)
+        self.children = []
+
+
+start = Forked
