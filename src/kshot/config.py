@@ -24,6 +24,7 @@ PROGRAMS = {  # commands that take no experiment, by the function that runs thei
     "predict": "kshot.predicting:run_predict",
     "runs": "kshot.seeing.runs:run_runs",
     "compare": "kshot.seeing.compare:run_compare",
+    "results": "kshot.studies.results:run_results",
     "show": "kshot.seeing.show:run_show",
     "push": "kshot.seeing.hub:run_push",
     "export": "kshot.export.command:run_export",

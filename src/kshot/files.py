@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import os
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -16,6 +17,7 @@ from safetensors import SafetensorError
 
 from kshot.errors import UserError, first_line
 
+FORMULA = tuple("=+-@\t\r＝＋－＠")  # what a spreadsheet takes for the beginning of a formula
 MOST_BYTES = 2**26  # of a list of images; that of ImageNet's 1.3 million has as many
 
 
@@ -77,6 +79,11 @@ def write_csv(path: Path, rows: Iterable[Sequence[Any]]) -> None:
     text = io.StringIO(newline="")
     csv.writer(text).writerows(rows)
     write_text(path, text.getvalue())
+
+
+def is_formula(text: str) -> bool:
+    """Whether a spreadsheet would take the text of a cell for a formula, and so might run it; numbers are none."""
+    return text.startswith(FORMULA) and re.fullmatch(r"[-+]?[0-9.]+", text) is None
 
 
 def make_folder(path: Path, parents: bool = True) -> Path:

@@ -16,9 +16,8 @@ from typing import Any, BinaryIO, Protocol
 from kshot.answering import Prediction
 from kshot.data.images import fault
 from kshot.errors import UserError
-from kshot.files import make_folder
+from kshot.files import is_formula, make_folder
 
-FORMULA = tuple("=+-@\t\r＝＋－＠")  # what a spreadsheet takes for the beginning of a formula
 UNSURE = "_unsure"  # the folder of what is abstained from
 ROWS = 4096  # that are written to Parquet at once
 Row = dict[str, Any]
@@ -91,7 +90,7 @@ def cell(name: str, value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6f}" if math.isfinite(value) else ""
     text = str(value)
-    if text.startswith(FORMULA) and not re.fullmatch(r"[-+]?[0-9.]+", text):
+    if is_formula(text):
         return f"./{text}" if name == "path" else f"'{text}"
     return text
 

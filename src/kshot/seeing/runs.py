@@ -7,7 +7,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -17,6 +17,8 @@ from kshot.errors import UserError, first_line
 from kshot.showing import Parser, show
 
 RESULT = "result.json"
+SHARES = ("acc", "acc_class_mean", "f1_macro", "ece", "ece_before", "zero_shot_acc")
+COUNTS = ("steps", "trainable_parameters", "total_parameters", "checkpoint_bytes", "peak_memory_bytes")
 AGO = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
 
@@ -109,16 +111,27 @@ def passes(run: Run, given: argparse.Namespace) -> bool:
     )
 
 
-def runs_in(root: Path) -> Iterator[Run]:
-    """All finished runs below a folder, or in it; a line on standard error for each that cannot be read."""
-    for place, folders, files in os.walk(root, onerror=lambda error: print(f"left out: {error}", file=sys.stderr)):
+def run_folders(root: Path, warn: Callable[[str], None]) -> Iterator[Path]:
+    """The folders of all finished runs below a folder, or itself; ``warn`` is told what cannot be looked into."""
+    for place, folders, files in os.walk(root, onerror=lambda error: warn(f"left out: {error}")):
         folders.sort()
         if RESULT in files:
             folders.clear()
-            try:
-                yield row_of(Path(place))
-            except UserError as error:
-                print(f"left out: {error}", file=sys.stderr)
+            yield Path(place)
+
+
+def runs_in(root: Path) -> Iterator[Run]:
+    """All finished runs below a folder, or in it; a line on standard error for each that cannot be read."""
+    for directory in run_folders(root, warn):
+        try:
+            yield row_of(directory)
+        except UserError as error:
+            warn(f"left out: {error}")
+
+
+def warn(line: str) -> None:
+    """Says a line on standard error."""
+    print(line, file=sys.stderr)
 
 
 def result_of(directory: Path) -> dict[str, Any]:
@@ -140,24 +153,59 @@ def result_of(directory: Path) -> dict[str, Any]:
     return found
 
 
+def told_by(found: Mapping[str, Any]) -> dict[str, Any]:
+    """A result as a flat row: the same columns for all runs, None for what a run does not tell.
+
+    ``acc`` and what is like it lie in [0, 1]; ``seconds`` is the sum over the parts of a run; ``split`` is its digest,
+    and ``auto`` what ``--budget`` chose.
+    """
+    names = ("split", "summary", "forecast", "auto", "seconds", "versions")
+    split, summary, forecast, auto, seconds, versions = (inner(found, name) for name in names)
+    took = [each for each in seconds.values() if number(each) is not None]
+    row = {name: text(found.get(name)) for name in ("method", "dataset", "backbone", "protocol")}
+    row |= {"shots": number(split.get("shots")), "seed": number(found.get("seed"))}
+    row |= {name: number(found.get(name)) for name in (*SHARES, "brier", *COUNTS)}
+    row |= {name: number(summary.get(name)) for name in ("harmonic_mean", "targets_mean")}
+    ahead = (("forecast", "accuracy"), ("forecast_low", "low"), ("forecast_high", "high"))
+    row |= {name: number(forecast.get(of)) for name, of in ahead}
+    row |= {f"seconds_{part}": number(seconds.get(part)) for part in ("fit", "calibrate", "test")}
+    row |= {"seconds": sum(took) if took else None, "auto": text(auto.get("words")), "split": text(split.get("digest"))}
+    row |= {"device": text(found.get("device")), "kshot": text(versions.get("kshot"))}
+    return row | {"git_commit": text(found.get("git_commit")), "finished": text(found.get("finished"))}
+
+
+def inner(found: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A mapping in a result; an empty one where there is none."""
+    return value if isinstance(value := found.get(name), dict) else {}
+
+
+def number(value: Any) -> Any:
+    """A number as it is; None for anything else."""
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+def text(value: Any) -> str | None:
+    """Words as they are; None for anything else, and for none."""
+    return value if isinstance(value, str) and value else None
+
+
+def written(directory: Path) -> str:
+    """When the result of a run was written, by its file."""
+    return datetime.fromtimestamp((directory / RESULT).stat().st_mtime, UTC).isoformat(timespec="seconds")
+
+
 def row_of(directory: Path) -> Run:
     """The row of a run; raises UserError as :func:`result_of` does."""
-    found = result_of(directory)
-    split = found["split"] if isinstance(found.get("split"), dict) else {}
-    written = datetime.fromtimestamp((directory / RESULT).stat().st_mtime, UTC).isoformat(timespec="seconds")
-
-    def number(value: Any) -> Any:
-        return value if isinstance(value, (int, float)) else None
-
+    row = told_by(result_of(directory))
     return Run(
         str(directory),
-        found["method"],
-        data=str(found.get("dataset") or "-"),
-        protocol=str(found.get("protocol") or "-"),
-        backbone=str(found.get("backbone") or "-"),
-        shots=number(split.get("shots")),
-        seed=number(found.get("seed")),
-        acc=number(found.get("acc")),
-        zero_shot_acc=number(found.get("zero_shot_acc")),
-        finished=str(found.get("finished") or written),
+        row["method"] or "",
+        data=row["dataset"] or "-",
+        protocol=row["protocol"] or "-",
+        backbone=row["backbone"] or "-",
+        shots=row["shots"],
+        seed=row["seed"],
+        acc=row["acc"],
+        zero_shot_acc=row["zero_shot_acc"],
+        finished=row["finished"] or written(directory),
     )

@@ -25,14 +25,14 @@ def mean_interval(values: Any, level: float = LEVEL) -> tuple[Any, Any]:
 
     Unlike 1.96 standard errors, it holds its level for any n of normal values. Of one value there is no interval: NaN.
     """
-    from scipy.stats import t
+    from scipy.special import stdtrit
 
     values = np.asarray(values, dtype=float)
     n = values.shape[-1]
     if n < 2:
         missing = np.full(values.shape[:-1], math.nan)[()]
         return (values[..., 0] if n else missing), missing
-    return values.mean(-1), t.ppf((1 + level) / 2, n - 1) * values.std(-1, ddof=1) / math.sqrt(n)
+    return values.mean(-1), stdtrit(n - 1, (1 + level) / 2) * values.std(-1, ddof=1) / math.sqrt(n)
 
 
 @dataclass(frozen=True)
