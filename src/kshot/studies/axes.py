@@ -20,12 +20,11 @@ SERIES = (
         f".l{i}{{stroke:var(--s{i},#{hue});fill:none;stroke-width:1.8}}.f{i}{{fill:var(--s{i},#{hue})}}"
         for i, hue in enumerate(COLOURS)
     )
-    + ".other{fill:var(--soft,#6a717a)}.lo{stroke:var(--soft,#6a717a);fill:none;stroke-width:1.8}.ink{stroke:var(--ink,#1c1f23);fill:none}"
+    + ".other{fill:var(--soft,#6a717a)}.lo{stroke:var(--soft,#6a717a);fill:none;stroke-width:1.8}"
+    + ".ink{stroke:var(--ink,#1c1f23);fill:none}"
 )
-DARK = "".join(f"--s{i}:#{hue};" for i, hue in enumerate(ON_DARK))
-PAGE = f"{STYLE}{SERIES}@media(prefers-color-scheme:dark){{:root{{{DARK}}}}}@media print{{:root{{" + (
-    "".join(f"--s{i}:#{hue};" for i, hue in enumerate(COLOURS)) + "}}"
-)
+LIGHT, DARK = ("".join(f"--s{i}:#{hue};" for i, hue in enumerate(hues)) for hues in (COLOURS, ON_DARK))
+PAGE = f"""{STYLE}{SERIES}@media(prefers-color-scheme:dark){{:root{{{DARK}}}}}@media print{{:root{{{LIGHT}}}}}"""
 SOFT = ' class="soft"'
 
 
@@ -96,6 +95,13 @@ def legend(names: Sequence[str], width: float) -> Drawing:
     return Drawing("Legend", width, y + 6, body)
 
 
+def swatch(style: int) -> str:
+    """The line and the marker of a series, to stand in a line of text."""
+    return f'<svg viewBox="0 0 26 12" width="26" height="12" aria-hidden="true">{line(style, [(1, 6), (25, 6)])}' + (
+        f"{marker(style, 13, 6)}</svg>"
+    )
+
+
 def width_of(words: str, size: float = 11) -> float:
     """About how wide a line of text is, in pixels."""
     return sum(1.0 if letter.isupper() or ord(letter) > 0x2E80 else 0.56 for letter in words) * size * 0.98
@@ -138,10 +144,15 @@ def line(style: int | None, points: Sequence[tuple[float, float]], more: str = "
 def marker(style: int | None, x: float, y: float, said: str = "", hollow: bool = False) -> str:
     """The marker of a series: a shape of its own, which tells it apart in grey."""
     shapes = (
-        "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0 -8 0Z", "M-3.6 -3.6H3.6V3.6H-3.6Z", "M0 -4.8L4.4 3.4H-4.4Z", "M0 -5.2L4.6 0L0 5.2L-4.6 0Z",
-        "M0 4.8L4.4 -3.4H-4.4Z", "M-1.5 -4.5H1.5V-1.5H4.5V1.5H1.5V4.5H-1.5V1.5H-4.5V-1.5H-1.5Z",
-        "M-5 -2H5V2H-5Z", "M-2 -5H2V5H-2Z",
-    )  # fmt: skip
+        "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0 -8 0Z",
+        "M-3.6 -3.6H3.6V3.6H-3.6Z",
+        "M0 -4.8L4.4 3.4H-4.4Z",
+        "M0 -5.2L4.6 0L0 5.2L-4.6 0Z",
+        "M0 4.8L4.4 -3.4H-4.4Z",
+        "M-1.5 -4.5H1.5V-1.5H4.5V1.5H1.5V4.5H-1.5V1.5H-4.5V-1.5H-1.5Z",
+        "M-5 -2H5V2H-5Z",
+        "M-2 -5H2V5H-2Z",
+    )
     shape = shapes[style] if style is not None else "M-3 0a3 3 0 1 0 6 0a3 3 0 1 0 -6 0Z"
     look = f'class="{kind(style, "l")}" style="stroke-width:1.4"' if hollow else f'class="{kind(style, "f")}"'
     title = f"<title>{escape(said)}</title>" if said else ""

@@ -12,6 +12,7 @@ from kshot.studies.axes import SOFT, Drawing, apart, line, marker, percent, scal
 from kshot.studies.statistics import Ranks
 
 Point = tuple[float, float, float]  # shots (inf: all images), mean, half an interval (NaN: none)
+Forecast = tuple[float, float, float, float, str]  # forecast, low, high, truth, and words for the run
 LONGEST = 24  # characters of a contender's name in a figure
 
 
@@ -151,7 +152,7 @@ def strips(title: str, given: Sequence[Strip], axis: str, zero: bool) -> Drawing
     Without, the axis is as wide as the means need, or twice that, and intervals beyond it are cut.
     """
     names = [short(strip.name, LONGEST) for strip in given]
-    width, row, top = 480.0, 24.0, 8.0
+    width, row, top = 430.0, 24.0, 8.0
     left, right = max(map(width_of, names)) + 14, width - 16
     ends = [strip.mean for strip in given] + [0.0] * zero + [dot for strip in given for dot in strip.dots]
     low, high = min(ends), max(ends)
@@ -163,7 +164,7 @@ def strips(title: str, given: Sequence[Strip], axis: str, zero: bool) -> Drawing
     for tick in ticks(low, high, 6):
         style = "dash" if zero and tick == 0 else "line"
         body.append(f'<path class="{style}" d="M{x(tick):.1f} {top}V{bottom}"/>')
-        body.append(text(x(tick), bottom + 15, f"{100 * tick:+.10g}" if zero else percent(tick), "middle", SOFT))
+        body.append(text(x(tick), bottom + 15, points(tick) if zero else percent(tick), "middle", SOFT))
     for i, (strip, name) in enumerate(zip(given, names, strict=True)):
         y = top + row * (i + 0.5)
         body.append(text(left - 10, y + 4, name, "end"))
@@ -182,12 +183,17 @@ def strips(title: str, given: Sequence[Strip], axis: str, zero: bool) -> Drawing
     return Drawing(title, width, bottom + 40, body)
 
 
+def points(value: float) -> str:
+    """A tick of differences."""
+    return f"{100 * value:+.10g}" if value else "0"
+
+
 def critical(title: str, names: Sequence[str], found: Ranks, styles: Mapping[str, int]) -> Drawing:
     """Mean ranks on a line, best left; bars join those that cannot be told apart (Demšar 2006, figure 1)."""
     order = sorted(range(len(names)), key=lambda i: found.mean[i])
     half = -(-len(order) // 2)
     longest = max(width_of(short(name, LONGEST)) + 34 for name in names)
-    width, axis = 2 * longest + 320, 50.0
+    width, axis = 2 * longest + 240, 50.0
     x = scale(1, len(names), longest + 10, width - longest - 10)
     bars = axis + 14 + 9 * len(found.groups)
     body = [f'<path class="ink" d="M{x(1):.1f} {axis}H{x(len(names)):.1f}"/>']
@@ -206,11 +212,11 @@ def critical(title: str, names: Sequence[str], found: Ranks, styles: Mapping[str
         first = place < half
         y = bars + 18 * ((place if first else len(order) - 1 - place) + 1)
         end, side = (longest, "end") if first else (width - longest, "start")
-        at, rank = x(found.mean[i]), f"{found.mean[i]:.2f}"
+        at, mean = x(found.mean[i]), f"{found.mean[i]:.2f}"
         body.append(f'<path class="line" d="M{at:.1f} {axis}V{y:.1f}H{end:.1f}"/>')
         style = f' class="f{styles[names[i]]}"' if names[i] in styles else ""
         name = short(names[i], LONGEST)
-        said = f"{name}  {rank}" if first else f"{rank}  {name}"
+        said = f"{name}  {mean}" if first else f"{mean}  {name}"
         body.append(text(end - 4 if first else end + 4, y + 4, said, side, style))
     return Drawing(title, width, bars + 18 * half + 14, body)
 
@@ -308,8 +314,8 @@ def overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, 
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
-def forecasts(title: str, given: Sequence[tuple[float, float, float, float, str]]) -> Drawing:
-    """Truth against what was forecast, with its interval: forecast, low, high, truth, and words, of each run."""
+def forecasts(title: str, given: Sequence[Forecast]) -> Drawing:
+    """Truth against what was forecast, with its interval; a cross where it does not hold the truth."""
     left, top, side = 46.0, 10.0, 300.0
     low = max(0.0, min(min(f, truth) for f, _, _, truth, _ in given) - 0.03)
     high = min(1.0, max(max(f, truth) for f, _, _, truth, _ in given) + 0.03)
@@ -324,9 +330,11 @@ def forecasts(title: str, given: Sequence[tuple[float, float, float, float, str]
         shown = f' stroke-opacity="{faint:.2f}" style="stroke-width:1.2"'
         body.append(line(0 if held else 1, ends, shown))
         said = f"{words}: forecast {middle:.1%} ({start:.1%} to {end:.1%}), was {truth:.1%}"
-        cross = f"M{x(middle) - 3:.1f} {y(truth) - 3:.1f}l6 6m0-6l-6 6"
-        dot = f'<circle class="f0" fill-opacity=".7" cx="{x(middle):.1f}" cy="{y(truth):.1f}" r="2.6"><title>{escape(said)}</title></circle>'
-        body.append(dot if held else f'<path class="l1" d="{cross}"><title>{escape(said)}</title></path>')
+        if held:
+            body.append(f'<circle class="f0" fill-opacity=".7" cx="{x(middle):.1f}" cy="{y(truth):.1f}" r="2.6">')
+        else:
+            body.append(f'<path class="l1" d="M{x(middle) - 3:.1f} {y(truth) - 3:.1f}l6 6m0-6l-6 6">')
+        body.append(f"<title>{escape(said)}</title>{'</circle>' if held else '</path>'}")
     body.append(text(left + side / 2, top + side + 34, "forecast from the shots", "middle", SOFT))
     turned = f'{SOFT} transform="rotate(-90 10 {top + side / 2})"'
     body.append(text(10, top + side / 2, "measured on test images", "middle", turned))

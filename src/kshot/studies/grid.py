@@ -22,7 +22,7 @@ METRICS = {
 }
 PLACED = {  # axes that are no part of a contender's name
     *("method", "dataset", "shots", "seed", "protocol"),
-    *("data", "data.dataset", "data.shots", "data.protocol", "seed_everything", "data.seed"),
+    *("data.dataset", "data.shots", "data.protocol", "seed_everything", "data.split_seed"),
 }
 
 

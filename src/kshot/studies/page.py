@@ -11,18 +11,22 @@ from typing import Any
 from kshot import __version__
 from kshot.seeing.page import definitions, document
 from kshot.studies import axes
-from kshot.studies.costs import calibrated, foretold, paying, result_of
+from kshot.studies.costs import calibrated, foretold, paying, result_in
 from kshot.studies.grid import METRICS, Row
 from kshot.studies.sections import Report, against_baseline, against_shots, mean_on, means, ranking, soft
 
 NAMED = 12  # cells that are listed of one reason
 STYLE = """
-.grow svg{width:100%;max-width:640px}.large svg{min-width:520px}
-.panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,300px),1fr));gap:1rem 1.2rem;margin:.6rem 0}
-.panels svg{width:100%}.panels figcaption,p.name{font-size:.95rem;font-weight:600;margin:.5rem 0 .1rem}
-td b{font-weight:700}td small{color:var(--soft);white-space:nowrap}td:first-child{min-width:6.5rem}
-summary{padding:.3rem 0;font-weight:600;font-size:.95rem}li{overflow-wrap:anywhere}pre{white-space:pre-wrap;
-overflow-wrap:anywhere;background:var(--card);padding:.6rem .8rem;border-radius:8px;font-size:.85rem}
+.grow svg{width:100%;max-width:540px}.large svg{min-width:430px}
+.panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,300px),1fr));gap:1rem 1.2rem;
+margin:.6rem 0}.panels svg{width:100%}.panels figcaption,p.name{font-size:.95rem;font-weight:600;margin:.5rem 0 .1rem}
+.legend{display:flex;flex-wrap:wrap;gap:.1rem 1rem;font-size:.86rem;margin:.6rem 0}
+.legend span{overflow-wrap:anywhere}.legend svg{display:inline-block}
+td b{font-weight:700}td small{color:var(--soft);white-space:nowrap}
+td:first-child{min-width:6.5rem;overflow-wrap:break-word}
+summary{padding:.3rem 0;font-weight:600;font-size:.95rem}li{overflow-wrap:anywhere}
+pre{white-space:pre-wrap;overflow-wrap:anywhere;background:var(--card);padding:.6rem .8rem;border-radius:8px;
+font-size:.85rem}
 @media(max-width:480px){td small{display:block}}
 @media print{.grow svg{max-width:130mm}.panels{grid-template-columns:repeat(3,1fr)}.large svg{max-width:160mm}
 .panels svg{max-width:100%}}
@@ -144,7 +148,7 @@ def surroundings(rows: Sequence[Row], folder: Path) -> str:
     kinds = {(row.get("kshot"), row.get("git_commit"), row.get("device")): row for row in done}
     versions: dict[str, set[str]] = defaultdict(set)
     for row in kinds.values():
-        for name, version in (result_of(folder, row).get("versions") or {}).items():
+        for name, version in (result_in(folder, row).get("versions") or {}).items():
             versions[name].add(str(version))
     finished = sorted(str(row["finished"]) for row in done if row.get("finished"))
     facts = {

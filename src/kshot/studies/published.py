@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -29,7 +30,8 @@ class Published:
     source: str
 
 
-def table() -> list[dict[str, Any]]:
+@cache
+def known() -> list[dict[str, Any]]:
     """All published values, as their file has them."""
     found: list[dict[str, Any]] = tomllib.loads(FILE.read_text(encoding="utf-8"))["row"]
     return found
@@ -43,8 +45,9 @@ def published(grid: Grid, contender: str, name: str | None, rows: list[dict[str,
 
     Args:
         grid: the runs.
-        contender, name: which.
-        rows: as :func:`table` gives them.
+        contender: by name.
+        name: of the data set.
+        rows: as :func:`known` gives them.
     """
     cells = {(each, k): runs for (who, each, k), runs in grid.runs.items() if who == contender}
     mine = [next(iter(runs.values())) for (each, _), runs in cells.items() if name in (None, each)]

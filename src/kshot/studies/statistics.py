@@ -1,8 +1,8 @@
 """Intervals and tests over seeds and data sets.
 
-Two questions are kept apart. *These data sets, other draws of shots*: data sets are fixed, seeds are the sample, and the
-interval is Student's t over averages of one seed each. *Other data sets of this kind*: data sets are the sample; the
-interval is a bootstrap over data sets and seeds, and the test is Wilcoxon's over data sets.
+Two questions are kept apart. *These data sets, other draws of shots*: data sets are fixed, seeds are the sample, and
+the interval is Student's t over averages of one seed each. *Other data sets of this kind*: data sets are the sample;
+the interval is a bootstrap over data sets and seeds, and the test is Wilcoxon's over data sets.
 """
 
 from __future__ import annotations
