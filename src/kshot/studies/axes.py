@@ -24,7 +24,8 @@ SERIES = (
     + ".ink{stroke:var(--ink,#1c1f23);fill:none}"
 )
 LIGHT, DARK = ("".join(f"--s{i}:#{hue};" for i, hue in enumerate(hues)) for hues in (COLOURS, ON_DARK))
-PAGE = f"""{STYLE}{SERIES}@media(prefers-color-scheme:dark){{:root{{{DARK}}}}}@media print{{:root{{{LIGHT}}}}}"""
+HALO = ".halo{paint-order:stroke;stroke:var(--paper,#fff);stroke-width:3px}"  # keeps lines off a name
+PAGE = f"""{STYLE}{SERIES}{HALO}@media(prefers-color-scheme:dark){{:root{{{DARK}}}}}@media print{{:root{{{LIGHT}}}}}"""
 SOFT = ' class="soft"'
 
 
@@ -50,8 +51,8 @@ class Drawing:
 
 def file_of(figure: str) -> str:
     """A figure as a file of its own, with the styles that a page has once."""
-    dark = f"@media(prefers-color-scheme:dark){{svg{{{DARK}}}}}"
-    return figure.replace("</title>", f"</title><style>{STYLE}{SERIES}{ALONE}{dark}</style>", 1) + "\n"
+    dark = f"@media(prefers-color-scheme:dark){{svg{{{DARK}--paper:#15181b}}}}"
+    return figure.replace("</title>", f"</title><style>{STYLE}{SERIES}{HALO}{ALONE}{dark}</style>", 1) + "\n"
 
 
 def pdf_of(figure: str) -> bytes:

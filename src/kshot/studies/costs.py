@@ -19,11 +19,12 @@ from kshot.seeing.figures import reliability
 from kshot.seeing.runs import result_of
 from kshot.studies import figures
 from kshot.studies.figures import Curve, Forecast
-from kshot.studies.grid import METRICS, Grid
-from kshot.studies.sections import SMALL, Report, mean_on, points_of, soft, texts
+from kshot.studies.grid import METRICS, Grid, mean_on
+from kshot.studies.sections import SMALL, Report, points_of, soft, texts
 from kshot.studies.tables import Table
 
 MOST_READ = 2_000  # result files whose reliability is read
+DRAWN = ("trainable_parameters", "seconds", "peak_memory_bytes")  # costs with a figure
 COSTS: dict[str, tuple[str, Callable[[float], str]]] = {  # by field of a row
     "trainable_parameters": ("trained parameters", lambda value: f"{value:,.0f}"),
     "seconds": ("seconds a run", lambda value: f"{value:,.3g}"),
@@ -43,7 +44,7 @@ def paying(report: Report) -> str:
     drawings = [
         figures.costs(words.capitalize(), names, [(told[key][who], value[who]) for who in names], words, report.styles)
         for key, (words, _) in COSTS.items()
-        if key in told and len(set(told[key].values())) > 1
+        if key in told and key in DRAWN and len(set(told[key].values())) > 1
     ]
     header = ["contender", METRICS[grid.metric], *(COSTS[key][0] for key in told)]
     values = [[who, value[who], *(told[key][who] for key in told)] for who in names]
@@ -51,7 +52,7 @@ def paying(report: Report) -> str:
     panels = report.panels("costs", "Accuracy against costs", drawings, 2, names=False) if drawings else ""
     said = (
         f"{ground.sentence()} The line is the Pareto front: nobody has more for less. A cost that is the same for all "
-        "has no figure, a name without room is in the table. Seconds are of whole runs on the machines that made them. "
+        "has no figure; a name without room is in the table. Seconds are of whole runs on the machines that made them. "
         "Memory is the most that the process had so far: where one makes many runs, that of the largest before."
     )
     return head + panels + soft(said) + report.tabled("costs", Table(header, values, header, read))

@@ -304,7 +304,7 @@ def named(
             inside = mine[0] >= left and mine[2] <= right + 10 and mine[1] >= top - 10 and mine[3] <= bottom
             if inside and not any(overlap(mine, other) for j, other in enumerate(taken) if j != i):
                 taken.append(mine)
-                body.append(text(x + dx, y + dy, names[i], anchor))
+                body.append(text(x + dx, y + dy, names[i], anchor, ' class="halo"'))
                 break
     return body
 
@@ -316,7 +316,7 @@ def overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, 
 
 def forecasts(title: str, given: Sequence[Forecast]) -> Drawing:
     """Truth against what was forecast, with its interval; a cross where it does not hold the truth."""
-    left, top, side = 46.0, 10.0, 300.0
+    left, top, side = 62.0, 10.0, 300.0
     low = max(0.0, min(min(f, truth) for f, _, _, truth, _ in given) - 0.03)
     high = min(1.0, max(max(f, truth) for f, _, _, truth, _ in given) + 0.03)
     x, y = scale(low, high, left, left + side), scale(low, high, top + side, top)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+import numpy as np
 
 from kshot.errors import UserError, nearest_first
 from kshot.studies.statistics import Average, average
@@ -60,10 +62,6 @@ class Grid:
         found = {name: self.values(contender, name, shots) for name in self.sets_at(shots)}
         return average(found) if found and all(found.values()) else None
 
-    def draws(self, contender: str) -> set[Draw]:
-        """What a contender was run on."""
-        return {(name, k, seed) for (who, name, k), rows in self.runs.items() if who == contender for seed in rows}
-
 
 def grid_of(rows: Iterable[Row], axes: Mapping[str, Sequence[Any]], metric: str = "acc") -> Grid:
     """Places the finished runs of a study.
@@ -72,18 +70,19 @@ def grid_of(rows: Iterable[Row], axes: Mapping[str, Sequence[Any]], metric: str 
     what they measure is not the same, so a data set under two protocols counts as two.
 
     Raises:
-        UserError: no finished run has the metric.
+        UserError: no finished run has the metric, or shots are no numbers.
     """
     done = [row for row in rows if row.get("state") == "done"]
     kept = [row for row in done if isinstance(row.get(metric), (int, float)) and math.isfinite(row[metric])]
     if not kept:
         why = "no run is finished" if not done else f"none of {len(done):,} finished runs has {metric!r}"
         raise UserError(f"There is nothing to report: {why}.")
-    notes = (
-        [f"{len(done) - len(kept)} finished runs have no {metric}, and are left out."] if len(kept) < len(done) else []
-    )
+    notes = [f"{len(done) - len(kept):,} finished runs have no {metric}: left out."] * (len(kept) < len(done))
     further = [name for name, labels in axes.items() if name not in PLACED and len(labels) > 1]
     several = len({row.get("protocol") for row in kept}) > 1
+    words = sorted({repr(row["shots"]) for row in kept if isinstance(row.get("shots"), str)})
+    if words:
+        raise UserError(f"A report needs numbers of shots, and this study has the labels {', '.join(words)}.")
     runs: dict[Cell, dict[Any, Row]] = defaultdict(dict)
     twice = 0
     for row in kept:
@@ -126,35 +125,60 @@ class Ground:
         contenders: that have all of it, the best first.
         draws: data sets, shots and seeds.
         left_out: contenders that lack some, with the number of draws that they have of these.
+        whole: the number of draws that any contender has.
     """
 
     contenders: list[str]
     draws: list[Draw]
     left_out: dict[str, int]
+    whole: int
 
     def sentence(self) -> str:
         """What is compared, and who is left out."""
         sets, seeds = (len({draw[i] for draw in self.draws}) for i in (0, 2))
         said = (
-            f"Over {len(self.draws):,} runs of each ({counted(sets, 'data set')}, {counted(seeds, 'seed')}) that "
-            f"{len(self.contenders)} contenders all have."
+            f"Over the {len(self.draws):,} of {self.whole:,} draws ({counted(sets, 'data set')}, "
+            f"{counted(seeds, 'seed')}) that are shared by {counted(len(self.contenders), 'contender')}."
         )
         lacking = ", ".join(f"{who} ({n:,})" for who, n in self.left_out.items())
         return said + (f" Left out, as they have fewer of these: {lacking}." if lacking else "")
 
 
 def common_ground(grid: Grid) -> Ground:
-    """The runs that most contenders share: the largest number of contenders times draws that all of them have."""
-    draws = {who: grid.draws(who) for who in grid.contenders}
-    best: tuple[int, list[str], set[Draw]] = (0, [], set())
-    for wanted in draws.values():
-        able = [who for who in grid.contenders if draws[who] >= wanted]
-        if len(able) * len(wanted) > best[0]:
-            best = len(able) * len(wanted), able, wanted
-    _, able, wanted = best
-    left_out = {who: len(draws[who] & wanted) for who in grid.contenders if who not in able}
-    ordered = sorted(wanted, key=lambda draw: (grid.sets.index(draw[0]), grid.shots.index(draw[1]), str(draw[2])))
-    return Ground(able, ordered, left_out)
+    """The runs that most contenders share: as many contenders times draws that all of them have as can be found.
+
+    Contenders leave one by one, first the one that alone stands in the way of most draws (of equal ones, the one with
+    the fewest), and the best of all these sets is taken.
+    """
+    every = sorted(
+        {(name, k, seed) for (_, name, k), rows in grid.runs.items() for seed in rows},
+        key=lambda draw: (grid.sets.index(draw[0]), grid.shots.index(draw[1]), str(draw[2])),
+    )
+    place = {draw: i for i, draw in enumerate(every)}
+    has = np.zeros((len(grid.contenders), len(every)), dtype=bool)
+    row = {who: i for i, who in enumerate(grid.contenders)}
+    for (who, name, k), rows in grid.runs.items():
+        has[row[who], [place[name, k, seed] for seed in rows]] = True
+    left = list(range(len(has)))
+    best: tuple[int, list[int], Any] = (0, [], has[0])
+    while left:
+        shared = has[left].all(0)
+        if len(left) * shared.sum() > best[0]:
+            best = len(left) * int(shared.sum()), list(left), shared
+        alone = (~has[left]).sum(0) == 1
+        left.remove(max(left, key=lambda i: ((alone & ~has[i]).sum(), -has[i].sum(), i)))
+    _, able, shared = best
+    left_out = {who: int((has[i] & shared).sum()) for who, i in row.items() if i not in able}
+    draws = [draw for draw, kept in zip(every, shared, strict=True) if kept]
+    ground = Ground([grid.contenders[i] for i in able], draws, left_out, len(every))
+    return replace(ground, contenders=sorted(ground.contenders, key=lambda who: -mean_on(grid, ground, who, None)))
+
+
+def mean_on(grid: Grid, ground: Ground, who: str, name: str | None, column: str = "") -> float:
+    """The mean of a contender over the common ground, on a data set or on all; NaN where a run does not tell."""
+    rows = [grid.runs[who, each, k][seed] for each, k, seed in ground.draws if name in (None, each)]
+    values = [value for row in rows if isinstance(value := row.get(column or grid.metric), (int, float))]
+    return float(np.mean(values)) if len(values) == len(rows) else math.nan
 
 
 def differences(grid: Grid, first: str, second: str) -> tuple[dict[str, dict[Any, float]], int, int]:

@@ -12,12 +12,12 @@ from kshot import __version__
 from kshot.seeing.page import definitions, document
 from kshot.studies import axes
 from kshot.studies.costs import calibrated, foretold, paying, result_in
-from kshot.studies.grid import METRICS, Row
-from kshot.studies.sections import Report, against_baseline, against_shots, mean_on, means, ranking, soft
+from kshot.studies.grid import METRICS, Row, counted, mean_on
+from kshot.studies.sections import Report, against_baseline, against_shots, means, ranking, soft
 
 NAMED = 12  # cells that are listed of one reason
 STYLE = """
-.grow svg{width:100%;max-width:540px}.large svg{min-width:430px}
+.grow svg{width:100%}.large svg{min-width:520px}
 .panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,300px),1fr));gap:1rem 1.2rem;
 margin:.6rem 0}.panels svg{width:100%}.panels figcaption,p.name{font-size:.95rem;font-weight:600;margin:.5rem 0 .1rem}
 .legend{display:flex;flex-wrap:wrap;gap:.1rem 1rem;font-size:.86rem;margin:.6rem 0}
@@ -59,9 +59,7 @@ def page(report: Report, rows: Sequence[Row], study: Mapping[str, Any], folder: 
         foretold(report),
         f"<h2>How it was made</h2>{surroundings(rows, folder)}",
         f"<pre>{escape(made_by(study, command))}</pre>",
-        soft(
-            f"Written by kshot {__version__}. The figures lie beside this page as SVG and PDF, its tables as CSV and LaTeX."
-        ),
+        soft(f"Written by kshot {__version__}; figures as SVG and PDF and tables as CSV and TeX lie beside this page."),
     ]
     return document(name, blocks, axes.PAGE + STYLE)
 
@@ -69,7 +67,7 @@ def page(report: Report, rows: Sequence[Row], study: Mapping[str, Any], folder: 
 def subtitle(report: Report, rows: Sequence[Row]) -> str:
     """What was compared on what, in a line."""
     backbones = sorted({str(row.get("backbone")) for row in rows if row.get("backbone")})
-    parts = [f"{len(report.grid.contenders)} contenders on {', '.join(report.grid.sets)}"]
+    parts = [f"{counted(len(report.grid.contenders), 'contender')} on {', '.join(report.grid.sets)}"]
     parts += [", ".join(backbones)] if backbones else []
     return "; ".join(parts)
 

@@ -16,7 +16,7 @@ from kshot.seeing.statistics import holm
 from kshot.studies import figures
 from kshot.studies.axes import MOST, Drawing, legend, sheet, swatch
 from kshot.studies.figures import Curve, Strip, curves, strips
-from kshot.studies.grid import METRICS, Grid, Ground, baseline_of, common_ground, counted, differences
+from kshot.studies.grid import METRICS, Grid, Ground, baseline_of, common_ground, counted, differences, mean_on
 from kshot.studies.published import known, published
 from kshot.studies.statistics import DRAWS, FEWEST_SETS, LEVEL, Paired, mean_interval, paired, ranks, too_few
 from kshot.studies.tables import Table, Text
@@ -56,7 +56,7 @@ class Report:
     def drawn(self, name: str, drawing: Drawing, kind: str = "keep grow") -> str:
         """Keeps a figure as a file, and gives it for a page."""
         self.figures[name] = drawing.svg()
-        return f'<div class="{kind}">{self.figures[name]}</div>'
+        return f'<div class="{kind}" style="max-width:{1.2 * drawing.width:.0f}px">{self.figures[name]}</div>'
 
     def panels(self, name: str, title: str, drawings: Sequence[Drawing], columns: int, names: bool = True) -> str:
         """Keeps figures as one file, and gives them for a page one by one, below the names of the contenders."""
@@ -135,7 +135,8 @@ def against_shots(report: Report) -> str:
     if len(grid.contenders) > len(report.styles):
         said += f" The figures have {len(report.styles)} of {len(grid.contenders)} contenders, the tables all."
     if None in names:
-        said += " The mean is of contenders that have all data sets; its interval is for these data sets."
+        said += " The mean is of contenders that have all data sets, over seeds that all sets have; "
+        said += "its interval is for these data sets."
     main, *others = drawings
     head = f'<p class="name">{escape(main.title)}</p>{report.drawn("accuracy", main)}'
     notes = soft(said) + "".join(soft(f"Dashed, {who}: {source}.") for who, source in sources.items())
@@ -196,6 +197,8 @@ def against_baseline(report: Report) -> str:
             unlike += others
             found |= {who: paired(values)} if values else {}
     head = "<h2>Paired differences</h2>"
+    if len(grid.contenders) == 1:
+        return head + soft("There is one contender.")
     by = (
         ""
         if report.chosen
@@ -298,11 +301,6 @@ def ranking(report: Report) -> str:
     weak = f" With {len(sets)} data sets it finds only large differences." if len(sets) < 10 else ""
     if found.p > 1 - LEVEL:
         weak += " As Friedman's test does not tell the contenders apart, ranks say nothing."
-    return head + report.drawn("ranks", figure, "keep wide large") + soft(said + weak)
-
-
-def mean_on(grid: Grid, ground: Ground, who: str, name: str | None, column: str = "") -> float:
-    """The mean of a contender over the common ground, on a data set or on all; NaN where a run does not tell."""
-    rows = [grid.runs[who, each, k][seed] for each, k, seed in ground.draws if name in (None, each)]
-    values = [value for row in rows if isinstance(value := row.get(column or grid.metric), (int, float))]
-    return float(np.mean(values)) if len(values) == len(rows) else math.nan
+    return (
+        head + report.drawn("ranks", figure, "keep grow" if figure.width <= 480 else "wide large") + soft(said + weak)
+    )
