@@ -17,6 +17,7 @@ usage: python main.py {fit,validate,test,import} --config NAME [--config METHOD 
        python main.py data {list,info,check,split,import,download,store} ... [--json]
        python main.py runs [FOLDER] | compare RUN RUN [RUN ...] | show RUN | push RUN ORG/NAME ...
        python main.py results STUDY [--where FILTER ...] [--pivot ROWS COLUMNS [VALUE]] [--out FILE]
+       python main.py report STUDY [--baseline NAME] [--metric NAME] [--out FOLDER]
        python main.py export RUN --format {merged,peft,torch,onnx,openvino} [options]
        python main.py sweep --config STUDY [options] | worker STUDY
        python main.py doctor [--json]
@@ -30,6 +31,7 @@ usage: python main.py {fit,validate,test,import} --config NAME [--config METHOD 
   runs      list runs and choose among them: --method, --data, --shots, --min-acc, --since
   compare   differences of runs on the same images, with McNemar's test, class by class
   results   runs of a study or a folder: filtered, as means with intervals, as CSV, Parquet, LaTeX or Markdown
+  report    a study as a page: accuracy against shots, differences, ranks, costs, calibration; figures and tables
   show      a page about a run: confusions, errors, calibration, what it looks at, how features lie
   export    write a run for other libraries, and try what was written: a whole model, an adapter of PEFT, a program
   push      put a run on Hugging Face's hub, with a model card

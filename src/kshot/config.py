@@ -25,6 +25,7 @@ PROGRAMS = {  # commands that take no experiment, by the function that runs thei
     "runs": "kshot.seeing.runs:run_runs",
     "compare": "kshot.seeing.compare:run_compare",
     "results": "kshot.studies.results:run_results",
+    "report": "kshot.studies.report:run_report",
     "show": "kshot.seeing.show:run_show",
     "push": "kshot.seeing.hub:run_push",
     "export": "kshot.export.command:run_export",

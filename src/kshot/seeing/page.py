@@ -117,10 +117,15 @@ def page(result: Mapping[str, Any], answered: Answered, seen: Seen) -> str:
         f"<h2>The run</h2>{facts(result)}",
         f'<p class="soft">Written by kshot {escape(__version__)}.</p>',
     ]
+    return document(title, blocks)
+
+
+def document(title: str, blocks: Iterable[str], styles: str = FIGURES) -> str:
+    """A whole page of blocks of HTML, with the style of pages and the ``styles`` of its figures."""
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>\n'
         '<meta name="viewport" content="width=device-width,initial-scale=1">\n'
-        f"<style>{STYLE}{FIGURES}</style></head>\n<body>\n" + "\n".join(filter(None, blocks)) + "\n</body></html>\n"
+        f"<style>{STYLE}{styles}</style></head>\n<body>\n" + "\n".join(filter(None, blocks)) + "\n</body></html>\n"
     )
 
 
