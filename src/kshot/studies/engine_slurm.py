@@ -103,10 +103,11 @@ class Slurm:
                     "--engine-option cluster=local."
                 )
         executor = submitit.SlurmExecutor(self.folder, max_num_timeout=TIMES)
-        more = {name.replace("-", "_"): value for name, value in options.items() if name not in OWN}
+        more: dict[str, Any] = {name.replace("-", "_"): value for name, value in options.items() if name not in OWN}
         if "gpus" in options:
             more["gpus_per_node"] = options["gpus"]
         cpus = more.setdefault("cpus_per_task", str(self.settings.threads))
+        more.setdefault("requeue", True)  # some clusters ask for it
         executor.update_parameters(
             job_name=f"kshot-{self.study.name}",
             time=limit,
