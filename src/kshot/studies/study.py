@@ -82,8 +82,8 @@ class Study:
 
 
 def matches(cell: Cell, labels: Mapping[str, frozenset[str]]) -> bool:
-    """Whether a cell has one of the labels of each axis."""
-    return all(said(cell[axis].label) in wanted for axis, wanted in labels.items())
+    """Whether a cell, or a part of one, has one of the labels of each axis."""
+    return all(axis in cell and said(cell[axis].label) in wanted for axis, wanted in labels.items())
 
 
 def said(label: Any) -> str:
