@@ -1,0 +1,268 @@
+"""The process that keeps a study's workers on a Ray cluster; :mod:`kshot.studies.engine_ray` starts it.
+
+Its standard input ends when the sweep does, and on its standard output it tells how the workers are, in lines of JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kshot.cli import Ended, ending_on_signals
+from kshot.errors import UserError, first_line
+from kshot.studies.claims import Claims, published
+from kshot.studies.engine_local import GRACE, LIVES, MEMORY
+from kshot.studies.engines import thread_variables
+
+LOOK = 0.5  # seconds between two looks at the cluster
+OBJECTS = 80_000_000  # bytes of the store of objects of a cluster of our own, which holds none; Ray's smallest
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked of the cluster.
+
+    Attributes:
+        study: the directory of the study, by which all nodes find it.
+        address: ``host:port`` or ``auto`` of a cluster; nothing for one on this machine, which ends with the sweep.
+        workers: at most.
+        threads: of a worker, and so Ray's CPUs.
+        gpus: of a worker; None for one where a node has any.
+        only: of :class:`~kshot.studies.engines.EngineSettings`.
+    """
+
+    study: str
+    address: str
+    workers: int
+    threads: int
+    gpus: float | None
+    only: tuple[str, ...]
+
+
+def drive() -> None:
+    """Keeps workers on the cluster until nothing is left to do, or the sweep that started this process is gone."""
+    words = json.loads(sys.argv[1])
+    asked, ended = Asked(**words | {"only": tuple(words["only"])}), threading.Event()
+    threading.Thread(target=lambda: (sys.stdin.read(), ended.set()), daemon=True).start()
+    try:
+        with cluster(asked):
+            Keeper(asked).keep(ended)
+    except UserError as error:
+        say(error=str(error))
+
+
+def say(**what: Any) -> None:
+    """Tells the sweep something, if it is there."""
+    with suppress(BrokenPipeError):
+        print(json.dumps(what), flush=True)
+
+
+@contextmanager
+def cluster(asked: Asked) -> Iterator[None]:
+    """Joins the cluster, or starts one on this machine of which nothing stays; raises UserError where that fails."""
+    import ray
+
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as folder:  # noqa: S108
+        cores = max(os.cpu_count() or 1, asked.threads)
+        own = {"_temp_dir": folder, "num_cpus": cores, "include_dashboard": False, "object_store_memory": OBJECTS}
+        where = {"address": asked.address} if asked.address else {"address": "local", **own}
+        try:
+            ray.init(**where, log_to_driver=False, logging_level="ERROR")
+        except Exception as error:  # of a dozen kinds
+            raise UserError(f"Ray {asked.address or 'on this machine'}: {first_line(error)[:400]}") from error
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+class Actor:
+    """A worker on a node."""
+
+    def pid(self) -> int:
+        """The number of its process there."""
+        return os.getpid()
+
+    def work(self, asked: Asked, name: str) -> tuple[str, str]:
+        """Works; says whether the study is ``over``, it was ``refused``, and why, or asked to have ``ended``."""
+        import torch
+
+        from kshot.studies.worker import read_only, work
+
+        torch.set_num_threads(asked.threads)
+        try:
+            with ending_on_signals():
+                work(Path(asked.study), name=name, only=read_only(asked.only))
+        except UserError as error:
+            return "refused", str(error)
+        except Ended:
+            return "ended", "it was ended by a signal"
+        return "over", ""
+
+
+def interrupt(pid: int) -> None:
+    """Asks a worker on the node where this runs to end."""
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGTERM)
+
+
+@dataclass
+class Place:
+    """A part of a node that holds one worker after the other.
+
+    Attributes:
+        node: its id.
+        host: its name and address.
+        gpus: of the worker.
+        name: of the worker.
+        actor, pid, work: Ray's handles of the worker, of the number of its process, and of what it will say in the end.
+    """
+
+    node: str
+    host: str
+    gpus: float
+    name: str = ""
+    actor: Any = None
+    pid: Any = None
+    work: Any = None
+
+
+class Keeper:
+    """The workers on a cluster."""
+
+    def __init__(self, asked: Asked) -> None:
+        import ray
+
+        self.ray, self.asked, self.study = ray, asked, Path(asked.study)
+        self.seen: set[str] = set()  # nodes
+        self.refused: set[str] = set()
+        self.free: list[Place] = []
+        self.busy: list[Place] = []
+        self.over, self.deaths, self.ended = self.count_over(), 0, 0
+        self.reason = "there is none with what a worker needs"
+
+    def keep(self, ended: threading.Event) -> None:
+        """Looks after nodes and workers until none has anything to do; raises UserError where none could work."""
+        while not ended.wait(LOOK):
+            alive = {node["NodeID"]: node for node in self.ray.nodes() if node["Alive"]}
+            for node in alive.keys() - self.seen:
+                self.seen.add(node)
+                self.free += self.places(alive[node])
+            self.settle(alive)
+            self.free = [place for place in self.free if place.node in alive]
+            while self.free and not self.ended and len(self.busy) < self.asked.workers:
+                self.start(self.free.pop(0))
+            say(workers=len(self.busy), nodes=len({place.node for place in self.busy}))
+            if not self.busy:
+                if self.ended:
+                    return
+                raise UserError(f"No node of the Ray cluster takes a run: {self.reason}")
+        self.end()
+
+    def places(self, node: dict[str, Any]) -> list[Place]:
+        """What a node has room for."""
+        has = node["Resources"]
+        gpus = min(1.0, has.get("GPU", 0.0)) if self.asked.gpus is None else self.asked.gpus
+        room = int(has.get("CPU", 0) / self.asked.threads)
+        if gpus:
+            room = min(room, int(has.get("GPU", 0) / gpus + 1e-6))
+        room = min(room, max(1, int(has.get("memory", MEMORY) / MEMORY)))
+        host = f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
+        return [Place(node["NodeID"], host, gpus) for _ in range(room)]
+
+    def start(self, place: Place) -> None:
+        """Starts a worker in a place."""
+        host = place.host.partition(" ")[0]
+        place.name = f"{host}-{place.node[:4]}-{secrets.token_hex(2)}"
+        place.actor = (
+            self.ray.remote(Actor)
+            .options(
+                num_cpus=self.asked.threads,
+                num_gpus=place.gpus,
+                scheduling_strategy=self.at(place.node),
+                runtime_env={"env_vars": thread_variables(self.asked.threads)},
+            )
+            .remote()
+        )
+        place.pid, place.work = place.actor.pid.remote(), place.actor.work.remote(self.asked, place.name)
+        self.busy.append(place)
+
+    def at(self, node: str) -> Any:
+        """Ray's way to say: on this node."""
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        return NodeAffinitySchedulingStrategy(node, soft=False)
+
+    def settle(self, alive: dict[str, Any]) -> None:
+        """Looks after workers that ended: one that died is buried, and another takes its place.
+
+        Raises:
+            UserError: they die one after the other without ending a run.
+        """
+        for place in list(self.busy):
+            if not self.ray.wait([place.work], timeout=0)[0]:
+                continue
+            self.busy.remove(place)
+            try:
+                how, why = self.ray.get(place.work)
+            except self.ray.exceptions.RayActorError as error:
+                how, why = "died", first_line(error)
+            except Exception as error:  # of the node, as of one without kshot
+                how, why = "refused", first_line(error)
+            self.ray.kill(place.actor)
+            Claims(self.study, "").bury(place.name)
+            if how == "over":
+                self.ended += 1
+            elif place.node not in alive:
+                say(note=f"The node {place.host} is lost: others take its runs.")
+            elif how == "refused":
+                self.refuse(place, why)
+            else:
+                self.replace(place, why)
+
+    def refuse(self, place: Place, why: str) -> None:
+        """Leaves a node alone whose worker was refused what it needs, and says so once."""
+        self.reason = why
+        if place.node not in self.refused:
+            self.refused.add(place.node)
+            say(note=f"The node {place.host} takes no run: {why}")
+        self.free = [other for other in self.free if other.node != place.node]
+
+    def replace(self, place: Place, why: str) -> None:
+        """Makes room for another worker; raises UserError where they die one after the other without ending a run."""
+        over = self.count_over()
+        self.deaths, self.over = (1 if over > self.over else self.deaths + 1), over
+        if self.deaths > LIVES * (len(self.busy) + 1):
+            raise UserError(f"Workers die without ending a run, the last on {place.host}: {why[:300]}")
+        say(note=f"A worker on {place.host} died, and another takes its place.")
+        self.free.append(place)
+
+    def count_over(self) -> int:
+        """How many runs are done or failed."""
+        return len(published(self.study / "done")) + len(published(self.study / "failed"))
+
+    def end(self) -> None:
+        """Asks all workers to end, and kills those that do not."""
+        begun, until = [], time.monotonic() + GRACE
+        for place in self.busy:
+            if self.ray.wait([place.pid], timeout=0)[0]:
+                with suppress(self.ray.exceptions.RayError):
+                    asking = self.ray.remote(interrupt).options(num_cpus=0, max_retries=0, scheduling_strategy=self.at(place.node))
+                    asking.remote(self.ray.get(place.pid))
+                    begun.append(place.work)
+        if begun:
+            self.ray.wait(begun, num_returns=len(begun), timeout=max(0.0, until - time.monotonic()))
+        for place in self.busy:
+            self.ray.kill(place.actor)
+            Claims(self.study, "").bury(place.name)
