@@ -230,6 +230,8 @@ class Backbone(nn.Module, ABC):
 
     def trainable(self, tower: str) -> list[nn.Parameter]:
         """What trains in a tower, ``image`` or ``text``, adapters included."""
+        if not any(p.requires_grad for p in self.parameters()):
+            return []
         own = [p for name, p in self.named_tower_parameters() if name.startswith(f"{tower}.") and p.requires_grad]
         layers = [p for layer in self.layers(tower).values() for p in layer.parameters() if p.requires_grad]
         return list({id(p): p for p in own + layers}.values())  # layers may share a tensor
