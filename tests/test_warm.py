@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from command_line import FIT, METHODS, TINY_VIT, UNTESTED
+from command_line import FIT, METHODS, TINY_VIT
 from safetensors.torch import load_file
 from test_cli_configs import WEIGHT_TUNING
 
@@ -18,9 +18,8 @@ from kshot.module import FewShotModule
 from kshot.surroundings import leaving_no_trace
 from kshot.warm import Warm
 
-SHORT = ["--trainer.enable_progress_bar", "false", "--data.shots", "1", "--data.views", "1"]
-SHORT += ["--trainer.max_epochs", "1"]
-SHORT += ["--trainer.max_steps", "2", "--data.batch_size", "2", "--run.calibrate", "false"]
+SHORT = ["--trainer.enable_progress_bar", "false", "--data.shots", "1", "--data.views", "1", "--data.batch_size", "3"]
+SHORT += ["--trainer.max_epochs", "2", "--run.calibrate", "false"]  # two steps
 SEARCH = {"autolora": ["--model.adapter.search_steps", "1", "--data.shots", "2"]}
 OF_THE_MOMENT = ("seconds", "finished", "peak_memory_bytes")
 
@@ -114,7 +113,7 @@ def test_another_backbone_takes_the_place_of_the_first(few_scans, tmp_path):
     assert (warm.built, warm.lendings) == (3, 1)
 
 
-class Fault(Exception):
+class FaultError(Exception):
     pass
 
 
@@ -125,13 +124,13 @@ def test_a_run_that_fails_gives_the_backbone_back_or_loses_it(changes, few_scans
     def power_cut(self, *_):
         if changes:
             next(self.backbone.parameters()).data.add_(1)
-        raise Fault
+        raise FaultError
 
-    one(tmp_path, *few_scans, *UNTESTED, warm=warm)
+    one(tmp_path, *few_scans, warm=warm)
     with monkeypatch.context() as patch:
         patch.setattr(FewShotModule, "training_step", power_cut)
-        with pytest.raises(Fault):
-            one(tmp_path, *few_scans, *UNTESTED, warm=warm)
+        with pytest.raises(FaultError):
+            one(tmp_path, *few_scans, warm=warm)
     assert (warm.kept is None) == changes
     with pytest.raises(UserError, match="takes no gradient step"):
         one(tmp_path, *few_scans, "--model.classifier", "Ridge", warm=warm)

@@ -243,16 +243,14 @@ class Backbone(nn.Module, ABC):
         """
         with self.unadapted():
             parameters = [pair for pair in self.named_tower_parameters() if pair[0].startswith("image.")]
-            modules = {name: module for name, module in self.named_modules() if name and is_own(name)}
-            built = [(name, type(module).__qualname__, plain_attributes(module)) for name, module in modules.items()]
+            built = [(n, type(m).__qualname__, plain_attributes(m)) for n, m in self.named_modules() if n and is_own(n)]
             values = values_sha256([*parameters, *(pair for pair in self.named_buffers() if is_own(pair[0]))])
         return hashlib.sha256(f"{values} {self.settings()} {built}".encode()).hexdigest()
 
     def unfreeze(self, names: Sequence[str]) -> None:
         """Lets some of the towers' own parameters train, and keeps the values that they start from."""
         named = dict(self.named_tower_parameters())
-        if self.initial_values is None:
-            self.initial_values = nn.Module()
+        self.initial_values = self.initial_values or nn.Module()
         kept = dict(self.initial_values.named_buffers())
         for name in names:
             named[name].requires_grad_(True)
