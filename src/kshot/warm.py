@@ -68,7 +68,6 @@ class Warm:
                 return backbone
         self.kept = None  # before another one takes its room
         backbone = backbone_of(tree)
-        backbone.detach()  # as after every run
         self.built += 1
         self.drawn[key] = Drawn(states(), backbone.weight_sha256)
         self.towers = {}

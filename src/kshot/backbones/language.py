@@ -40,7 +40,8 @@ class VisionLanguageBackbone(Backbone):
 
     def detach(self) -> None:
         super().detach()
-        self.chunks, self.said = 1, frozenset()
+        for name in ("chunks", "said"):
+            vars(self).pop(name, None)
 
     @property
     @abstractmethod

@@ -321,7 +321,8 @@ class _Digits(ArrayImages):
     """The images of scikit-learn, which are the same in every run: each is digested once."""
 
     def digests(self, paths: Sequence[str]) -> list[str]:
-        return [_digest_of_digit(path) for path in paths]
+        theirs = self.items is None or self.items is _digits()
+        return [_digest_of_digit(path) for path in paths] if theirs else super().digests(paths)
 
 
 @cache
