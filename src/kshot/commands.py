@@ -8,7 +8,7 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,6 +21,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from kshot import __version__, predictions, record
 from kshot.auto import choose
+from kshot.backbones import Backbone
 from kshot.building import backbone_of, data_of, kind_of, method_of, options_of, trainer_settings
 from kshot.calibration import stored_calibration
 from kshot.callbacks import Progress, ResumeFile
@@ -31,6 +32,7 @@ from kshot.data.prediction import white_in
 from kshot.data.splits import TEST_SHARE
 from kshot.errors import UserError, first_line
 from kshot.evaluate import Tested
+from kshot.features import FeatureStore
 from kshot.files import make_folder, write_text
 from kshot.folds import fold_settings, twin_of
 from kshot.forecast import look_ahead, look_around
@@ -43,6 +45,7 @@ from kshot.prepare import check_classes
 from kshot.run import DEFAULTS, evaluate, finish, fit, has_length, set_length
 from kshot.settings import LINKED, OPTIONS, help_text, settings
 from kshot.surroundings import RESUME_FROM, mistake_behind, settle_chatter, told_to_stderr, with_resume
+from kshot.warm import Warm
 
 DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # libyaml's, where PyYAML was built with it
 TRAINER_DEFAULTS = DEFAULTS | {
@@ -53,36 +56,42 @@ TRAINER_DEFAULTS = DEFAULTS | {
 
 
 @told_to_stderr()
-def run(arguments: Sequence[str], started: float | None = None) -> FewShotCLI:
+def run(arguments: Sequence[str], started: float | None = None, warm: Warm | None = None) -> FewShotCLI:
     """Runs the words after ``python main.py``, in a process that began ``started``, and returns what it built.
+
+    Args:
+        arguments: the words.
+        started: a time of ``time.time()``; None for now.
+        warm: what runs of this process share; the run's model is of no more use afterwards.
 
     Raises:
         UserError: a mistake in the command line, a config or what they name.
         SystemExit: after --help and --print_config.
     """
     started = time.time() if started is None else started
-    settle_chatter()
-    line = read_command_line(with_resume(arguments), list(OPTIONS))
-    if line.help_for or "help" in line.flags:
-        print(help_text(line))
-        raise SystemExit(0)
-    (places, tree), choice = settings(line), None
-    if tree.get("budget") is not None and "print_config" not in line.flags:
-        line, choice = choose(line, tree)
-        places, tree = settings(line)
-    tree["trainer"] = TRAINER_DEFAULTS | tree["trainer"]
-    cli = FewShotCLI(line, written_out(places, tree), started, choice)
-    try:
-        getattr(cli, f"run_{line.command}")()
-    except BaseException as error:
-        ended = mistake_behind(error) or error
-        cli.tell_how_to_resume(ended)
-        if ended is error:
-            raise
-        raise ended from error
-    finally:
-        cli.lock.close()
-    return cli
+    with nullcontext() if warm is None else warm.lending():
+        settle_chatter()
+        line = read_command_line(with_resume(arguments), list(OPTIONS))
+        if line.help_for or "help" in line.flags:
+            print(help_text(line))
+            raise SystemExit(0)
+        (places, tree), choice = settings(line), None
+        if tree.get("budget") is not None and "print_config" not in line.flags:
+            line, choice = choose(line, tree)
+            places, tree = settings(line)
+        tree["trainer"] = TRAINER_DEFAULTS | tree["trainer"]
+        cli = FewShotCLI(line, written_out(places, tree), started, choice, warm)
+        try:
+            getattr(cli, f"run_{line.command}")()
+        except BaseException as error:
+            ended = mistake_behind(error) or error
+            cli.tell_how_to_resume(ended)
+            if ended is error:
+                raise
+            raise ended from error
+        finally:
+            cli.lock.close()
+        return cli
 
 
 class FewShotCLI:
@@ -93,14 +102,17 @@ class FewShotCLI:
         tree: its settings, with all defaults written out.
         started: when its process began, or the command.
         choice: how its method was chosen, where it was.
+        warm: where its backbone is from, if runs share some.
 
     Raises:
         UserError: what the parts of a run refuse.
         SystemExit: after --print_config.
     """
 
-    def __init__(self, line: CommandLine, tree: Tree, started: float, choice: Choice | None = None) -> None:
-        self.line, self.config, self.choice = line, tree, choice
+    def __init__(
+        self, line: CommandLine, tree: Tree, started: float, choice: Choice | None = None, warm: Warm | None = None
+    ) -> None:
+        self.line, self.config, self.choice, self.warm = line, tree, choice, warm
         self.directory: Path | None = None
         self.lock = ExitStack()  # of the directory
         self.files = AtomicCheckpoints()
@@ -114,16 +126,15 @@ class FewShotCLI:
         self.config_text = text_of(tree)
         self.options = options_of(tree)
         self.datamodule = data_of(tree)
-        self.model = self.make_model()
+        self.model = self.make_model(backbone_of(tree) if warm is None else warm.backbone(tree))
         self.datamodule.use_preprocessing(self.model.backbone.preprocessing)
         self.given = trainer_settings(tree["trainer"])
         self.trainer = self.make_trainer()
         self.seconds = {"start": time.time() - started}
 
-    def make_model(self) -> FewShotModule:
-        """The model on its backbone, for the classes of the data, with the settings that its checkpoints tell."""
+    def make_model(self, backbone: Backbone) -> FewShotModule:
+        """The model on a backbone, for the classes of the data, with the settings that its checkpoints tell."""
         known = {name: getattr(self.datamodule, name) for name in LINKED}
-        backbone = backbone_of(self.config)
         model = kind_of(self.config)(backbone=backbone, **known, **method_of(self.config))
         spec = self.config["model"]
         own = {"_class_path": spec["class_path"], **spec["init_args"], **spec.get("dict_kwargs", {}), **known}
@@ -134,7 +145,8 @@ class FewShotCLI:
         """The configured trainer with safe checkpoint files, which validates where something is decided by it."""
         given = dict(self.given)
         self.resume_file = ResumeFile(self.options.save_every)
-        given["callbacks"] = callbacks = [*listed(given["callbacks"]), self.resume_file]
+        store = FeatureStore(self.model.backbone, towers={} if self.warm is None else self.warm.towers)
+        given["callbacks"] = callbacks = [*listed(given["callbacks"]), self.resume_file, store]
         if given["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             callbacks.append(Progress(leave=False))
         if given["check_val_every_n_epoch"] == 0:

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -170,8 +171,16 @@ def walk(value: Any) -> Iterator[Any]:
 
 def read_word(text: Any) -> Any:
     """What a word stands for as YAML: itself where it is none, no YAML or only names, as in ``{}`` and ``{a, b}``."""
-    if not isinstance(text, str):
-        return text
+    return text if not isinstance(text, str) or stays_word(text) else _as_yaml(text)
+
+
+@lru_cache(maxsize=4096)
+def stays_word(text: str) -> bool:
+    """Whether a word stands for itself, as most do; a config asks for the same ones again and again."""
+    return bool(_as_yaml(text) == text)
+
+
+def _as_yaml(text: str) -> Any:
     try:
         value = load_yaml(text)
     except yaml.YAMLError:

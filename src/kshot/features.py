@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from importlib import metadata
+from itertools import chain
 from typing import Any, NamedTuple
 
 import PIL
@@ -62,13 +63,15 @@ class FeatureStore(Callback):
     Args:
         backbone: that all of these runs adapt; a run on another one is refused.
         tells: say once that there are features of before.
+        towers: digests of the untouched image tower by its dtype, where nothing but the runs of kshot has the backbone:
+            they leave it as it is. None looks at it anew in each stage.
 
     Attributes:
         encoded: views of images that were encoded, by part; ``read`` those whose features were there before.
     """
 
-    def __init__(self, backbone: Backbone, tells: bool = True) -> None:
-        self.backbone, self.tells = backbone, tells
+    def __init__(self, backbone: Backbone, tells: bool = True, towers: dict[torch.dtype, str] | None = None) -> None:
+        self.backbone, self.tells, self.towers = backbone, tells, towers
         self.memory: dict[tuple[str, str], Tensor] = {}
         self.encoded: Counter[str] = Counter()
         self.read: dict[str, int] = {}
@@ -124,7 +127,9 @@ class FeatureStore(Callback):
 
     def context(self, part: Any, module: Module, trainer: Trainer) -> dict[str, Any]:
         """All that decides features beside the bytes of an image, in plain data."""
-        self.tower = self.tower or self.backbone.image_sha256()
+        towers = {} if self.towers is None else self.towers
+        self.tower = self.tower or towers.get(self.backbone.mean.dtype) or self.backbone.image_sha256()
+        towers[self.backbone.mean.dtype] = self.tower
         libraries = {name: version(name) for name in ("torch", "timm", "open_clip_torch", "numpy")}
         return {
             "backbone": self.backbone.name,
@@ -164,7 +169,9 @@ def store_of(trainer: Trainer) -> FeatureStore | None:
 def place(module: Module, trainer: Trainer) -> None:
     """Moves a module to the trainer's device and precision, as the trainer will itself."""
     trainer.precision_plugin.convert_module(module)
-    module.to(trainer.strategy.root_device)
+    device = trainer.strategy.root_device
+    if module.device != device or any(t.device != device for t in chain(module.parameters(), module.buffers())):
+        module.to(device)
 
 
 def has_texts(backbone: Backbone) -> bool:

@@ -44,7 +44,7 @@ def encoded_batch(
 
 def begun(module: Module, batch: Batch) -> Batch:
     """A batch of images with tokens in their place, from which this run and the untouched backbone both go on."""
-    blocks = leading_blocks(module)
+    blocks = 0 if batch.image is None else leading_blocks(module)
     if batch.image is None or not blocks:
         return batch
     with torch.no_grad():

@@ -178,7 +178,7 @@ def plain_value(place: Place, value: Any, where: str) -> Any:
     if Any in alternatives(place.hint):
         return word
     if holds_as_it_is(place.hint, value) and not (isinstance(value, str) and word is not value):
-        return value
+        return stated(value)
     try:
         read = parser_of(place.hint).parse_object({"value": value}).value
     except (ArgumentError, TypeError) as error:
@@ -205,6 +205,8 @@ def holds_as_it_is(hint: Any, value: Any) -> bool:
             each == value and type(each) is type(value) for each in typing.get_args(kind)
         ):
             return True
+        if typing.get_origin(kind) is tuple and isinstance(value, tuple) and len(value) == len(typing.get_args(kind)):
+            return all(map(holds_as_it_is, typing.get_args(kind), value))
     return False
 
 

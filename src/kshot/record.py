@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,7 @@ def loggers(directory: Path) -> list[Logger]:
     return [TensorBoardLogger(directory, name="", version="tensorboard")]
 
 
+@cache  # of the code that is loaded, whatever becomes of the checkout
 def git_commit() -> str | None:
     """The commit of the checkout that kshot runs from, with ``-dirty`` when files differ; None outside a checkout."""
     folder = str(Path(__file__).parent)

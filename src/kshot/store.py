@@ -94,9 +94,10 @@ class Store:
             return {}
         try:
             entry = file.stat()
-            keys, rows = _opened(str(file), entry.st_ino, entry.st_size, self.context)
-            places = np.flatnonzero(np.isin(keys, sought))
-            if not len(places):
+            keys, order, rows = _opened(str(file), entry.st_ino, entry.st_size, self.context)
+            near = np.searchsorted(keys, sought).clip(max=len(keys) - 1)
+            there = np.flatnonzero(keys[near] == sought) if len(keys) else ()
+            if not len(there):
                 return {}
             _check(str(file), entry.st_ino, entry.st_size)
         except FileNotFoundError:
@@ -109,7 +110,7 @@ class Store:
         if time.time() - entry.st_mtime > USED:
             with suppress(OSError):
                 os.utime(file)
-        return {int(keys[place]): rows[place] for place in places}
+        return {int(sought[i]): rows[order[near[i]]] for i in there}
 
     def _write(self, keys: np.ndarray, rows: Tensor) -> None:
         assert self.folder is not None
@@ -130,9 +131,9 @@ class Store:
         for file in small:
             with suppress(Exception):  # found to be damaged, and said, when it is looked into
                 entry = file.stat()
-                keys, values = _opened(str(file), entry.st_ino, entry.st_size, self.context)
+                keys, order, values = _opened(str(file), entry.st_ino, entry.st_size, self.context)
                 _check(str(file), entry.st_ino, entry.st_size)
-                rows |= zip(keys.tolist(), values.unbind(), strict=True)
+                rows |= {key: values[place] for key, place in zip(keys.tolist(), order.tolist(), strict=True)}
         if rows:
             self._write(np.array(list(rows), np.uint64), torch.stack(list(rows.values())))
         for file in small:
@@ -147,14 +148,17 @@ class Store:
 
 
 @lru_cache(maxsize=4096)
-def _opened(file: str, inode: int, size: int, context: str) -> tuple[np.ndarray, Tensor]:  # noqa: ARG001  tell files apart
+def _opened(file: str, inode: int, size: int, context: str) -> tuple[np.ndarray, np.ndarray, Tensor]:  # noqa: ARG001  tell files apart
+    """Its keys in their order, the place of each, and the rows."""
     with safe_open(file, framework="pt") as content:
         if content.metadata()["context"] != context:
             raise ValueError("of another context than its folder's")
         keys, rows = content.get_tensor("keys"), content.get_tensor("rows")
     if keys.dtype != torch.int64 or keys.shape != rows.shape[:1]:
         raise ValueError("as many keys as rows are needed")
-    return keys.numpy().view(np.uint64), rows
+    named = keys.numpy().view(np.uint64)
+    order = named.argsort()
+    return named[order], order, rows
 
 
 @lru_cache(maxsize=4096)

@@ -230,6 +230,8 @@ class Backbone(nn.Module, ABC):
 
     def trainable(self, tower: str) -> list[nn.Parameter]:
         """What trains in a tower, ``image`` or ``text``, adapters included."""
+        if not any(p.requires_grad for p in self.parameters()):
+            return []
         own = [p for name, p in self.named_tower_parameters() if name.startswith(f"{tower}.") and p.requires_grad]
         layers = [p for layer in self.layers(tower).values() for p in layer.parameters() if p.requires_grad]
         return list({id(p): p for p in own + layers}.values())  # layers may share a tensor
@@ -241,16 +243,14 @@ class Backbone(nn.Module, ABC):
         """
         with self.unadapted():
             parameters = [pair for pair in self.named_tower_parameters() if pair[0].startswith("image.")]
-            modules = {name: module for name, module in self.named_modules() if name and is_own(name)}
-            built = [(name, type(module).__qualname__, plain_attributes(module)) for name, module in modules.items()]
+            built = [(n, type(m).__qualname__, plain_attributes(m)) for n, m in self.named_modules() if n and is_own(n)]
             values = values_sha256([*parameters, *(pair for pair in self.named_buffers() if is_own(pair[0]))])
         return hashlib.sha256(f"{values} {self.settings()} {built}".encode()).hexdigest()
 
     def unfreeze(self, names: Sequence[str]) -> None:
         """Lets some of the towers' own parameters train, and keeps the values that they start from."""
         named = dict(self.named_tower_parameters())
-        if self.initial_values is None:
-            self.initial_values = nn.Module()
+        self.initial_values = self.initial_values or nn.Module()
         kept = dict(self.initial_values.named_buffers())
         for name in names:
             named[name].requires_grad_(True)

@@ -38,6 +38,11 @@ class VisionLanguageBackbone(Backbone):
     chunks: int = 1  # how many parts the last prompts were divided into to keep within that
     said: frozenset[str] = frozenset()  # what was logged about it
 
+    def detach(self) -> None:
+        super().detach()
+        for name in ("chunks", "said"):
+            vars(self).pop(name, None)
+
     @property
     @abstractmethod
     def logit_scale(self) -> Tensor:

@@ -281,8 +281,10 @@ class GaussianAverage:
 
 def own_parameters(classifier: Classifier) -> list[nn.Parameter]:
     """The trainable tensors of a classifier and of classifiers inside it, without the backbone's."""
-    inside = {id(p) for p in classifier.backbone.parameters()}
-    return [p for p in classifier.parameters() if p.requires_grad and id(p) not in inside]
+    around = classifier.named_modules(memo={classifier.backbone})  # all modules but the backbone and what is in it
+    own = {id(p): p for _, module in around for p in module.parameters(recurse=False) if p.requires_grad}
+    shared = {id(p) for p in classifier.backbone.parameters()} if own else ()
+    return [p for name, p in own.items() if name not in shared]
 
 
 def closed_form(classifier: Classifier) -> bool:

@@ -4,7 +4,7 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from importlib.util import find_spec
 from operator import itemgetter
 from pathlib import Path, PurePosixPath
@@ -145,7 +145,7 @@ class DatasetEntry:
             return self._split_of_arrays(name, root, download)
         packaged = packaged_folder("data_splits") / self.split
         if self.split and packaged.is_file():
-            return read_split_zhou(packaged, name, self.image_root)
+            return _packaged_split(packaged, name, self.image_root)
         split = self._split_there(name, Path(root), listing)
         if split is None and download and self._fetches:
             self._torchvision(root, download=True)
@@ -225,7 +225,7 @@ class DatasetEntry:
         images are not there.
         """
         if self.kind == "digits":
-            return ArrayImages(_digits, _grey_levels_16)
+            return _Digits(_digits, _grey_levels_16)
         if self.kind == "arrays":
             load = partial(self._pictures, root, ARRAYS[part], download)
             picture = _picture_of_sample if self.labels == "_samples" else itemgetter(0)
@@ -293,6 +293,12 @@ def _transposed(picture: Any, item: Any) -> Image.Image:
     return image.transpose(Image.Transpose.TRANSPOSE)
 
 
+@lru_cache(maxsize=4)
+def _packaged_split(file: Path, name: str, image_root: str) -> Split:
+    """A split that kshot brings, which every run reads several times and nobody changes."""
+    return read_split_zhou(file, name, image_root)
+
+
 @cache
 def _digits() -> Any:
     """The images, (1797, 8, 8), as ``sklearn.datasets.load_digits`` gives them, which would load all of SciPy.
@@ -309,3 +315,16 @@ def _digits() -> Any:
 
 def _grey_levels_16(values: np.ndarray) -> Image.Image:
     return Image.fromarray(np.round(values * (255 / 16)).astype(np.uint8))
+
+
+class _Digits(ArrayImages):
+    """The images of scikit-learn, which are the same in every run: each is digested once."""
+
+    def digests(self, paths: Sequence[str]) -> list[str]:
+        theirs = self.items is None or self.items is _digits()
+        return [_digest_of_digit(path) for path in paths] if theirs else super().digests(paths)
+
+
+@cache
+def _digest_of_digit(path: str) -> str:
+    return ArrayImages(_digits, _grey_levels_16).digests([path])[0]
