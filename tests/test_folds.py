@@ -7,6 +7,7 @@ import torch
 
 from kshot.adapters import LoRA
 from kshot.classifiers import GDA, CoOp, LinearProbe, NearestClassMean, Ridge, Shots, TextPrompt
+from kshot.classifiers.leaving_out import spectrum
 from kshot.data import CropFlip, FewShotDataModule
 from kshot.features import FeatureStore, place
 from kshot.folds import FOLDS, HeldOut, Judge, fold_settings, folds_for, joined, shorten, stratified_folds, twin_of
@@ -146,6 +147,20 @@ def test_texts_are_encoded_once_for_all_folds(backbone, shots, monkeypatch):
     judge.out_of_fold(module, stratified_folds(judge.label, 3, 1), range(3))
     assert len(encoded) == 1
     module.detach()
+
+
+def test_closed_forms_take_the_shots_of_a_fold_apart_once(backbone, shots, monkeypatch):
+    taken = []
+    monkeypatch.setattr("kshot.classifiers.base.spectrum", lambda f: taken.append(f.shape[1]) or spectrum(f))
+    judge, module = judged_by(backbone, shots, classifier=Ridge)
+    fold = stratified_folds(judge.label, 3, 1)
+    judge.out_of_fold(module, fold, range(2))
+    module.detach()
+    judge.owner = build(backbone, shots, classifier=GDA)
+    place(judge.owner, judge.trainer)
+    judge.out_of_fold(judge.owner, fold, range(1, 3))
+    assert taken == [20, 20, 20]  # two folds, and the third, of which the first answer knew nothing
+    judge.owner.detach()
 
 
 @pytest.mark.parametrize("head", [LinearProbe, partial(CoOp, context_length=2)], ids=["LinearProbe", "CoOp"])

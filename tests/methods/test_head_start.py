@@ -1,6 +1,7 @@
 """Where a linear head starts: at a head in closed form, softly."""
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -70,7 +71,7 @@ class TestScaleOfLoss:
 def test_the_start_is_the_head_in_closed_form_times_the_scale(start, kind, normalize):
     given = shots()
     if not normalize:  # a head on features of any length can be the same only where all are as long
-        given = given._replace(features=5 * F.normalize(given.features, dim=-1))
+        given = replace(given, features=5 * F.normalize(given.features, dim=-1))
     head = started(given, head_start=start, head_scale=2.5, normalize=normalize)
     closed = kind(towers.backbone(), Task(NAMES), text=False)
     closed.fit(given, None)
@@ -136,7 +137,7 @@ def test_it_is_finite_whatever_the_shots(start, label, apart, classes):
 
 def test_images_that_are_all_the_same():
     given = shots()
-    same = given._replace(features=given.features[:1, :1].expand(2, len(LABEL), 24))
+    same = replace(given, features=given.features[:1, :1].expand(2, len(LABEL), 24))
     for start in ("ridge", "gda"):
         logits = started(same, head_start=start)(same.features[0])
         torch.testing.assert_close(logits, logits[:1].expand_as(logits))

@@ -114,7 +114,8 @@ class LinearBlend(WithText):
             truth = label[judged]
             scale, text_weight = best_scale(held_out, truth), 0.0
             if text is not None:
-                blends = ((omega, scale * held_out + omega * text[judged]) for omega in TEXT_WEIGHTS)
+                known = text[judged]
+                blends = ((omega, scale * held_out + omega * known) for omega in TEXT_WEIGHTS)
                 text_weight, blend = best_of(blends, truth)
                 scale, text_weight = (x * best_scale(blend, truth) for x in (scale, text_weight))
         self.weight.copy_(weight)
