@@ -275,3 +275,17 @@ def test_results(run, tmp_path):
     assert [row["part"] for row in rows][:3] == ["index made", "opened, up to date", "filter"]
     assert len(rows) == 7
     assert all(row["runs"] == "60" and positive(row, "seconds") for row in rows)
+
+
+def test_sweep(run, tmp_path):
+    few = ["--shots", "1", "--seeds", "1", "--samples", "1", "--nothing", "8", "--cells", "50", "--in-process"]
+    rows = run("sweep", *few, "--out", str(tmp_path / "sweep.csv"))["sweep"]
+    assert [(row["part"], row["runs"]) for row in rows] == [
+        ("mixed", "4"),
+        ("closed forms", "4"),
+        ("scheduling", "8"),
+        ("planner", "50"),
+    ]
+    assert all(positive(row, "ratio", "steady_ratio", "alone_cpu_s", "sweep_cpu_s") for row in rows[:2])
+    assert positive(rows[2], "ms_a_run")
+    assert positive(rows[3], "planning_s", "peak_mb")

@@ -115,7 +115,7 @@ def read_plan(directory: Path, only: Mapping[str, frozenset[str]] | None = None)
 def read_record(file: Path) -> dict[str, Any]:
     """Reads what was published of a run; raises UserError where the file is damaged."""
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
+        record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         return {"id": record["id"], "axes": record["axes"], "seconds": float(record["seconds"])} | record
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is damaged: delete it, and the next sweep does this run again.") from error
