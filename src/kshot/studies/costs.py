@@ -136,7 +136,7 @@ def foretold(report: Report) -> str:
     judged = {who: judgement(found[who]) for who in report.grid.contenders if who in found} | {"all": judgement(every)}
     header = ["contender", "runs", "intervals that hold", "forecast − truth", "mean distance"]
     read = [
-        texts((who, f"{n:,}", f"{held:.1%}", f"{100 * bias:+.1f}", f"{100 * distance:.1f}"))
+        texts((who, f"{n:,}", f"{held:.1%}", f"{100 * bias:+z.1f}", f"{100 * distance:.1f}"))
         for who, (n, held, bias, distance) in judged.items()
     ]
     n, held, *_ = judged["all"]
