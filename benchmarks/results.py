@@ -2,10 +2,10 @@
 
     python benchmarks/results.py
 
-(A minute.) The study is made for it in a temporary folder, of 0.5 GB: each run has its own record and line of the plan, and a
-``result.json`` that it shares with others, behind a link. Seconds are those on the wall, the median of the rounds, with
-files in the page cache; every query opens the study anew, and so looks at each record. ``cpu`` are this process's, and
-``megabytes`` what it holds at most, beyond what it held before.
+(A minute or two.) The study is made for it in a temporary folder, of 0.5 GB: each run has its own record and line of
+the plan, and a ``result.json`` that it shares with others, behind a link. Seconds are those on the wall, the median of
+the rounds, with files in the page cache; every query opens the study anew, and so looks at each record. ``cpu`` are
+this process's, and ``megabytes`` what it holds at most, beyond what it held before.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def result(generator: np.random.Generator) -> dict[str, object]:
         "device": "cpu",
     }
     ahead = {"forecast": {"accuracy": 0.9, "low": 0.8, "high": 0.95, "curve": {"4": 0.9, "8": 0.91}}}
-    versions = {name: "1.2.3" for name in ("kshot", "python", "torch", "lightning", "open_clip_torch", "timm")}
+    versions = dict.fromkeys(("kshot", "python", "torch", "lightning", "open_clip_torch", "timm"), "1.2.3")
     return (
         about | figures | {"split": split, "reliability": {"test": bins}, "versions": versions} | sizes | more | ahead
     )

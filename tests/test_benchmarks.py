@@ -261,3 +261,10 @@ def test_predict__beside_plain_loops(run, tmp_path):
     names = ("wall_kshot", "wall_plain", "wall_ratio", "core_ratio", "start", "start_core")
     assert [row["library"] for row in rows["predict"]] == ["open_clip", "timm"]
     assert all(positive(row, *names) for row in rows["predict"])
+
+
+def test_results(run, tmp_path):
+    rows = run("results", "--runs", "60", "--rounds", "1", "--out", str(tmp_path / "results.csv"))["results"]
+    assert [row["part"] for row in rows][:3] == ["index made", "opened, up to date", "filter"]
+    assert len(rows) == 7
+    assert all(row["runs"] == "60" and positive(row, "seconds") for row in rows)

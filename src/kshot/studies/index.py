@@ -13,7 +13,6 @@ import json
 import os
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +151,9 @@ def kept(file: Path) -> sqlite3.Connection | None:
     """The table in a file; None where there is none that this kshot has written whole."""
     connection = sqlite3.connect(":memory:")
     try:
-        connection.deserialize(file.read_bytes())
+        connection.deserialize(
+            file.read_bytes() or b"?"
+        )  # of nothing it makes no database, and no sqlite3.Error either
         if connection.execute("PRAGMA quick_check").fetchall() == [("ok",)] and meta(connection)["format"] == kind():
             return connection
     except (OSError, sqlite3.Error, KeyError):
@@ -171,7 +172,7 @@ def empty() -> sqlite3.Connection:
     connection = sqlite3.connect(":memory:")
     connection.execute("CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT)")
     connection.execute("CREATE TABLE plan (position INTEGER PRIMARY KEY, id TEXT)")
-    connection.execute(f"CREATE TABLE runs (id TEXT PRIMARY KEY, {', '.join([*OWN[1:], *TOLD])})")
+    connection.execute(f"CREATE TABLE runs (id TEXT PRIMARY KEY, {', '.join([*OWN[1:], *TOLD])}) WITHOUT ROWID")
     told(connection, format=kind(), axes="[]", plan="", outside="0")
     return connection
 
@@ -190,9 +191,10 @@ def brought_up_to_date(connection: sqlite3.Connection, study: Path, note: Callab
     """Reads what is new in a study's files, and forgets what is gone; whether anything was."""
     here, before = stamps(study), dict(connection.execute("SELECT id, stamp FROM runs"))
     there = set(os.listdir(study / RUNS)) if (study / RUNS).is_dir() else set()  # noqa: PTH208  names are enough
-    new = {id for id, stamp in here.items() if before.get(id) != stamp}
-    lost = {id for (id,) in connection.execute("SELECT id FROM runs WHERE state = 'done'")} - there
-    new |= lost & here.keys()
+    new = set() if here == before else {id for id, stamp in here.items() if before.get(id) != stamp}
+    lost = {(id,) for id in here.keys() - there}  # of which only those that were done had a folder
+    asked = "SELECT id FROM runs WHERE state = 'done' AND id = ?"
+    new |= {id for each in lost for (id,) in connection.execute(asked, each)}
     if len(new) >= MANY:
         warn(f"Reading {len(new):,} results of {study} ...")
     gone = before.keys() - here.keys()
@@ -218,12 +220,19 @@ def stamps(study: Path) -> dict[str, int]:
     """What each run's record is known by: another number for another state, file, size or time."""
     found = {}
     for state in RESULTS:
-        with suppress(FileNotFoundError), os.scandir(study / state) as entries:
+        try:
+            entries = os.scandir(study / state)
+        except FileNotFoundError:
+            continue
+        with entries:
             for entry in entries:
-                if entry.name.endswith(".json") and entry.name[0] != ".":
-                    with suppress(FileNotFoundError):  # gone since
+                name, end = entry.name[:-5], entry.name[-5:]
+                if end == ".json" and name[:1] != ".":
+                    try:
                         stat = entry.stat()
-                        found[entry.name[:-5]] = hash((state == "done", stat.st_mtime_ns, stat.st_size, stat.st_ino))
+                    except FileNotFoundError:  # gone since
+                        continue
+                    found[name] = hash((state == "done", stat.st_mtime_ns, stat.st_size, stat.st_ino))
     return found
 
 
@@ -251,8 +260,9 @@ def published(study: Path, id: str, stamp: int, note: Callable[[str], None]) -> 
         row = told_by(result_of(study / record["run"]))
         return about | row | {"run": record["run"], "finished": row["finished"] or record.get("finished")}
     except (OSError, ValueError, LookupError, TypeError, UserError) as error:
-        why = str(error) if isinstance(error, UserError) else f"{state}/{id}.json cannot be read ({first_line(error)})."
-        note(f"{study}: {why} It counts as failed.")
+        record_file = study / state / f"{id}.json"
+        why = str(error) if isinstance(error, UserError) else f"{record_file} cannot be read ({first_line(error)})."
+        note(f"{why} The run counts as failed.")
         axes = inner(record, "axes") if isinstance(record, dict) else {}
         return {"id": id, "stamp": None, "state": "failed", "axes": json.dumps(axes), "reason": why}
 

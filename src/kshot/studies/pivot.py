@@ -25,6 +25,7 @@ LESS = (
 )  # beginnings and ends of columns of which less is better
 PER_CENT = {*SHARES, "harmonic_mean", "targets_mean", "forecast", "forecast_low", "forecast_high"}
 Label = tuple[Any, ...]
+Place = tuple[Label, Label]  # of a cell: its row and its column
 
 
 @dataclass
@@ -65,7 +66,7 @@ class Pivot:
     value: str
     rows: list[Label]
     columns: list[Label]
-    cells: dict[tuple[Label, Label], Cell]
+    cells: dict[Place, Cell]
     by_row: bool
     notes: list[str]
 
@@ -124,55 +125,57 @@ def pivoted(
     drawn = [name for name in index.axes if name in SEEDS] or ["seed"]
     drawn = [name for name in drawn if name not in (*rows, *columns)]
     further = [name for name in index.axes or KEYS if name not in (*rows, *columns, *SEEDS)]
-    groups: dict[tuple[Label, Label], dict[Label, dict[Label, list[float]]]] = {}
-    cells: dict[tuple[Label, Label], Cell] = {}
-    planned: dict[tuple[Label, Label], set[Label]] = defaultdict(set)
-    cut = [2, 2 + len(rows), 2 + len(rows) + len(columns), 2 + len(rows) + len(columns) + len(further)]
-    for run in index.select(["state", value, *rows, *columns, *further, *drawn], where):
-        place, unit, seed = (run[cut[0] : cut[1]], run[cut[1] : cut[2]]), run[cut[2] : cut[3]], run[cut[3] :]
-        cell, found = cells.setdefault(place, Cell()), groups.setdefault(place, defaultdict(lambda: defaultdict(list)))
-        planned[place].add(unit)
-        if run[0] != "done" or run[1] is None:
-            cell.missing[run[0] if run[0] != "done" else f"without {value}"] += 1
-        elif isinstance(run[1], str):
-            raise UserError(f"{value!r} holds words, such as {run[1]!r:.60}: a mean needs a column of numbers.")
-        else:
-            found[unit][seed].append(run[1])
-    for place, found in groups.items():
-        if found:
-            means = {
-                str(unit): {s: math.fsum(each) / len(each) for s, each in by.items()} for unit, by in found.items()
-            }
-            mean = average(means)
-            cells[place].mean, cells[place].seeds = mean.mean, mean.seeds
-            cells[place].half = None if math.isnan(mean.half) else mean.half
+    runs: dict[Place, list[tuple[Any, ...]]] = defaultdict(list)
+    unit, seed = len(rows) + len(columns), len(rows) + len(columns) + len(further)
+    known = [index.values(name) for name in (*rows, *columns)]  # what all runs have, those that are open have, too
+    given = [each[0] if len(each) == 1 else None for each in known]
+    for state, told, *run in index.select(["state", value, *rows, *columns, *further, *drawn], where):
+        place = tuple(v if v is not None else only for v, only in zip(run, given, strict=False))
+        runs[place[: len(rows)], place[len(rows) :]].append((state, told, tuple(run[unit:seed]), tuple(run[seed:])))
+    cells = {place: Cell() for place in runs}
+    planned = {place: {unit for _, _, unit, _ in found} for place, found in runs.items()}
+    done: dict[Place, set[Label]] = {}
+    twice = 0
+    for place, found in runs.items():
+        cell, by = cells[place], defaultdict[Label, dict[Label, list[float]]](dict)
+        for state, told, other, draw in found:
+            if state != "done" or told is None:
+                cell.missing[state if state != "done" else f"without {value}"] += 1
+            elif isinstance(told, str):
+                raise UserError(f"{value!r} holds words, such as {told!r:.60}: a mean needs a column of numbers.")
+            else:
+                by[other].setdefault(draw, []).append(told)
+        done[place] = set(by)
+        twice += sum(len(each) > 1 for seeds in by.values() for each in seeds.values())
+        if by:
+            mean = average({str(u): {s: sum(v) / len(v) for s, v in seeds.items()} for u, seeds in by.items()})
+            cell.mean, cell.seeds, cell.half = mean.mean, mean.seeds, None if math.isnan(mean.half) else mean.half
     down, across = (labels(place[i] for place in cells) for i in (0, 1))
     pivot = Pivot((rows, columns), value, down, across, cells, "method" not in rows, [])
     for line in lines_of(pivot):
-        compare(line, planned, groups, value)
-    twice = sum(len(each) > 1 for found in groups.values() for by in found.values() for each in by.values())
+        compare(line, planned, done, value)
     pivot.notes = list(notes(pivot, further, planned, twice))
     return pivot
 
 
-def lines_of(pivot: Pivot) -> list[list[tuple[tuple[Label, Label], Cell]]]:
+def lines_of(pivot: Pivot) -> list[list[tuple[Place, Cell]]]:
     """The cells that stand beside each other: in a row, or in a column where rows are methods."""
-    found: dict[Label, list[tuple[tuple[Label, Label], Cell]]] = defaultdict(list)
+    found: dict[Label, list[tuple[Place, Cell]]] = defaultdict(list)
     for place, cell in pivot.cells.items():
         found[place[not pivot.by_row]].append((place, cell))
     return list(found.values())
 
 
 def compare(
-    line: Sequence[tuple[tuple[Label, Label], Cell]],
-    planned: Mapping[tuple[Label, Label], set[Label]],
-    groups: Mapping[tuple[Label, Label], Mapping[Label, Any]],
+    line: Sequence[tuple[Place, Cell]],
+    planned: Mapping[Place, set[Label]],
+    done: Mapping[Place, set[Label]],
     value: str,
 ) -> None:
     """Says which cells of a line are whole, and the best of these, where there are two or more."""
     everything = set().union(*(planned[place] for place, _ in line))
     for place, cell in line:
-        cell.whole = not cell.missing and set(groups[place]) == everything
+        cell.whole = not cell.missing and done[place] == everything
     whole = [cell for _, cell in line if cell.whole and cell.mean is not None]
     if len(whole) > 1:
         best = (min if less_is_better(value) else max)(cell.mean for cell in whole if cell.mean is not None)

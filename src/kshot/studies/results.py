@@ -85,7 +85,8 @@ def print_runs(given: argparse.Namespace, index: Index, where: Sequence[Conditio
     if given.json:
         print(json.dumps([dict(zip(columns, run, strict=True)) for run in found], indent=1, ensure_ascii=False))
     if given.out is None and not given.json:
-        show(title, [[cell(*each) for each in zip(columns, run, strict=True)] for run in found[:PRINTED]], columns)
+        print(title)
+        show("", [[cell(*each) for each in zip(columns, run, strict=True)] for run in found[:PRINTED]], columns)
         if len(found) > PRINTED:
             print(f"... and {len(found) - PRINTED:,} more: --out FILE.csv has all of them")
     if given.out is not None:
@@ -100,7 +101,8 @@ def print_pivot(given: argparse.Namespace, pivot: Pivot) -> None:
     if given.json:
         print(json.dumps(pivot.plain(), indent=1, ensure_ascii=False))
     if given.out is None and not given.json:
-        show(f"{pivot.value} in {given.study}", [[each.words for each in row] for row in table.read], table.read_header)
+        print(f"{pivot.value} in {given.study}")
+        show("", [[each.words for each in row] for row in table.read], table.read_header)
     if given.out is not None:
         write_table(given.out, table)
         warn(f"{len(pivot.cells):,} means of {pivot.value} in {given.study}, written to {given.out}")
