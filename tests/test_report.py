@@ -51,7 +51,13 @@ def result(of, **more):
 def make_study(folder, rows, failed=(), unmade=(), **header):
     """A study's folder with these runs."""
     axes = {name: list(dict.fromkeys(r[name] for r in rows)) for name in ("method", "dataset", "shots", "seed")}
-    header = {"name": folder.name, "file": "studies/mine.yaml", "axes": axes, "base": [], "options": {}} | header
+    header = {
+        "name": folder.name,
+        "file": str(packaged_folder("configs") / "studies/mine.yaml"),
+        "axes": axes,
+        "base": [],
+        "options": {},
+    } | header
     for name in ("done", "failed"):
         (folder / name).mkdir(parents=True)
     (folder / "study.json").write_text(json.dumps(header))
@@ -111,7 +117,7 @@ class TestPage:
         assert titles <= set(page.words)
 
     def test_every_figure_is_a_file_that_stands_alone(self, made):
-        _, folder, page = made
+        _, folder, _ = made
         names = {file.stem for file in folder.glob("*.svg")}
         whole = {"accuracy", "accuracy_by_data_set", "differences", "ranks", "costs", "calibration", "forecast"}
         assert whole <= names | {"costs"}  # costs are all the same here

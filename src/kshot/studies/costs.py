@@ -101,7 +101,7 @@ def reliabilities(report: Report, study: Path) -> str:
         "How often answers are right by how sure they are, after the temperature, and how many of the first test set's "
         f"images are how sure (bars below): the answers of {read:,} runs of {there:,} together."
     )
-    return f'<div class="panels">{"".join(blocks)}</div>{soft(said)}' if blocks else ""
+    return f'<div class="panels three">{"".join(blocks)}</div>{soft(said)}' if blocks else ""
 
 
 def result_in(study: Path, row: Mapping[str, Any]) -> dict[str, Any]:
