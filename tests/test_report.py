@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 from command_line import refused
 from pages import Page
+from scipy import stats
 from sklearn.calibration import calibration_curve
+from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.weightstats import DescrStatsW
 
 from kshot.cli import main
@@ -41,8 +43,9 @@ def result(of, **more):
     bins = [{"images": 30, "confidence": 0.5, "accuracy": 0.4}, {"images": 70, "confidence": 0.9, "accuracy": 0.8}]
     return told | {
         "split": {"shots": of["shots"], "digest": of["split"]},
-        **{"ece": 0.05, "ece_before": 0.1, "reliability": {"test": bins}, "trainable_parameters": 100, "device": "cpu"},
+        **{"ece": 0.05, "ece_before": 0.1, "reliability": {"test": bins}, "device": "cpu"},
         **{"peak_memory_bytes": 10**9, "checkpoint_bytes": 5000, "seconds": {"fit": 1.5, "test": 0.5}},
+        "trainable_parameters": of.get("trainable_parameters", 0),
         "forecast": {"accuracy": of["acc"] + 0.02, "low": of["acc"] - 0.01, "high": of["acc"] + 0.05},
         **{"versions": {"kshot": "0.1.0", "torch": "2.14.1"}, "git_commit": "abc", "finished": "2026-11-26T13:00:00"},
     }  # fmt: skip
@@ -198,6 +201,89 @@ class TestPage:
         page = Page((tmp_path / "s" / "report" / "index.html").read_text(encoding="utf-8"))
         assert "NaN" not in page.content
         assert "nan" not in re.sub(r"[^\d.\s-]*nan[a-z]", "", page.content.replace("finance", ""))
+
+
+class TestManySets:
+    """Eight data sets, of which one lacks a run, and whose runs cost what their methods do."""
+
+    @pytest.fixture(scope="class")
+    def made(self, tmp_path_factory):
+        rng = np.random.default_rng(5)
+        sets, cost = [f"set{i}" for i in range(8)], {"ridge": 0, "gda": 10, "coop": 2000, "lora": 40_000}
+        effect = {(m, d): 0.5 + 0.03 * i + rng.normal(0, 0.02) for i, m in enumerate(cost) for d in sets}
+        rows = [
+            row(m, d, k, s, float(effect[m, d] + rng.normal(0, 0.01)), trainable_parameters=cost[m])
+            for m, d, k, s in itertools.product(cost, sets, (2, 4), (1, 2, 3))
+        ]
+        lost = rows.pop(0)
+        study = make_study(tmp_path_factory.mktemp("many") / "many", rows, [(lost, "lost")])
+        report(study, "--baseline", "ridge")
+        return rows, study / "report", (study / "report" / "index.html").read_text(encoding="utf-8")
+
+    def of(self, rows, *where):
+        return [r["acc"] for r in rows if all(r[name] == value for name, value in where)]
+
+    def test_differences_are_tested_over_data_sets(self, made):
+        rows, folder, _ = made
+        left = [r for r in rows if (r["dataset"], r["shots"], r["seed"]) != ("set0", 2, 1)]
+        raw = {}
+        table = {line["contender"]: line for line in table_of(folder, "differences")}
+        for who in ("gda", "coop", "lora"):
+            by = {}
+            for d, seed in {(r["dataset"], r["seed"]) for r in rows}:
+                mine, base = (self.of(left, ("method", m), ("dataset", d), ("seed", seed)) for m in (who, "ridge"))
+                by[d, seed] = np.mean(np.subtract(mine, base))
+            each = [np.mean([by[d, s] for s in (1, 2, 3)]) for d in sorted({d for d, _ in by})]
+            raw[who] = stats.wilcoxon(each).pvalue
+            seeds = [np.mean([value for (_, seed), value in by.items() if seed == s]) for s in (1, 2, 3)]
+            low, high = DescrStatsW(seeds).tconfint_mean()
+            line = table[who]
+            assert float(line["difference"]) == pytest.approx(np.mean(seeds))
+            assert float(line["half the t-interval"]) == pytest.approx((high - low) / 2)
+            assert float(line["p"]) == pytest.approx(raw[who])
+            assert float(line["bootstrap from"]) < float(line["difference"]) < float(line["to"])
+            assert (line["sets"], line["pairs"]) == ("8", "47")
+            assert int(line["sets won"]) == sum(value > 0 for value in each)
+        corrected = multipletests(list(raw.values()), method="holm")[1]
+        assert [float(table[who]["p (Holm)"]) for who in raw] == pytest.approx(corrected.tolist())
+
+    def test_ranks_are_over_what_all_share(self, made):
+        rows, folder, content = made
+        methods = ["ridge", "gda", "coop", "lora"]
+        left = [r for r in rows if (r["dataset"], r["shots"], r["seed"]) != ("set0", 2, 1)]
+        values = [[np.mean(self.of(left, ("method", m), ("dataset", f"set{i}"))) for m in methods] for i in range(8)]
+        mean = stats.rankdata(-np.array(values), axis=1).mean(0)
+        found = {line["contender"]: float(line["mean rank"]) for line in table_of(folder, "ranks")}
+        assert [found[m] for m in methods] == pytest.approx(mean.tolist())
+        assert "Over the 47 of 48 draws (8 data sets, 3 seeds) that are shared by 4 contenders." in content
+
+    def test_costs_are_those_of_the_runs(self, made):
+        _, folder, content = made
+        found = {line["contender"]: line for line in table_of(folder, "costs")}
+        assert {who: float(line["trained parameters"]) for who, line in found.items()} == {
+            "ridge": 0, "gda": 10, "coop": 2000, "lora": 40_000
+        }  # fmt: skip
+        assert {line["seconds a run"] for line in found.values()} == {"2.0"}
+        figure = (folder / "costs.svg").read_text(encoding="utf-8")
+        assert re.search(r"lora: \d\d\.\d% at 4e\+04 trained parameters", figure)
+        assert "seconds a run" not in figure  # the same for all
+        assert '<td class="n">40,000</td>' in content
+
+    def test_calibration_is_before_and_after(self, made):
+        _, folder, _ = made
+        before, after = (folder / "calibration.svg").read_text(encoding="utf-8").split("After the temperature")
+        assert "ridge, 4 shots: 10.0% ± 0.0%" in before
+        assert "ridge, 4 shots: 5.0% ± 0.0%" in after
+
+    def test_reliability_adds_the_runs(self, made):
+        _, folder, _ = made
+        figure = (folder / "reliability_1.svg").read_text(encoding="utf-8")
+        assert "3360 images, 90.0% sure, 80.0% right" in figure  # 48 runs of 70
+
+    def test_it_says_what_can_be_told(self, made):
+        _, _, content = made
+        assert "Wilcoxon's p is over data sets" in content.replace("&#x27;", "'")
+        assert "bootstrap over data sets and seeds" in content
 
 
 class TestRefusals:

@@ -30,7 +30,8 @@ summary{padding:.3rem 0;font-weight:600;font-size:.95rem}li{overflow-wrap:anywhe
 pre{white-space:pre-wrap;overflow-wrap:anywhere;background:var(--card);padding:.6rem .8rem;border-radius:8px;
 font-size:.85rem}
 @media(max-width:480px){td small{display:block}}
-@media print{.grow svg{max-width:130mm}.panels{grid-template-columns:1fr 1fr}.three{grid-template-columns:repeat(3,1fr)}.large svg{max-width:160mm}
+@media print{.grow svg{max-width:130mm}.panels{grid-template-columns:1fr 1fr}.three{grid-template-columns:repeat(3,1fr)}
+.large svg{max-width:160mm}
 .panels svg{max-width:100%}}
 """
 
