@@ -23,6 +23,7 @@ from kshot.studies.grid import METRICS, Grid, mean_on
 from kshot.studies.sections import SMALL, Report, points_of, soft, texts
 from kshot.studies.tables import Table
 
+MOST_POINTS = 800  # runs in the figure of forecasts
 MOST_READ = 2_000  # result files whose reliability is read
 DRAWN = ("trainable_parameters", "seconds", "peak_memory_bytes")  # costs with a figure
 COSTS: dict[str, tuple[str, Callable[[float], str]]] = {  # by field of a row
@@ -101,7 +102,7 @@ def reliabilities(report: Report, study: Path) -> str:
         "How often answers are right by how sure they are, after the temperature, and how many of the first test set's "
         f"images are how sure (bars below): the answers of {read:,} runs of {there:,} together."
     )
-    return f'<div class="panels">{"".join(blocks)}</div>{soft(said)}' if blocks else ""
+    return f'<div class="panels three">{"".join(blocks)}</div>{soft(said)}' if blocks else ""
 
 
 def result_in(study: Path, row: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,7 +120,7 @@ def pooled(given: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, float
         for each in bins:
             n = each["images"]
             sums[min(int(each["confidence"] * BINS), BINS - 1)] += [n, n * each["confidence"], n * each["accuracy"]]
-    return [{"images": n, "confidence": c / n, "accuracy": a / n} for _, (n, c, a) in sorted(sums.items()) if n]
+    return [{"images": int(n), "confidence": c / n, "accuracy": a / n} for _, (n, c, a) in sorted(sums.items()) if n]
 
 
 def foretold(report: Report) -> str:
@@ -136,7 +137,7 @@ def foretold(report: Report) -> str:
     judged = {who: judgement(found[who]) for who in report.grid.contenders if who in found} | {"all": judgement(every)}
     header = ["contender", "runs", "intervals that hold", "forecast − truth", "mean distance"]
     read = [
-        texts((who, f"{n:,}", f"{held:.1%}", f"{100 * bias:+.1f}", f"{100 * distance:.1f}"))
+        texts((who, f"{n:,}", f"{held:.1%}", f"{100 * bias:+z.1f}", f"{100 * distance:.1f}"))
         for who, (n, held, bias, distance) in judged.items()
     ]
     n, held, *_ = judged["all"]
@@ -145,7 +146,10 @@ def foretold(report: Report) -> str:
         "measured; crosses are those that do not. Runs on one data set are alike, so this share is less sure than the "
         "number of runs suggests."
     )
-    figure = report.drawn("forecast", figures.forecasts("Forecast against truth", every))
+    if len(every) > MOST_POINTS:
+        said += f" Drawn are {MOST_POINTS:,} of them, evenly from all."
+    some = [every[i] for i in np.unique(np.linspace(0, len(every) - 1, MOST_POINTS).astype(int))]
+    figure = report.drawn("forecast", figures.forecasts("Forecast against truth", some))
     table = report.tabled("forecast", Table(header, [[who, *each] for who, each in judged.items()], header, read))
     return f'<h2>Forecasts</h2><div class="two"><div>{figure}</div><div>{soft(said)}{table}</div></div>'
 

@@ -177,7 +177,7 @@ def strips(title: str, given: Sequence[Strip], axis: str, zero: bool) -> Drawing
                 span = [(x(min(max(end_, low), high)), y) for end_ in (start, end)]
                 look = f' stroke-opacity="{0.4 if thick > 2 else 0.9}" style="stroke-width:{thick}"'
                 body.append(line(strip.style, span, look))
-        said = f"{strip.name}: {100 * strip.mean:+.1f} points" if zero else f"{strip.name}: {strip.mean:.1%}"
+        said = f"{strip.name}: {100 * strip.mean:+z.1f} points" if zero else f"{strip.name}: {strip.mean:.1%}"
         body.append(marker(strip.style, x(strip.mean), y, said))
     body.append(text((left + right) / 2, bottom + 32, axis, "middle", SOFT))
     return Drawing(title, width, bottom + 40, body)

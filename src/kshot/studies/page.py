@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kshot import __version__
+from kshot.files import packaged_folder
 from kshot.seeing.page import definitions, document
 from kshot.studies import axes
 from kshot.studies.costs import calibrated, foretold, paying, result_in
@@ -28,7 +30,8 @@ summary{padding:.3rem 0;font-weight:600;font-size:.95rem}li{overflow-wrap:anywhe
 pre{white-space:pre-wrap;overflow-wrap:anywhere;background:var(--card);padding:.6rem .8rem;border-radius:8px;
 font-size:.85rem}
 @media(max-width:480px){td small{display:block}}
-@media print{.grow svg{max-width:130mm}.panels{grid-template-columns:repeat(3,1fr)}.large svg{max-width:160mm}
+@media print{.grow svg{max-width:130mm}.panels{grid-template-columns:1fr 1fr}.three{grid-template-columns:repeat(3,1fr)}
+.large svg{max-width:160mm}
 .panels svg{max-width:100%}}
 """
 
@@ -168,6 +171,8 @@ def values(given: Iterable[Any]) -> str:
 
 
 def made_by(study: Mapping[str, Any], command: str) -> str:
-    """The commands from the grid to this page."""
-    file = study.get("file")
-    return "\n".join([*([f"python main.py sweep --config {file}"] if file else []), command])
+    """The commands from the grid to this page; a study that kshot carries by its name in configs/."""
+    file = Path(str(study.get("file") or ""))
+    if file.is_relative_to(configs := packaged_folder("configs")):
+        file = file.relative_to(configs)
+    return "\n".join([*([f"python main.py sweep --config {shlex.quote(str(file))}"] * ("file" in study)), command])

@@ -232,7 +232,7 @@ def against_baseline(report: Report) -> str:
     by_set: list[list[Any]] = [
         [who, name, mean, plain(half)] for who, each in found.items() for name, (mean, half) in each.sets.items()
     ]
-    read = [texts((who, name, f"{100 * m:+.1f}" + (f" ± {100 * h:.1f}" if h else ""))) for who, name, m, h in by_set]
+    read = [texts((who, name, f"{100 * m:+z.1f}" + (f" ± {100 * h:.1f}" if h else ""))) for who, name, m, h in by_set]
     columns = ["contender", "data set", "difference"]
     report.tables["differences_by_data_set"] = Table([*columns, "half the interval"], by_set, columns, read, 2)
     return f'{head}<div class="two"><div>{figure}</div><div>{"".join(map(soft, notes))}{verdict}</div></div>{table}'
@@ -271,14 +271,14 @@ def differences_table(found: Mapping[str, Paired], pairs: Mapping[str, int], set
         values.append([who, each.mean, *far, each.p, corrected[who], n, won, pairs[who]])
         p = "too few" if too_few(n, len(found)) else f"{corrected[who]:.3g}"
         new = [span(each.low, each.high), p] * enough
-        told = [f"{100 * each.mean:+.1f}", span(each.mean - each.half, each.mean + each.half), *new]
+        told = [f"{100 * each.mean:+z.1f}", span(each.mean - each.half, each.mean + each.half), *new]
         read.append(texts((who, *told, f"{won} of {n}", f"{pairs[who]:,}")))
     return Table(["contender", *columns], values, ["contender", *names], read)
 
 
 def span(low: float, high: float) -> str:
     """An interval in points."""
-    return "–" if math.isnan(low) else f"{100 * low:+.1f} to {100 * high:+.1f}"
+    return "–" if math.isnan(low) else f"{100 * low:+z.1f} to {100 * high:+z.1f}"
 
 
 def ranking(report: Report) -> str:
