@@ -21,7 +21,6 @@ from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any
 
 from kshot.errors import UserError, first_line, nearest_first
 from kshot.studies.engine_local import GRACE
@@ -89,7 +88,12 @@ class Ray:
         self.log = Path(asked.study) / "logs" / f"ray-{socket.gethostname()}-{os.getpid()}.log"
         with self.log.open("w", encoding="utf-8") as file:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", "from kshot.studies.ray_keeper import drive; drive()", json.dumps(asdict(asked))],
+                [
+                    sys.executable,
+                    "-c",
+                    "from kshot.studies.ray_keeper import drive; drive()",
+                    json.dumps(asdict(asked)),
+                ],
                 stdin=subprocess.PIPE,  # which is closed when the sweep ends, however that happens
                 stdout=subprocess.PIPE,
                 stderr=file,
@@ -100,9 +104,13 @@ class Ray:
         self.workers, self.begun = 0, time.monotonic()
         self.reached = False
         self.lines: SimpleQueue[str] = SimpleQueue()
-        self.listener = threading.Thread(target=lambda: [self.lines.put(line) for line in self.process.stdout or ()])
-        self.listener.daemon = True
+        self.listener = threading.Thread(target=self.listen, daemon=True)
         self.listener.start()
+
+    def listen(self) -> None:
+        """Keeps the lines of the process."""
+        for line in self.process.stdout or ():
+            self.lines.put(line)
 
     def poll(self) -> int:
         """How many work; tells what the process told.
@@ -117,7 +125,9 @@ class Ray:
             while True:
                 self.hear(self.lines.get_nowait())
         if ended and self.process.returncode:
-            raise UserError(f"The {self.where} is gone: finished runs stay, and the same sweep goes on. See {self.log}.")
+            raise UserError(
+                f"The {self.where} is gone: finished runs stay, and the same sweep goes on. See {self.log}."
+            )
         if not ended and not self.reached and time.monotonic() - self.begun > REACH:
             self.kill()
             raise UserError(f"The {self.where} does not answer for {REACH:.0f} seconds: see {self.log}.")

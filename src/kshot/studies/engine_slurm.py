@@ -93,7 +93,7 @@ class Slurm:
             for name in options:
                 if name not in OWN:
                     raise UserError(f"cluster=local takes no {name}. {nearest_first(name, OWN)}")
-            executor = submitit.LocalExecutor(self.folder, max_num_timeout=TIMES)
+            executor: Any = submitit.LocalExecutor(self.folder, max_num_timeout=TIMES)
             executor.update_parameters(timeout_min=limit, gpus_per_node=whole(options.get("gpus", "0"), "gpus"))
             return executor
         for program in ("sbatch", "srun", "squeue"):
@@ -141,7 +141,7 @@ class Slurm:
         if self.cluster == "local":
             for job in self.submitted:
                 job.done()  # which notices those that ended
-            processes = answer("ps", "-o", "pid=,args=", "-p", ",".join(known))
+            processes = answer("ps", "-ww", "-o", "pid=,args=", "-p", ",".join(known))
             return {line.split()[0] for line in processes.splitlines() if str(self.folder) in line}
         return known & set(answer("squeue", "--me", "--array", "--noheader", "--format=%i").split())
 
@@ -182,7 +182,12 @@ class Slurm:
         if self.queued and self.open():
             ending = "scancel" if self.cluster == "slurm" else "kill"
             ids = self.ids().replace(",", "")
-            log.info("%s jobs go on without the sweep, which may be called again; '%s %s' ends them.", len(self.queued), ending, ids)
+            log.info(
+                "%s jobs go on without the sweep, which may be called again; '%s %s' ends them.",
+                len(self.queued),
+                ending,
+                ids,
+            )
 
 
 @dataclass(frozen=True)
