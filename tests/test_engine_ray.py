@@ -19,7 +19,7 @@ from kshot.studies import engine_ray
 from kshot.studies.engines import EngineSettings, start
 from kshot.studies.worker import work
 
-GRID = "grid: {method: [ridge, coop], dataset: [digits], shots: [1, 2], seed: [1, 2, 3], trainer.max_epochs: [8]}\n"
+GRID = "grid: {method: [ridge, coop], dataset: [digits], shots: [1, 2], seed: [1, 2, 3], trainer.max_epochs: [30]}\n"
 RUNS = 12
 MAIN = Path(__file__).parents[1] / "main.py"
 
@@ -180,21 +180,47 @@ def test_a_node_with_another_version_takes_no_run_and_the_others_go_on(tmp_path,
 
 @pytest.mark.slow
 def test_two_engines_at_once_share_the_runs_and_a_worker_that_is_killed_is_replaced(tmp_path, cluster, whole):
-    sweep, study = sweeping(tmp_path, "--engine", "ray", "--engine-option", f"address={cluster.address}")
-    until(lambda: owners(study), sweep)
-    (ours,) = owners(study)
-    local, _ = sweeping(tmp_path, "--workers", "1")
-    until(lambda: len(owners(study)) == 2, local)
-    out, err = sweep.communicate(timeout=400)
+    local, study = sweeping(tmp_path, "--workers", "1")
+    ray, _ = sweeping(tmp_path, "--engine", "ray", "--engine-option", f"address={cluster.address}")
+    until(lambda: len(owners(study)) == 2, ray)
+    listed = subprocess.run(["ps", "-ww", "-eo", "pid=,pgid=,args="], capture_output=True, text=True).stdout
+    (actor,) = [pid for pid, group, args in map(parts, listed.splitlines()) if actor_of(cluster, group, args)]
+    os.kill(int(actor), signal.SIGKILL)
+    out, err = ray.communicate(timeout=400)
     local_out, local_err = local.communicate(timeout=400)
-    assert (sweep.returncode, local.returncode) == (0, 0), err + local_err
+    assert (ray.returncode, local.returncode) == (0, 0), err + local_err
     assert f"{RUNS} of {RUNS} done" in out
     assert f"{RUNS} of {RUNS} done" in local_out
+    assert re.search(r"^A worker on \S+ \(\S+\) died, and another takes its place\.$", err, flags=re.MULTILINE), err
     assert outcome(study) == whole
-    assert computed(study) == RUNS
-    workers = {record["worker"] for record in records(study).values()}
-    assert ours in workers
-    assert len(workers) == 2
+    assert computed(study) <= RUNS + len(list(study.glob("deaths/*")))
+    assert len({record["worker"] for record in records(study).values()}) >= 2
+
+
+def parts(line):
+    """Process, group and words of a line of ps."""
+    return line.split(None, 2)
+
+
+def actor_of(cluster, group, args):
+    """Whether a process is a worker on the first node."""
+    return int(group) == cluster.nodes[0].pid and args.startswith("ray::Actor")
+
+
+@pytest.mark.slow
+def test_a_head_that_dies_ends_the_sweep_in_a_line_and_another_goes_on(tmp_path, cluster, whole):
+    sweep, study = sweeping(tmp_path, "--engine", "ray", "--engine-option", f"address={cluster.address}")
+    until(lambda: records(study), sweep)
+    cluster.kill(cluster.nodes[0])
+    _, err = sweep.communicate(timeout=400)
+    assert sweep.returncode == 2
+    assert re.search(
+        rf"^error: The Ray cluster {cluster.address} is gone: .* Go on with: python main\.py sweep ", err
+    ), err
+    local, _ = sweeping(tmp_path, "--workers", "1")
+    local.communicate(timeout=400)
+    assert local.returncode == 0
+    assert outcome(study) == whole
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from submitit.core.submission import process_job
 from kshot.errors import UserError
 from kshot.studies import engine_slurm
 from kshot.studies.engines import EngineSettings, start
-from kshot.studies.worker import work
+from kshot.studies.worker import LOST_DEVICE, work
 
 GRID = "grid: {method: [ridge, coop], dataset: [digits], shots: [1, 2]}\n"
 MAIN = Path(__file__).parents[1] / "main.py"
@@ -166,6 +166,23 @@ def test_a_job_that_is_pre_empted_gives_its_run_back_and_is_queued_again(tmp_pat
     processes.in_children(1, lambda: work(whole))
     assert len(outcome(whole)) == 2
     assert outcome(study) == outcome(whole)
+
+
+def test_a_job_whose_gpu_is_lost_is_queued_again(tmp_path, slurm, monkeypatch):
+    study = planned(tmp_path, HEAD + GRID)
+    start("slurm", study, EngineSettings(runs=4, workers=2))
+
+    def lost(*args, **more):
+        raise SystemExit(LOST_DEVICE)
+
+    monkeypatch.setattr(engine_slurm, "work", lost)
+
+    def of_a_job():
+        with pytest.raises(SystemExit):
+            as_a_job(study / "logs" / "slurm")
+
+    processes.in_children(1, of_a_job)
+    assert (slurm / "requeued").read_text() == "requeue 40_0\n"
 
 
 def test_a_job_that_is_refused_says_why(tmp_path, slurm, monkeypatch):

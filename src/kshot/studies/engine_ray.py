@@ -23,8 +23,7 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 
 from kshot.errors import UserError, first_line, nearest_first
-from kshot.studies.engine_local import GRACE
-from kshot.studies.engines import EngineSettings
+from kshot.studies.engines import GRACE, MEMORY, EngineSettings
 from kshot.studies.ray_keeper import Asked
 
 REACH = 60.0  # seconds in which a cluster must answer
@@ -47,7 +46,8 @@ def start(study: Path, settings: EngineSettings) -> Ray:
     address = settings.options.get("address", os.environ.get("RAY_ADDRESS", ""))
     check_address(address)
     workers = min(settings.runs, settings.workers or settings.runs)
-    return Ray(Asked(str(study.absolute()), address, workers, settings.threads, gpus, settings.only))
+    memory = (settings.cpu and settings.memory) or MEMORY
+    return Ray(Asked(str(study.absolute()), address, workers, settings.threads, gpus, memory, settings.only))
 
 
 def share_of_gpu(given: str | None, cpu: bool) -> float | None:
@@ -102,7 +102,7 @@ class Ray:
                 start_new_session=True,  # Ctrl-C is for the sweep, which then ends this
             )
         self.workers, self.begun = 0, time.monotonic()
-        self.reached = False
+        self.reached = self.over = False
         self.lines: SimpleQueue[str] = SimpleQueue()
         self.listener = threading.Thread(target=self.listen, daemon=True)
         self.listener.start()
@@ -124,7 +124,7 @@ class Ray:
         with suppress(Empty):
             while True:
                 self.hear(self.lines.get_nowait())
-        if ended and self.process.returncode:
+        if ended and not self.over:
             raise UserError(
                 f"The {self.where} is gone: finished runs stay, and the same sweep goes on. See {self.log}."
             )
@@ -140,6 +140,7 @@ class Ray:
         except ValueError:  # of a library that printed
             return
         self.reached = True
+        self.over = "over" in told
         if "error" in told:
             raise UserError(told["error"])
         if "note" in told:

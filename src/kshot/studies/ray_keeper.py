@@ -24,8 +24,7 @@ from typing import Any, cast
 from kshot.cli import Ended, ending_on_signals
 from kshot.errors import UserError, first_line
 from kshot.studies.claims import Claims
-from kshot.studies.engine_local import GRACE, MEMORY
-from kshot.studies.engines import thread_variables
+from kshot.studies.engines import GRACE, thread_variables
 
 LOOK = 0.5  # seconds between two looks at the cluster
 SETTLE = 3.0  # seconds by which a worker may be missed before its node is
@@ -43,6 +42,7 @@ class Asked:
         workers: at most.
         threads: of a worker, and so Ray's CPUs.
         gpus: of a worker; None for one where a node has any.
+        memory: bytes that a worker needs of its node.
         only: of :class:`~kshot.studies.engines.EngineSettings`.
     """
 
@@ -51,6 +51,7 @@ class Asked:
     workers: int
     threads: int
     gpus: float | None
+    memory: float
     only: tuple[str, ...]
 
 
@@ -67,6 +68,7 @@ def drive() -> None:
     try:
         with cluster(asked):
             Keeper(asked).keep(ended)
+            say(over=True)
     except UserError as error:
         say(error=str(error))
 
@@ -195,7 +197,7 @@ class Keeper:
         room = int(has.get("CPU", 0) / self.asked.threads)
         if gpus:
             room = min(room, int(has.get("GPU", 0) / gpus + 1e-6))
-        room = min(room, max(1, int(has.get("memory", MEMORY) / MEMORY)))
+        room = min(room, max(1, int(has.get("memory", 0) / self.asked.memory)))
         return [Place(node["NodeID"], gpus) for _ in range(room)]
 
     def start(self, place: Place) -> None:
