@@ -183,9 +183,8 @@ def test_two_engines_at_once_share_the_runs_and_a_worker_that_is_killed_is_repla
     local, study = sweeping(tmp_path, "--workers", "1")
     ray, _ = sweeping(tmp_path, "--engine", "ray", "--engine-option", f"address={cluster.address}")
     until(lambda: len(owners(study)) == 2, ray)
-    listed = subprocess.run(["ps", "-ww", "-eo", "pid=,pgid=,args="], capture_output=True, text=True).stdout
-    (actor,) = [pid for pid, group, args in map(parts, listed.splitlines()) if actor_of(cluster, group, args)]
-    os.kill(int(actor), signal.SIGKILL)
+    (actor,) = actors(cluster)
+    os.kill(actor, signal.SIGKILL)
     out, err = ray.communicate(timeout=400)
     local_out, local_err = local.communicate(timeout=400)
     assert (ray.returncode, local.returncode) == (0, 0), err + local_err
@@ -197,14 +196,12 @@ def test_two_engines_at_once_share_the_runs_and_a_worker_that_is_killed_is_repla
     assert len({record["worker"] for record in records(study).values()}) >= 2
 
 
-def parts(line):
-    """Process, group and words of a line of ps."""
-    return line.split(None, 2)
-
-
-def actor_of(cluster, group, args):
-    """Whether a process is a worker on the first node."""
-    return int(group) == cluster.nodes[0].pid and args.startswith("ray::Actor")
+def actors(cluster):
+    """The processes of workers on this machine that belong to a cluster."""
+    listed = subprocess.run(["ps", "-ww", "-eo", "pid=,ppid=,args="], capture_output=True, text=True).stdout
+    processes = [line.split(None, 2) for line in listed.splitlines()]
+    nodes = {pid for pid, _, args in processes if "/raylet " in args and str(cluster.folder) in args}
+    return [int(pid) for pid, parent, args in processes if parent in nodes and args.startswith("ray::Actor")]
 
 
 @pytest.mark.slow
