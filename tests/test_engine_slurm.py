@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import stat
+import subprocess
 import sys
 import threading
 import time
@@ -12,14 +13,13 @@ from pathlib import Path
 
 import processes
 import pytest
-import submitit
 from studies import HEAD, outcome, planned, records
 from submitit.core.submission import process_job
 
 from kshot.errors import UserError
 from kshot.studies import engine_slurm
 from kshot.studies.engines import EngineSettings, start
-from kshot.studies.worker import work
+from kshot.studies.worker import LOST_DEVICE, work
 
 GRID = "grid: {method: [ridge, coop], dataset: [digits], shots: [1, 2]}\n"
 MAIN = Path(__file__).parents[1] / "main.py"
@@ -31,7 +31,7 @@ def _slurm(tmp_path, monkeypatch):
     folder = tmp_path / "slurm"
     folder.mkdir()
     programs = {
-        "sbatch": 'n=$(ls {0} | grep -c script); cp "$1" {0}/script$n; env > {0}/environment; echo Submitted batch job 4$n',
+        "sbatch": 'n=$(ls {0} | grep -c script); cp "$1" {0}/script$n; env > {0}/environment; echo job 4$n',
         "squeue": 'test "$*" = "--me --array --noheader --format=%i" && cat {0}/queue',
         "scontrol": 'echo "$@" >> {0}/requeued',
         "srun": "exit 1",
@@ -113,7 +113,7 @@ def test_wrong_options_are_told_in_a_line(tmp_path, slurm, options, told):
 
 def test_what_slurm_refuses_is_told_in_its_words(tmp_path, slurm):
     (slurm / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: invalid partition specified: gpu' >&2; exit 1\n")
-    with pytest.raises(UserError, match="^Slurm refuses the jobs: .*invalid partition specified: gpu"):
+    with pytest.raises(UserError, match=r"^Slurm refuses the jobs: .*invalid partition specified: gpu"):
         start("slurm", planned(tmp_path, HEAD + GRID), EngineSettings(runs=4, options={"partition": "gpu"}))
 
 
@@ -168,6 +168,23 @@ def test_a_job_that_is_pre_empted_gives_its_run_back_and_is_queued_again(tmp_pat
     assert outcome(study) == outcome(whole)
 
 
+def test_a_job_whose_gpu_is_lost_is_queued_again(tmp_path, slurm, monkeypatch):
+    study = planned(tmp_path, HEAD + GRID)
+    start("slurm", study, EngineSettings(runs=4, workers=2))
+
+    def lost(*args, **more):
+        raise SystemExit(LOST_DEVICE)
+
+    monkeypatch.setattr(engine_slurm, "work", lost)
+
+    def of_a_job():
+        with pytest.raises(SystemExit):
+            as_a_job(study / "logs" / "slurm")
+
+    processes.in_children(1, of_a_job)
+    assert (slurm / "requeued").read_text() == "requeue 40_0\n"
+
+
 def test_a_job_that_is_refused_says_why(tmp_path, slurm, monkeypatch):
     study = planned(tmp_path, HEAD + GRID)
     engine = start("slurm", study, EngineSettings(runs=4, workers=1))
@@ -194,8 +211,11 @@ def test_the_local_executor_runs_a_study_and_a_sweep_that_is_called_again_submit
     (tmp_path / "tiny.yaml").write_text(HEAD + GRID + "leave_out: []\n")
     command = [sys.executable, str(MAIN), "sweep", "--config", "tiny.yaml", "--engine", "slurm", "--workers", "2"]
     command += ["--engine-option", "cluster=local"]
-    submitted = processes.finished([*command, "wait=no"], cwd=tmp_path)
-    assert "2 jobs are submitted" in submitted.stderr
+    with (tmp_path / "log").open("w") as log:  # a file: the jobs hold it open
+        submitted = subprocess.run([*command, "wait=no"], cwd=tmp_path, stdout=log, stderr=log, timeout=120)
+    assert submitted.returncode == 1, "runs are open"
+    assert "2 jobs are submitted" in (tmp_path / "log").read_text()
+    assert "2 jobs go on without the sweep" in (tmp_path / "log").read_text()
     again = processes.finished(command, cwd=tmp_path)
     assert "2 of the study's jobs are queued or run already" in again.stderr
     assert "no more are submitted" in again.stderr

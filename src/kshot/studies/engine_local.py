@@ -14,12 +14,10 @@ import torch
 from kshot.errors import UserError
 from kshot.files import memory_of_machine
 from kshot.studies.claims import Claims, published
-from kshot.studies.engines import EngineSettings, command, thread_variables
+from kshot.studies.engines import GRACE, MEMORY, EngineSettings, command, thread_variables
 from kshot.studies.worker import worker_name
 
-MEMORY = 2e9  # bytes that a worker on the processor may need, where none was measured: libraries, a backbone, images
 CONTEXT = 0.6e9  # bytes that CUDA takes for a process
-GRACE = 30.0  # seconds for a worker to end its run when it is asked to
 LIVES = 3  # times that workers may die one after the other without a run ended
 
 

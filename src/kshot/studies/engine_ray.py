@@ -21,11 +21,9 @@ from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any
 
 from kshot.errors import UserError, first_line, nearest_first
-from kshot.studies.engine_local import GRACE
-from kshot.studies.engines import EngineSettings
+from kshot.studies.engines import GRACE, MEMORY, EngineSettings
 from kshot.studies.ray_keeper import Asked
 
 REACH = 60.0  # seconds in which a cluster must answer
@@ -48,7 +46,8 @@ def start(study: Path, settings: EngineSettings) -> Ray:
     address = settings.options.get("address", os.environ.get("RAY_ADDRESS", ""))
     check_address(address)
     workers = min(settings.runs, settings.workers or settings.runs)
-    return Ray(Asked(str(study.absolute()), address, workers, settings.threads, gpus, settings.only))
+    memory = (settings.cpu and settings.memory) or MEMORY
+    return Ray(Asked(str(study.absolute()), address, workers, settings.threads, gpus, memory, settings.only))
 
 
 def share_of_gpu(given: str | None, cpu: bool) -> float | None:
@@ -89,7 +88,12 @@ class Ray:
         self.log = Path(asked.study) / "logs" / f"ray-{socket.gethostname()}-{os.getpid()}.log"
         with self.log.open("w", encoding="utf-8") as file:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", "from kshot.studies.ray_keeper import drive; drive()", json.dumps(asdict(asked))],
+                [
+                    sys.executable,
+                    "-c",
+                    "from kshot.studies.ray_keeper import drive; drive()",
+                    json.dumps(asdict(asked)),
+                ],
                 stdin=subprocess.PIPE,  # which is closed when the sweep ends, however that happens
                 stdout=subprocess.PIPE,
                 stderr=file,
@@ -98,11 +102,15 @@ class Ray:
                 start_new_session=True,  # Ctrl-C is for the sweep, which then ends this
             )
         self.workers, self.begun = 0, time.monotonic()
-        self.reached = False
+        self.reached = self.over = False
         self.lines: SimpleQueue[str] = SimpleQueue()
-        self.listener = threading.Thread(target=lambda: [self.lines.put(line) for line in self.process.stdout or ()])
-        self.listener.daemon = True
+        self.listener = threading.Thread(target=self.listen, daemon=True)
         self.listener.start()
+
+    def listen(self) -> None:
+        """Keeps the lines of the process."""
+        for line in self.process.stdout or ():
+            self.lines.put(line)
 
     def poll(self) -> int:
         """How many work; tells what the process told.
@@ -116,8 +124,10 @@ class Ray:
         with suppress(Empty):
             while True:
                 self.hear(self.lines.get_nowait())
-        if ended and self.process.returncode:
-            raise UserError(f"The {self.where} is gone: finished runs stay, and the same sweep goes on. See {self.log}.")
+        if ended and not self.over:
+            raise UserError(
+                f"The {self.where} is gone: finished runs stay, and the same sweep goes on. See {self.log}."
+            )
         if not ended and not self.reached and time.monotonic() - self.begun > REACH:
             self.kill()
             raise UserError(f"The {self.where} does not answer for {REACH:.0f} seconds: see {self.log}.")
@@ -130,6 +140,7 @@ class Ray:
         except ValueError:  # of a library that printed
             return
         self.reached = True
+        self.over = "over" in told
         if "error" in told:
             raise UserError(told["error"])
         if "note" in told:

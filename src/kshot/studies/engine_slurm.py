@@ -24,7 +24,7 @@ from kshot.studies.claims import published
 from kshot.studies.engine_local import fitting
 from kshot.studies.engines import EngineSettings, thread_variables
 from kshot.studies.store import read_plan
-from kshot.studies.worker import read_only, work
+from kshot.studies.worker import LOST_DEVICE, read_only, work
 
 WORKERS = 8  # jobs on a cluster where no number is asked for
 ASK = 20.0  # seconds between two questions to a cluster's queue
@@ -61,7 +61,7 @@ class Slurm:
         self.submitted: list[Any] = []
         executor = self.executor()
         self.queued, self.asked = self.ask(), time.monotonic()
-        wanted = settings.workers or (WORKERS if cluster == "slurm" else fitting(settings.threads))
+        wanted = settings.workers or (WORKERS if cluster == "slurm" else fitting(settings, 0))
         lack = min(wanted, settings.runs) - len(self.queued)
         if self.queued:
             more = f"{lack} more are submitted" if lack > 0 else "no more are submitted"
@@ -93,7 +93,7 @@ class Slurm:
             for name in options:
                 if name not in OWN:
                     raise UserError(f"cluster=local takes no {name}. {nearest_first(name, OWN)}")
-            executor = submitit.LocalExecutor(self.folder, max_num_timeout=TIMES)
+            executor: Any = submitit.LocalExecutor(self.folder, max_num_timeout=TIMES)
             executor.update_parameters(timeout_min=limit, gpus_per_node=whole(options.get("gpus", "0"), "gpus"))
             return executor
         for program in ("sbatch", "srun", "squeue"):
@@ -141,7 +141,7 @@ class Slurm:
         if self.cluster == "local":
             for job in self.submitted:
                 job.done()  # which notices those that ended
-            processes = answer("ps", "-o", "pid=,args=", "-p", ",".join(known))
+            processes = answer("ps", "-ww", "-o", "pid=,args=", "-p", ",".join(known))
             return {line.split()[0] for line in processes.splitlines() if str(self.folder) in line}
         return known & set(answer("squeue", "--me", "--array", "--noheader", "--format=%i").split())
 
@@ -182,7 +182,12 @@ class Slurm:
         if self.queued and self.open():
             ending = "scancel" if self.cluster == "slurm" else "kill"
             ids = self.ids().replace(",", "")
-            log.info("%s jobs go on without the sweep, which may be called again; '%s %s' ends them.", len(self.queued), ending, ids)
+            log.info(
+                "%s jobs go on without the sweep, which may be called again; '%s %s' ends them.",
+                len(self.queued),
+                ending,
+                ids,
+            )
 
 
 @dataclass(frozen=True)
@@ -218,6 +223,10 @@ class Job:
             work(Path(self.study), only=read_only(self.only))
         except Ended:
             queue_again(number, None)  # and exits
+        except SystemExit as error:
+            if error.code != LOST_DEVICE:
+                raise
+            queue_again(number, None)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             raise SystemExit(2) from error

@@ -15,6 +15,8 @@ from typing import Protocol, cast
 
 from kshot.errors import UserError, first_line, nearest_first
 
+MEMORY = 2e9  # bytes that a worker on the processor may need, where none was measured: libraries, a backbone, images
+GRACE = 30.0  # seconds for a worker to end its run when it is asked to
 ENGINES = {
     "local": "kshot.studies.engine_local",
     "ray": "kshot.studies.engine_ray",

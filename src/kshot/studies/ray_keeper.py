@@ -6,6 +6,7 @@ Its standard input ends when the sweep does, and on its standard output it tells
 from __future__ import annotations
 
 import json
+import logging
 import os
 import secrets
 import signal
@@ -13,19 +14,21 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from kshot.cli import Ended, ending_on_signals
 from kshot.errors import UserError, first_line
-from kshot.studies.claims import Claims, published
-from kshot.studies.engine_local import GRACE, LIVES, MEMORY
-from kshot.studies.engines import thread_variables
+from kshot.studies.claims import Claims
+from kshot.studies.engines import GRACE, thread_variables
 
 LOOK = 0.5  # seconds between two looks at the cluster
+SETTLE = 3.0  # seconds by which a worker may be missed before its node is
+DEATHS = 10  # of workers on a node, after which it is left alone
 OBJECTS = 80_000_000  # bytes of the store of objects of a cluster of our own, which holds none; Ray's smallest
 
 
@@ -39,6 +42,7 @@ class Asked:
         workers: at most.
         threads: of a worker, and so Ray's CPUs.
         gpus: of a worker; None for one where a node has any.
+        memory: bytes that a worker needs of its node.
         only: of :class:`~kshot.studies.engines.EngineSettings`.
     """
 
@@ -47,6 +51,7 @@ class Asked:
     workers: int
     threads: int
     gpus: float | None
+    memory: float
     only: tuple[str, ...]
 
 
@@ -54,10 +59,16 @@ def drive() -> None:
     """Keeps workers on the cluster until nothing is left to do, or the sweep that started this process is gone."""
     words = json.loads(sys.argv[1])
     asked, ended = Asked(**words | {"only": tuple(words["only"])}), threading.Event()
-    threading.Thread(target=lambda: (sys.stdin.read(), ended.set()), daemon=True).start()
+
+    def listen() -> None:
+        sys.stdin.read()
+        ended.set()
+
+    threading.Thread(target=listen, daemon=True).start()
     try:
         with cluster(asked):
             Keeper(asked).keep(ended)
+            say(over=True)
     except UserError as error:
         say(error=str(error))
 
@@ -73,12 +84,12 @@ def cluster(asked: Asked) -> Iterator[None]:
     """Joins the cluster, or starts one on this machine of which nothing stays; raises UserError where that fails."""
     import ray
 
-    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as folder:  # noqa: S108
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as folder:
         cores = max(os.cpu_count() or 1, asked.threads)
         own = {"_temp_dir": folder, "num_cpus": cores, "include_dashboard": False, "object_store_memory": OBJECTS}
         where = {"address": asked.address} if asked.address else {"address": "local", **own}
         try:
-            ray.init(**where, log_to_driver=False, logging_level="ERROR")
+            ray.init(**where, log_to_driver=False, logging_level=logging.ERROR)
         except Exception as error:  # of a dozen kinds
             raise UserError(f"Ray {asked.address or 'on this machine'}: {first_line(error)[:400]}") from error
         try:
@@ -123,19 +134,19 @@ class Place:
 
     Attributes:
         node: its id.
-        host: its name and address.
         gpus: of the worker.
         name: of the worker.
         actor, pid, work: Ray's handles of the worker, of the number of its process, and of what it will say in the end.
+        since: when it died.
     """
 
     node: str
-    host: str
     gpus: float
     name: str = ""
     actor: Any = None
     pid: Any = None
     work: Any = None
+    since: float = 0.0
 
 
 class Keeper:
@@ -145,30 +156,39 @@ class Keeper:
         import ray
 
         self.ray, self.asked, self.study = ray, asked, Path(asked.study)
-        self.seen: set[str] = set()  # nodes
-        self.refused: set[str] = set()
+        self.hosts: dict[str, str] = {}  # names of nodes that are there, by their ids
+        self.deaths: Counter[str] = Counter()  # of workers, by node
+        self.left = set[str]()  # nodes that are left alone
         self.free: list[Place] = []
         self.busy: list[Place] = []
-        self.over, self.deaths, self.ended = self.count_over(), 0, 0
-        self.reason = "there is none with what a worker needs"
+        self.dead: list[Place] = []  # whose workers died just now
+        self.over = False
+        self.reason = "there is none with what a worker needs."
 
     def keep(self, ended: threading.Event) -> None:
         """Looks after nodes and workers until none has anything to do; raises UserError where none could work."""
         while not ended.wait(LOOK):
             alive = {node["NodeID"]: node for node in self.ray.nodes() if node["Alive"]}
-            for node in alive.keys() - self.seen:
-                self.seen.add(node)
-                self.free += self.places(alive[node])
+            self.meet(alive)
             self.settle(alive)
-            self.free = [place for place in self.free if place.node in alive]
-            while self.free and not self.ended and len(self.busy) < self.asked.workers:
+            while self.free and not self.over and len(self.busy) < self.asked.workers:
                 self.start(self.free.pop(0))
             say(workers=len(self.busy), nodes=len({place.node for place in self.busy}))
-            if not self.busy:
-                if self.ended:
+            if not self.busy and not self.dead:
+                if self.over:
                     return
                 raise UserError(f"No node of the Ray cluster takes a run: {self.reason}")
         self.end()
+
+    def meet(self, alive: dict[str, Any]) -> None:
+        """Makes places on new nodes, and tells of those that are gone."""
+        for node in self.hosts.keys() - alive.keys():
+            say(note=f"The node {self.hosts.pop(node)} is lost: others take its runs.")
+        for node in alive.keys() - self.hosts.keys():
+            made = self.places(alive[node])
+            self.hosts[node] = f"{alive[node]['NodeManagerHostname']} ({alive[node]['NodeManagerAddress']})"
+            self.free += made
+        self.free = [place for place in self.free if place.node in alive]
 
     def places(self, node: dict[str, Any]) -> list[Place]:
         """What a node has room for."""
@@ -177,13 +197,12 @@ class Keeper:
         room = int(has.get("CPU", 0) / self.asked.threads)
         if gpus:
             room = min(room, int(has.get("GPU", 0) / gpus + 1e-6))
-        room = min(room, max(1, int(has.get("memory", MEMORY) / MEMORY)))
-        host = f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
-        return [Place(node["NodeID"], host, gpus) for _ in range(room)]
+        room = min(room, max(1, int(has.get("memory", 0) / self.asked.memory)))
+        return [Place(node["NodeID"], gpus) for _ in range(room)]
 
     def start(self, place: Place) -> None:
         """Starts a worker in a place."""
-        host = place.host.partition(" ")[0]
+        host = self.hosts[place.node].partition(" ")[0]
         place.name = f"{host}-{place.node[:4]}-{secrets.token_hex(2)}"
         place.actor = (
             self.ray.remote(Actor)
@@ -205,52 +224,53 @@ class Keeper:
         return NodeAffinitySchedulingStrategy(node, soft=False)
 
     def settle(self, alive: dict[str, Any]) -> None:
-        """Looks after workers that ended: one that died is buried, and another takes its place.
-
-        Raises:
-            UserError: they die one after the other without ending a run.
-        """
+        """Looks after workers that ended: one that died is buried, and another takes its place if its node is there."""
         for place in list(self.busy):
             if not self.ray.wait([place.work], timeout=0)[0]:
                 continue
             self.busy.remove(place)
-            try:
-                how, why = self.ray.get(place.work)
-            except self.ray.exceptions.RayActorError as error:
-                how, why = "died", first_line(error)
-            except Exception as error:  # of the node, as of one without kshot
-                how, why = "refused", first_line(error)
+            how, why = self.outcome(place)
             self.ray.kill(place.actor)
             Claims(self.study, "").bury(place.name)
             if how == "over":
-                self.ended += 1
-            elif place.node not in alive:
-                say(note=f"The node {place.host} is lost: others take its runs.")
+                self.over = True
             elif how == "refused":
                 self.refuse(place, why)
             else:
-                self.replace(place, why)
+                self.reason, place.since = f"workers die, the last: {why}", time.monotonic()
+                self.dead.append(place)
+        for place in list(self.dead):
+            if time.monotonic() - place.since >= SETTLE or place.node not in alive:
+                self.dead.remove(place)
+                if place.node in alive:
+                    self.replace(place)
+
+    def outcome(self, place: Place) -> tuple[str, str]:
+        """What became of a worker that ended: ``over``, ``ended``, ``died`` or ``refused``, and why."""
+        errors = self.ray.exceptions
+        try:
+            return cast("tuple[str, str]", self.ray.get(place.work))
+        except Exception as error:  # of Ray, or of a node, as of one without kshot
+            died = isinstance(error, (errors.RayActorError, errors.ActorUnschedulableError, errors.NodeDiedError))
+            refused = not died or getattr(error, "actor_init_failed", False)
+            return "refused" if refused else "died", str(error).strip().splitlines()[-1][:300]
 
     def refuse(self, place: Place, why: str) -> None:
-        """Leaves a node alone whose worker was refused what it needs, and says so once."""
+        """Leaves a node alone, and says why, once."""
         self.reason = why
-        if place.node not in self.refused:
-            self.refused.add(place.node)
-            say(note=f"The node {place.host} takes no run: {why}")
+        if place.node not in self.left and place.node in self.hosts:
+            say(note=f"The node {self.hosts[place.node]} takes no run: {why}")
+        self.left.add(place.node)
         self.free = [other for other in self.free if other.node != place.node]
 
-    def replace(self, place: Place, why: str) -> None:
-        """Makes room for another worker; raises UserError where they die one after the other without ending a run."""
-        over = self.count_over()
-        self.deaths, self.over = (1 if over > self.over else self.deaths + 1), over
-        if self.deaths > LIVES * (len(self.busy) + 1):
-            raise UserError(f"Workers die without ending a run, the last on {place.host}: {why[:300]}")
-        say(note=f"A worker on {place.host} died, and another takes its place.")
-        self.free.append(place)
-
-    def count_over(self) -> int:
-        """How many runs are done or failed."""
-        return len(published(self.study / "done")) + len(published(self.study / "failed"))
+    def replace(self, place: Place) -> None:
+        """Makes room for another worker where one died, unless many did on this node."""
+        self.deaths[place.node] += 1
+        if self.deaths[place.node] >= DEATHS:
+            self.refuse(place, f"{DEATHS} workers died there; {self.reason}")
+        elif place.node not in self.left:
+            say(note=f"A worker on {self.hosts[place.node]} died, and another takes its place.")
+            self.free.append(place)
 
     def end(self) -> None:
         """Asks all workers to end, and kills those that do not."""
@@ -258,7 +278,9 @@ class Keeper:
         for place in self.busy:
             if self.ray.wait([place.pid], timeout=0)[0]:
                 with suppress(self.ray.exceptions.RayError):
-                    asking = self.ray.remote(interrupt).options(num_cpus=0, max_retries=0, scheduling_strategy=self.at(place.node))
+                    asking = self.ray.remote(interrupt).options(
+                        num_cpus=0, max_retries=0, scheduling_strategy=self.at(place.node)
+                    )
                     asking.remote(self.ray.get(place.pid))
                     begun.append(place.work)
         if begun:
