@@ -17,6 +17,7 @@ usage: python main.py {fit,validate,test,import} --config NAME [--config METHOD 
        python main.py data {list,info,check,split,import,download,store} ... [--json]
        python main.py runs [FOLDER] | compare RUN RUN [RUN ...] | show RUN | push RUN ORG/NAME ...
        python main.py export RUN --format {merged,peft,torch,onnx,openvino} [options]
+       python main.py sweep --config STUDY [options] | worker STUDY
        python main.py doctor [--json]
 
   fit       adapt a backbone from a few images a class, then test it
@@ -30,6 +31,8 @@ usage: python main.py {fit,validate,test,import} --config NAME [--config METHOD 
   show      a page about a run: confusions, errors, calibration, what it looks at, how features lie
   export    write a run for other libraries, and try what was written: a whole model, an adapter of PEFT, a program
   push      put a run on Hugging Face's hub, with a model card
+  sweep     run a study: methods x data sets x shots x seeds, by several processes; again, it goes on
+  worker    work on a study that sweep has planned: one process more, here or on a machine that shares the folder
   doctor    say what is installed, what this machine has and whether a small run works
 
 examples:

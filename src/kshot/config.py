@@ -27,6 +27,8 @@ PROGRAMS = {  # commands that take no experiment, by the function that runs thei
     "show": "kshot.seeing.show:run_show",
     "push": "kshot.seeing.hub:run_push",
     "export": "kshot.export.command:run_export",
+    "sweep": "kshot.studies.sweep:run_sweep",
+    "worker": "kshot.studies.worker:run_worker",
 }
 Tree = dict[str, Any]
 

@@ -1,0 +1,143 @@
+"""``python main.py sweep``: plans a study, starts workers, and shows how far they are."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+
+from kshot.errors import UserError
+from kshot.showing import Parser
+from kshot.studies import engines
+from kshot.studies.claims import published
+from kshot.studies.plan import Planned, Planner
+from kshot.studies.progress import Progress
+from kshot.studies.store import has, write_study
+from kshot.studies.study import labels_of, read_study
+from kshot.studies.worker import read_only
+from kshot.surroundings import settle_chatter, told_to_stderr
+
+EVERY = 1.0  # seconds between two looks
+PLAIN_EVERY = 30.0  # seconds between two lines where there is no terminal
+
+
+@told_to_stderr()
+def run_sweep(words: Sequence[str]) -> int:
+    """Runs what is open of a study; gives 0, or 1 where runs have failed.
+
+    Raises:
+        UserError: the study, an engine or the disk is refused.
+    """
+    settle_chatter()
+    given = parse(words)
+    begun = time.monotonic()
+    study = read_study(given.config)
+    only = (
+        labels_of({axis: sorted(labels) for axis, labels in read_only(given.only).items()}, study.axes, "--only")
+        if given.only
+        else {}
+    )
+    planner = Planner(study)
+    runs = planner.runs()
+    directory = given.out or Path("studies") / study.name
+    wanted = [run for run in runs if has(run.axes, only)]
+    if given.retry and not given.dry_run:
+        forget_failures(directory, wanted)
+    progress = Progress(directory, wanted)
+    for line in (*planner.notes, *progress.plan(time.monotonic() - begun)):
+        print(line)
+    if given.dry_run:
+        return 0
+    write_study(directory, study, runs)
+    if progress.open:
+        settings = engines.EngineSettings(
+            runs=len(progress.open),
+            workers=given.workers,
+            threads=given.threads,
+            only=tuple(given.only),
+            cpu=str(study.options.get("trainer.accelerator")) == "cpu",
+            options=dict(pair.partition("=")[::2] for pair in given.engine_option),
+        )
+        try:
+            watch(directory, given.engine, settings, progress)
+        except BaseException as error:
+            error.add_note(f"Go on with: {shlex.join(['python', 'main.py', 'sweep', *words])}")
+            raise
+    return progress.tell_end()
+
+
+def watch(directory: Path, engine: str, settings: engines.EngineSettings, progress: Progress) -> None:
+    """Starts an engine, shows how far its workers are, and ends it in any case."""
+    running = engines.start(engine, directory, settings)
+    console = Console()
+    try:
+        with Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else nothing() as live:
+            said = time.monotonic()
+            while True:
+                working = running.poll()
+                progress.look()
+                if live is not None:
+                    live.update(progress.table(running.told), refresh=True)
+                elif time.monotonic() - said >= PLAIN_EVERY:
+                    print(progress.line(), flush=True)
+                    said = time.monotonic()
+                if not progress.open or not working:
+                    break
+                time.sleep(EVERY)
+    finally:
+        running.stop()
+    progress.look()
+
+
+def forget_failures(directory: Path, runs: Sequence[Planned]) -> None:
+    """Makes failed runs open ones again."""
+    for run in published(directory / "failed") & {run.id for run in runs}:
+        for grave in (directory / "deaths").glob(f"{run}.*"):
+            grave.unlink(missing_ok=True)
+        (directory / "failed" / f"{run}.json").unlink(missing_ok=True)
+
+
+class nothing:  # noqa: N801  used as a function
+    """Shows nothing, where there is no terminal."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *error: Any) -> None: ...
+
+
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """Reads the words after ``python main.py sweep``."""
+    parser = Parser(
+        prog="main.py sweep", description="Runs a study: a grid of methods, data sets, shots, seeds and more."
+    )
+    parser.add_argument("--config", "-c", required=True, metavar="STUDY", help="a study file, or one in configs/")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="its directory (default: studies/NAME)")
+    parser.add_argument(
+        "--engine", choices=sorted(engines.ENGINES), default="local", help="what starts workers (default: local)"
+    )
+    parser.add_argument(
+        "--engine-option", nargs="+", default=[], metavar="NAME=VALUE", help="of the engine, as address=auto"
+    )
+    parser.add_argument("--workers", type=int, help="how many (default: one a GPU, or one a core)")
+    parser.add_argument("--threads", type=int, default=1, help="of the processor for each worker (default: 1)")
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="AXIS=LABEL", help="runs with these labels: method=gda,ridge"
+    )
+    parser.add_argument("--retry", action="store_true", help="run again what has failed")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the plan, its time, memory and disk, and run nothing"
+    )
+    given = parser.parse_args(list(words))
+    for name in ("workers", "threads"):
+        if getattr(given, name) is not None and getattr(given, name) < 1:
+            raise UserError(f"sweep: --{name} is {getattr(given, name)}, and must be 1 or more.")
+    for pair in given.engine_option:
+        if "=" not in pair:
+            raise UserError(f"sweep: --engine-option takes NAME=VALUE, and is given {pair!r}.")
+    return given
