@@ -44,6 +44,7 @@ from kshot.optim import watches
 from kshot.prepare import check_classes
 from kshot.record import RunOptions
 from kshot.run import DEFAULTS, evaluate, finish, fit, has_length, set_length
+from kshot.searching import search
 from kshot.settings import LINKED, OPTIONS, add_options, help_text, settings
 from kshot.surroundings import RESUME_FROM, mistake_behind, settle_chatter, told_to_stderr, with_resume
 
@@ -72,6 +73,9 @@ def run(arguments: Sequence[str], started: float | None = None) -> FewShotCLI:
     try:
         if tree.get("budget") is not None and "print_config" not in line.flags:
             line, choice = choose(line, tree)
+            places, tree = settings(line)
+        elif tree.get("search") is not None and "print_config" not in line.flags:
+            line, choice = search(line, places, tree)
             places, tree = settings(line)
         tree["trainer"] = TRAINER_DEFAULTS | tree["trainer"]
         cli = FewShotCLI(line, written_out(places, tree), started, choice)
