@@ -12,7 +12,7 @@ import torch
 
 from kshot import __version__
 from kshot.errors import UserError, first_line
-from kshot.files import write_text
+from kshot.files import write_atomically, write_text
 from kshot.studies.claims import make_folders
 from kshot.studies.plan import Planned
 from kshot.studies.study import Study, said
@@ -59,7 +59,13 @@ def write_study(directory: Path, study: Study, runs: Iterable[Planned]) -> None:
         json.dumps({"id": r.id, "group": r.group, "axes": r.axes, "words": r.words}, ensure_ascii=False, default=str)
         for r in runs
     )
-    write_text(directory / PLAN, "\n".join(lines) + "\n")
+    write_atomically(directory / PLAN, lambda file: write_lines(file, lines))
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """Writes lines one after the other, of which there may be very many."""
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(f"{line}\n" for line in lines)
 
 
 def read_header(directory: Path) -> Header:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,11 @@ class Value:
     label: Label
     configs: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def words(self) -> tuple[list[str], list[str]]:
+        """Configs and options as words of a command line."""
+        return [f"--config={config}" for config in self.configs], words_of(self.options, {})
 
 
 @dataclass(frozen=True)
@@ -66,11 +72,13 @@ class Study:
 
     def words(self, cell: Cell) -> list[str]:
         """The words of a run of ``python main.py fit``: all configs first, then options, those of the cell last."""
-        configs = [*self.base, *(config for value in cell.values() for config in value.configs)]
-        options = dict(self.options)
-        for value in cell.values():
-            options |= value.options
-        return [*(f"--config={config}" for config in configs), *words_of(options, {})]
+        parts = [self.common.words, *(value.words for value in cell.values())]
+        return [word for kind in (0, 1) for part in parts for word in part[kind]]
+
+    @cached_property
+    def common(self) -> Value:
+        """What every run has."""
+        return Value("", self.base, self.options)
 
 
 def matches(cell: Cell, labels: Mapping[str, frozenset[str]]) -> bool:

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.live import Live
 
 from kshot.errors import UserError
+from kshot.lean import without_collection
 from kshot.showing import Parser
 from kshot.studies import engines
 from kshot.studies.claims import published
@@ -44,7 +45,8 @@ def run_sweep(words: Sequence[str]) -> int:
         else {}
     )
     planner = Planner(study)
-    runs = planner.runs()
+    with without_collection():  # many small things are made, and none of them is garbage
+        runs = planner.runs()
     directory = given.out or Path("studies") / study.name
     wanted = [run for run in runs if has(run.axes, only)]
     if given.retry and not given.dry_run:
