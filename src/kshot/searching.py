@@ -107,7 +107,7 @@ class Tuning(Search):
         moved = [each for each in self.ranges if steps or not each.name.startswith(OF_STEPS)]
         idle = ", ".join(each.name for each in self.ranges if each not in moved)
         notes = [f"search: {method} takes no step, and {idle} changes nothing of it."] if idle else []
-        if not self.plan[1]:
+        if moved and not self.plan[1]:
             notes.append("search: no class has two images, and none can be held out to judge by.")
         self.ranges = moved if self.plan[1] else []
         if self.ranges:
