@@ -201,7 +201,8 @@ class Search:
         what = trial.state
         if trial.accuracy is not None:
             what = f"{trial.accuracy:.1%} of {trial.held_out} held-out shots"
-        name = f"{trial.method} ({trial.words})" if trial.method else trial.words
+        words = trial.words or "as configured"
+        name = f"{trial.method} ({words})" if trial.method else words
         left = f", {max(0.0, self.left):.0f} s left" if math.isfinite(self.budget) else ""
         logger.info("%s: %s: %s; %.1f s%s", self.name, name, what, trial.seconds, left)
 

@@ -71,11 +71,11 @@ def run(arguments: Sequence[str], started: float | None = None) -> FewShotCLI:
         raise SystemExit(0)
     (places, tree), choice = settings(line), None
     try:
-        if tree.get("budget") is not None and "print_config" not in line.flags:
-            line, choice = choose(line, tree)
-            places, tree = settings(line)
-        elif tree.get("search") is not None and "print_config" not in line.flags:
+        if tree.get("search") is not None and "print_config" not in line.flags:
             line, choice = search(line, places, tree)
+            places, tree = settings(line)
+        elif tree.get("budget") is not None and "print_config" not in line.flags:
+            line, choice = choose(line, tree)
             places, tree = settings(line)
         tree["trainer"] = TRAINER_DEFAULTS | tree["trainer"]
         cli = FewShotCLI(line, written_out(places, tree), started, choice)
