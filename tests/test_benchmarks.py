@@ -261,3 +261,17 @@ def test_predict__beside_plain_loops(run, tmp_path):
     names = ("wall_kshot", "wall_plain", "wall_ratio", "core_ratio", "start", "start_core")
     assert [row["library"] for row in rows["predict"]] == ["open_clip", "timm"]
     assert all(positive(row, *names) for row in rows["predict"])
+
+
+def test_sweep(run, tmp_path):
+    few = ["--shots", "1", "--seeds", "1", "--samples", "1", "--nothing", "8", "--cells", "50", "--in-process"]
+    rows = run("sweep", *few, "--out", str(tmp_path / "sweep.csv"))["sweep"]
+    assert [(row["part"], row["runs"]) for row in rows] == [
+        ("mixed", "4"),
+        ("closed forms", "4"),
+        ("scheduling", "8"),
+        ("planner", "50"),
+    ]
+    assert all(positive(row, "ratio", "steady_ratio", "alone_cpu_s") for row in rows[:2])
+    assert positive(rows[2], "ms_a_run")
+    assert positive(rows[3], "planning_s", "peak_mb")

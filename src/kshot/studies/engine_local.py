@@ -17,7 +17,8 @@ from kshot.studies.claims import Claims, published
 from kshot.studies.engines import EngineSettings, command, thread_variables
 from kshot.studies.worker import worker_name
 
-MEMORY = 2e9  # bytes that a worker on the processor may need: libraries, a backbone, images
+MEMORY = 2e9  # bytes that a worker on the processor may need, where none was measured: libraries, a backbone, images
+CONTEXT = 0.6e9  # bytes that CUDA takes for a process
 GRACE = 30.0  # seconds for a worker to end its run when it is asked to
 LIVES = 3  # times that workers may die one after the other without a run ended
 
@@ -37,8 +38,7 @@ class Local:
     def __init__(self, study: Path, settings: EngineSettings) -> None:
         self.study, self.settings = study, settings
         gpus = 0 if settings.cpu else torch.cuda.device_count()
-        count = settings.workers or gpus or fitting(settings.threads)
-        count = max(1, min(count, settings.runs))
+        count = max(1, min(settings.workers or fitting(settings, gpus), settings.runs))
         self.deaths, self.over = 0, self.count_over()
         self.children = [self.child(i % gpus if gpus else None) for i in range(count)]
         where = f" on {gpus} GPU{'s' * (gpus > 1)}" if gpus else ""
@@ -120,11 +120,16 @@ class Local:
         self.children = []
 
 
-def fitting(threads: int) -> int:
-    """How many workers the processor and the memory of this machine carry."""
+def fitting(settings: EngineSettings, gpus: int) -> int:
+    """How many workers this machine carries: by cores and memory; one a GPU before the need of a run is known."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    able = max(1, cores // settings.threads)
+    if gpus:
+        room = min(torch.cuda.get_device_properties(i).total_memory for i in range(gpus))
+        each = int(0.9 * room // (settings.memory + CONTEXT)) if settings.memory else 1
+        return max(gpus, min(gpus * each, able))
     memory = memory_of_machine()
-    return max(1, min(cores // threads, int((memory or cores * MEMORY) // MEMORY)))
+    return able if memory is None else max(1, min(able, int(memory // (settings.memory or MEMORY))))
 
 
 def start(study: Path, settings: EngineSettings) -> Local:

@@ -32,6 +32,7 @@ class EngineSettings:
         threads: of the processor, for each worker.
         only: words ``AXIS=LABEL[,LABEL]``; workers leave other runs alone.
         cpu: the study's runs are for the processor, whatever else there is.
+        memory: bytes that a worker was seen to need, of the device that runs are for; None before the first run.
         options: the engine's own, by name, as given: ``--engine-option address=auto``.
     """
 
@@ -40,6 +41,7 @@ class EngineSettings:
     threads: int = 1
     only: tuple[str, ...] = ()
     cpu: bool = False
+    memory: float | None = None
     options: Mapping[str, str] = field(default_factory=dict)
 
 

@@ -17,6 +17,7 @@ from rich.table import Table
 from kshot.files import amount, memory_of_machine
 from kshot.studies.claims import published
 from kshot.studies.plan import Planned
+from kshot.studies.store import read_record
 
 SAMPLES = 20  # finished runs whose memory and disk are looked at
 Kind = tuple[str, str]  # method and group of runs that cost about the same
@@ -43,11 +44,11 @@ class Progress:
         """Reads what was published since the last look."""
         for folder, found in self.records.items():
             for run in published(self.study / folder) & self.open.keys():
-                found[run] = json.loads((self.study / folder / f"{run}.json").read_text(encoding="utf-8"))
+                found[run] = read_record(self.study / folder / f"{run}.json")
                 if folder == "done":
                     self.costs[kind(self.open[run])].append(found[run]["seconds"])
                 del self.open[run]
-        with suppress(FileNotFoundError):
+        with suppress(FileNotFoundError, NotADirectoryError):
             self.running = self.open.keys() & set(os.listdir(self.study / "claims"))  # noqa: PTH208  names are asked for
 
     def seconds_left(self) -> float | None:

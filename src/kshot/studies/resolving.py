@@ -94,20 +94,30 @@ class Resolver:
         Raises:
             UserError: what the command line refuses; says in which cell.
         """
-        with naming(self.study, cell):
-            line = read_command_line(["fit", *self.study.words(cell)], list(OPTIONS))
-            places, tree = laid(line)
-        options = {name: place for name, place, _ in options_below(places, tree)}
-        for axis in rest:
-            if not self.is_plain(axis, options):
-                left = [name for name in rest if name != axis]
-                for value in self.study.axes[axis]:
-                    more = cell | {axis: value}
-                    yield from self.shared({name: more[name] for name in self.study.axes if name in more}, left)
-                return
+        if self.study.leaves_out(cell):  # it need not even be possible
+            return
+        divide = next((axis for axis in rest if any(value.configs for value in self.study.axes[axis])), None)
+        if divide is None:
+            try:
+                with naming(self.study, cell):
+                    line = read_command_line(["fit", *self.study.words(cell)], list(OPTIONS))
+                    places, tree = laid(line)
+            except UserError:  # perhaps for want of what another axis gives
+                if not rest:
+                    raise
+                divide = rest[0]
+            else:
+                options = {name: place for name, place, _ in options_below(places, tree)}
+                divide = next((axis for axis in rest if not self.is_plain(axis, options)), None)
+        if divide is not None:
+            left = [name for name in rest if name != divide]
+            for value in self.study.axes[divide]:
+                more = cell | {divide: value}
+                yield from self.shared({name: more[name] for name in self.study.axes if name in more}, left)
+            return
         free = {option for axis in rest for value in self.study.axes[axis] for option in value.options}
         plain = {option: PlainPlace(options[option], str(options[option].hint)) for option in free}
-        yield self.checked(cell, list(rest), (places, tree), plain, line)
+        yield from self.checked(cell, list(rest), (places, tree), plain, line)
 
     def is_plain(self, axis: str, options: Mapping[str, Place]) -> bool:
         """Whether the values of an axis change nothing but themselves, and no other axis what they are in."""
@@ -118,7 +128,7 @@ class Resolver:
                 return False
             if any(f"{option}.".startswith(f"{other}.") or other.startswith(f"{option}.") for other in others):
                 return False
-        return not any(value.configs for value in self.study.axes[axis])
+        return True
 
     def checked(
         self,
@@ -127,10 +137,12 @@ class Resolver:
         settings: tuple[Places, Tree],
         plain: dict[str, PlainPlace],
         line: CommandLine,
-    ) -> Shared:
-        """What cells share, after the checks that a run makes before it builds anything."""
+    ) -> Iterator[Shared]:
+        """What cells share, after the checks of a run before it builds anything; nothing where all are left out."""
         places, tree = settings
-        first = cell | next(self.study.cells(free))
+        first = next((c for more in self.study.cells(free) if not self.study.leaves_out(c := cell | more)), None)
+        if first is None:
+            return
         with naming(self.study, first):
             filled = with_values(tree, values_alone(self.values(first, free, plain)))
             missing = needed(places, filled, line)
@@ -145,7 +157,7 @@ class Resolver:
         full["data"] = data
         for group, ignored in NO_MATTER.items():
             full[group] = {name: value for name, value in full[group].items() if name not in ignored}
-        return Shared(cell, free, tree, plain, cut(full), cut(drawn), as_json(backbone), search)
+        yield Shared(cell, free, tree, plain, cut(full), cut(drawn), as_json(backbone), search)
 
     def values(self, cell: Cell, axes: Sequence[str], plain: Mapping[str, PlainPlace]) -> Values:
         """The values of plain options in a cell, as the command line would lay them."""
@@ -177,8 +189,7 @@ def naming(study: Study, cell: Cell) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        where = f"{study.file}: {name_of(cell)}".removesuffix(": ")
-        raise UserError(f"{where}: {error}") from error
+        raise UserError(f"{study.file}: {name_of(cell)}: {error}") from error
 
 
 def with_values(tree: Tree, values: Mapping[str, Any]) -> Tree:

@@ -30,10 +30,10 @@ def searching(study: Study, trials: int | None) -> Study:
         UserError: the file has no ranges.
     """
     if trials is None:
-        return replace(study, search=None)
-    if study.search is None:
+        return study
+    if study.ranges is None:
         raise UserError(f"{study.file} has no ranges to search: ranges: {{model.optimizer.lr: [1e-4, 1e-3]}} in it.")
-    return replace(study, search=study.search | ({"trials": trials} if trials else {}))
+    return replace(study, search=study.ranges | ({"trials": trials} if trials else {}))
 
 
 class Searches:

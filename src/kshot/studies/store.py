@@ -45,10 +45,8 @@ def write_study(directory: Path, study: Study, runs: Iterable[Planned]) -> None:
     """Writes the files of a study that begins or goes on.
 
     Raises:
-        UserError: it was begun by other versions, or the disk refuses.
+        UserError: the disk refuses.
     """
-    if (directory / HEADER).is_file():
-        read_header(directory)
     make_folders(directory)
     axes = {axis: [value.label for value in values] for axis, values in study.axes.items()}
     header = Header(
@@ -112,6 +110,15 @@ def read_plan(directory: Path, only: Mapping[str, frozenset[str]] | None = None)
     except (ValueError, TypeError) as error:
         raise UserError(f"{file} is damaged: run sweep again, which writes it anew; results stay.") from error
     return [run for run in runs if has(run.axes, only or {})]
+
+
+def read_record(file: Path) -> dict[str, Any]:
+    """Reads what was published of a run; raises UserError where the file is damaged."""
+    try:
+        record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return {"id": record["id"], "axes": record["axes"], "seconds": float(record["seconds"])} | record
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is damaged: delete it, and the next sweep does this run again.") from error
 
 
 def has(axes: Mapping[str, Any], only: Mapping[str, frozenset[str]]) -> bool:

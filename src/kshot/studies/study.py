@@ -51,7 +51,8 @@ class Study:
         options: of every run, by their names on the command line.
         axes: values by axis, in the order of the file.
         left_out: labels by axis; a cell that has one of each is not run.
-        search: what each run searches for, as ``fit --search`` takes it; None where nothing is searched.
+        ranges: what runs could search, as ``fit --search`` takes it; None where the file has no ranges.
+        search: what they do search; None for nothing.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Study:
     options: Mapping[str, Any]
     axes: Mapping[str, tuple[Value, ...]]
     left_out: tuple[Mapping[str, frozenset[str]], ...] = ()
+    ranges: dict[str, Any] | None = None
     search: dict[str, Any] | None = None
 
     def cells(self, axes: Sequence[str] | None = None) -> Iterator[Cell]:
@@ -84,8 +86,8 @@ class Study:
 
 
 def matches(cell: Cell, labels: Mapping[str, frozenset[str]]) -> bool:
-    """Whether a cell has one of the labels of each axis."""
-    return all(said(cell[axis].label) in wanted for axis, wanted in labels.items())
+    """Whether a cell, or a part of one, has one of the labels of each axis."""
+    return all(axis in cell and said(cell[axis].label) in wanted for axis, wanted in labels.items())
 
 
 def said(label: Any) -> str:
@@ -119,11 +121,11 @@ def read_study(name: str) -> Study:
         labels_of(each, axes, f"{file}: leave_out")
         for each in several(tree.get("leave_out"), f"{file}: leave_out", "cells")
     )
-    search = search_in(tree, str(file))
-    return Study(file.stem, file, tuple(config_named(c, f"{file}: base") for c in base), options, axes, left, search)
+    ranges = ranges_in(tree, str(file))
+    return Study(file.stem, file, tuple(config_named(c, f"{file}: base") for c in base), options, axes, left, ranges)
 
 
-def search_in(tree: Mapping[str, Any], file: str) -> dict[str, Any] | None:
+def ranges_in(tree: Mapping[str, Any], file: str) -> dict[str, Any] | None:
     """What a study file says of a search: its ranges, and how many trials; None where it has no ranges."""
     ranges, search = tree.get("ranges"), tree.get("search")
     for name, given in (("ranges", ranges), ("search", search)):

@@ -20,7 +20,7 @@ from kshot.studies.claims import published
 from kshot.studies.plan import Planned, Planner
 from kshot.studies.progress import Progress
 from kshot.studies.search import searching
-from kshot.studies.store import has, write_study
+from kshot.studies.store import HEADER, has, read_header, write_study
 from kshot.studies.study import labels_of, read_study
 from kshot.studies.worker import read_only
 from kshot.surroundings import settle_chatter, told_to_stderr
@@ -39,19 +39,18 @@ def run_sweep(words: Sequence[str]) -> int:
     settle_chatter()
     given = parse(words)
     begun = time.monotonic()
-    read = read_study(given.config)
-    study = searching(read, given.search)
-    only = (
-        labels_of({axis: sorted(labels) for axis, labels in read_only(given.only).items()}, study.axes, "--only")
-        if given.only
-        else {}
-    )
+    study = searching(read_study(given.config), given.search)
+    only = read_only(given.only)
+    if only:
+        labels_of({axis: sorted(labels) for axis, labels in only.items()}, study.axes, "--only")
+    directory = given.out or Path("studies") / study.name
+    if (directory / HEADER).is_file():
+        read_header(directory)
     planner = Planner(study)
     with without_collection():  # many small things are made, and none of them is garbage
         runs = planner.runs()
-    if read.search and not study.search:
+    if study.ranges and not study.search:
         planner.notes.append(f"The ranges in {study.file} are left alone: --search chooses settings in them.")
-    directory = given.out or Path("studies") / study.name
     wanted = [run for run in runs if has(run.axes, only)]
     if given.retry and not given.dry_run:
         forget_failures(directory, wanted)
@@ -68,12 +67,14 @@ def run_sweep(words: Sequence[str]) -> int:
             threads=given.threads,
             only=tuple(given.only),
             cpu=str(study.options.get("trainer.accelerator")) == "cpu",
+            memory=progress.sizes()[0],
             options=dict(pair.partition("=")[::2] for pair in given.engine_option),
         )
         try:
             watch(directory, given.engine, settings, progress)
         except BaseException as error:
-            error.add_note(f"Go on with: {shlex.join(['python', 'main.py', 'sweep', *words])}")
+            again = [word for word in words if word != "--retry"]
+            error.add_note(f"Go on with: {shlex.join(['python', 'main.py', 'sweep', *again])}")
             raise
     return progress.tell_end()
 
@@ -86,14 +87,14 @@ def watch(directory: Path, engine: str, settings: engines.EngineSettings, progre
         with Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else nothing() as live:
             said = time.monotonic()
             while True:
-                working = running.poll()
+                progress.workers = running.poll()
                 progress.look()
                 if live is not None:
                     live.update(progress.table(running.told), refresh=True)
                 elif time.monotonic() - said >= PLAIN_EVERY:
                     print(progress.line(), flush=True)
                     said = time.monotonic()
-                if not progress.open or not working:
+                if not progress.open or not progress.workers:
                     break
                 time.sleep(EVERY)
     finally:

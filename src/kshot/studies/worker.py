@@ -151,7 +151,7 @@ class Worker:
             if directory is not None:
                 record |= {"run": directory.relative_to(self.study).as_posix()}
             else:
-                record |= {"reason": reason, "attempts": deaths + 1}
+                record |= {"reason": reason, "attempts": deaths + (deaths < DEATHS)}
             record |= {
                 "seconds": round(time.monotonic() - begun, 3),
                 "worker": self.name,
