@@ -150,9 +150,7 @@ class Search:
             self.data.use_preprocessing(backbone.preprocessing)
             trainer = make_trainer([FeatureStore(backbone)], **settings_of_folds(tree))
             if trainer.world_size > 1:
-                raise UserError(
-                    f"{self.name} judges on one device: --trainer.devices 1. What it chose may be fitted on several."
-                )
+                raise UserError(f"{self.name} judges on one device: --trainer.devices 1; several may fit its choice.")
             self.data.trainer = trainer
             self.data.setup("fit")
             self.judges[key] = Judge(self.data, trainer)
@@ -201,8 +199,7 @@ class Search:
         what = trial.state
         if trial.accuracy is not None:
             what = f"{trial.accuracy:.1%} of {trial.held_out} held-out shots"
-        words = trial.words or "as configured"
-        name = f"{trial.method} ({words})" if trial.method else words
+        name = f"{trial.method} ({trial.words or 'as configured'})" if trial.method else trial.words
         left = f", {max(0.0, self.left):.0f} s left" if math.isfinite(self.budget) else ""
         logger.info("%s: %s: %s; %.1f s%s", self.name, name, what, trial.seconds, left)
 

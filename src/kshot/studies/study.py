@@ -131,9 +131,9 @@ def ranges_in(tree: Mapping[str, Any], file: str) -> dict[str, Any] | None:
     for name, given in (("ranges", ranges), ("search", search)):
         if given is not None and not isinstance(given, dict):
             raise UserError(f"{file}: {name} is {given!r:.200}, and must be a mapping, such as search: {{trials: 20}}.")
-    if search is not None and ranges is None:
+    if search is not None and not ranges:
         raise UserError(f"{file}: a search needs ranges beside it: ranges: {{model.optimizer.lr: [1e-4, 1e-3]}}.")
-    return None if ranges is None else {**(search or {}), "ranges": ranges}
+    return None if not ranges else {**(search or {}), "ranges": ranges}
 
 
 def several(given: Any, where: str, what: str) -> list[Any]:
