@@ -14,7 +14,7 @@ from kshot.module import FewShotModule
 ROOT = Path(__file__).parents[1]
 TINY_VIT = ["--model.backbone", "Timm", "--model.backbone.model", "test_vit", "--model.backbone.weights", "random"]
 FOLDER = packaged_folder("configs")
-CONFIGS = sorted(p.relative_to(FOLDER).as_posix() for p in FOLDER.rglob("*.yaml"))
+CONFIGS = sorted(p.relative_to(FOLDER).as_posix() for p in FOLDER.rglob("*.yaml") if p.parent.name != "studies")
 METHODS = [name for name in CONFIGS if name.startswith("methods/")]
 BACKBONES = [name for name in CONFIGS if name.startswith("backbones/")]
 EXPERIMENTS = [name for name in CONFIGS if name not in {*METHODS, *BACKBONES}]

@@ -13,6 +13,7 @@ from kshot.building import data_of
 from kshot.config import read_command_line
 from kshot.data import datamodule
 from kshot.errors import UserError
+from kshot.files import packaged_folder
 from kshot.layering import written_out
 from kshot.settings import OPTIONS
 from kshot.settings import settings as resolve
@@ -199,3 +200,11 @@ def test_a_mistake_is_told_with_its_place(tmp_path, text):
 def test_a_cell_that_is_left_out_need_not_be_possible(tmp_path):
     text = "grid: {method: [ridge, lora], model.adapter.rank: [2, 4]}\nleave_out: [{method: ridge}]"
     assert [run.axes["model.adapter.rank"] for run in plan(tmp_path, HEAD + text)] == [2, 4]
+
+
+def test_the_studies_that_come_with_kshot_can_be_planned():
+    files = sorted((packaged_folder("configs") / "studies").glob("*.yaml"))
+    assert files
+    for file in files:
+        runs = planning.Planner(read_study(f"studies/{file.stem}")).runs()
+        assert len(runs) > 50
