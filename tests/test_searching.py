@@ -16,6 +16,7 @@ from kshot.choice import SearchOptions
 from kshot.commands import run
 from kshot.config import read_command_line, word_of
 from kshot.folds import HeldOut, stratified_folds
+from kshot.forecast import optimism_of
 from kshot.places import place_of
 from kshot.ranges import checked_ranges, range_of
 from kshot.searching import Tuning, read_tried, search, worth
@@ -69,11 +70,14 @@ class TestFound:
         (judge,) = tuning.judges.values()
         seen, held = (F.normalize(each.double(), dim=-1) for each in (judge.train.features[0], judge.judged))
         fold = stratified_folds(judge.label, 4, tuning.data.split_seed)
-        right = [sum(hits(seen, held, judge.label, fold == f, strength) for f in range(4)) for strength in STRENGTHS]
+        hits = torch.stack([hits_of(seen, held, judge.label, fold, strength) for strength in STRENGTHS])
+        right = hits.sum(1).tolist()
         assert [round(40 * trial["accuracy"]) for trial in choice.trials[1:]] == right
         assert len(set(right)) > 1, "nothing to choose from"
         best = max([*right, round(40 * choice.trials[0]["accuracy"])])
         assert choice.why.startswith(f"{best} of 40 held-out shots right")
+        configured = tuning.tried[""].hits
+        assert round(optimism_of(torch.stack([configured, *hits])), 4) == choice.calibration["forecast"]["optimism"] > 0
 
     def test_a_sampler_comes_near_to_the_best_of_many(self, tmp_path):
         """A coarse and a fine search of the same range, of which only a part is tried."""
@@ -125,12 +129,15 @@ class TestFound:
         assert found(9, 9, 9, 9) > found(1, 9, 9, -1)
 
 
-def hits(seen, held, label, out, strength):
-    """How many of the images of a fold are right by a ridge regression of the others."""
-    x, y = seen[~out].numpy(), F.one_hot(label[~out]).double().numpy()
-    power = ((x - x.mean(0)) ** 2).sum() / len(x)
-    found = Ridge(alpha=strength * power).fit(x, y).predict(held[out].numpy())
-    return int((found.argmax(-1) == label[out].numpy()).sum())
+def hits_of(seen, held, label, fold, strength):
+    """Which images are right by ridge regressions of those in other folds."""
+    right = torch.zeros(len(label), dtype=torch.bool)
+    for out in (fold == number for number in range(4)):
+        x, y = seen[~out].numpy(), F.one_hot(label[~out]).double().numpy()
+        power = ((x - x.mean(0)) ** 2).sum() / len(x)
+        found = Ridge(alpha=strength * power).fit(x, y).predict(held[out].numpy())
+        right[out] = torch.from_numpy(found.argmax(-1)) == label[out]
+    return right
 
 
 class TestGoingOn:
@@ -228,6 +235,23 @@ class TestRounds:
         _, choice = searched(words(tmp_path, rates, "linear_probe", 2, "--model.optimizer=SGD"))
         assert "not finite" in choice.trials[1]["state"]
         assert choice.words != "--model.optimizer.lr 1e+38"
+
+    def test_what_takes_too_much_memory_is_passed_over(self, tmp_path, monkeypatch):
+        build = Tuning.module
+
+        def crowded(self, words):
+            if words.endswith("100.0"):
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
+            return build(self, words)
+
+        monkeypatch.setattr(Tuning, "module", crowded)
+        _, choice = searched(words(tmp_path, {"model.classifier.strength": [100.0, 1.0]}, "ridge", 2))
+        states = [trial["state"] for trial in choice.trials]
+        assert states == [
+            "judged",
+            "refused: it takes too much memory (CUDA out of memory. Tried to allocate 9 GiB.)",
+            "judged",
+        ]
 
     def test_none_that_fits_is_one_line(self, tmp_path, capsys):
         decays = {"model.optimizer.weight_decay": [1.0, 2.0]}
