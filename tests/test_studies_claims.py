@@ -125,6 +125,10 @@ def test_a_dead_workers_claims_are_buried_by_its_name_alone(study):
     other = Claims(study, "one-more").take("b")
     Claims(study, "").bury("one")
     assert [claim.held() for claim in (*mine, other)] == [False, False, True]
+    assert names_in(study / "deaths") == ["a0.1", "a1.1"]
+    Claims(study, "").bury("one-more", died=False)
+    assert not other.held()
+    assert names_in(study / "deaths") == ["a0.1", "a1.1"], "one that was asked to end has not died"
     for claim in (*mine, other):
         claim.release()
 

@@ -137,10 +137,10 @@ def disturbed(directory: Path, kills: int, workers: int, seed: int) -> int:
         living += [one() for _ in range(workers - len(living))]
         time.sleep(chance.uniform(0.02, 1.0))
         child = living.pop(chance.randrange(len(living)))
-        if os.waitpid(child, os.WNOHANG)[0] == 0:
-            os.kill(child, signal.SIGKILL)
-            assert ended(child) == -signal.SIGKILL
-            killed += 1
+        os.kill(child, signal.SIGKILL)
+        status = ended(child)  # 0 of one that had ended already
+        assert status in (0, -signal.SIGKILL)
+        killed += status != 0
     living = living or [one()]
     assert [ended(child) for child in living] == [0] * len(living)
     return killed
@@ -204,6 +204,37 @@ def test_a_full_disk_ends_the_worker_and_blames_no_run(tmp_path, told):
     assert len(records(directory)) == 2
     assert list((directory / "claims").iterdir()) == []
     assert work(directory, execute=Lines(directory)) == 2
+
+
+def test_a_disk_that_is_full_for_the_log_is_told_as_well(tmp_path, monkeypatch):
+    directory = planned(tmp_path, FOUR)
+
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    monkeypatch.setattr(working.Worker, "logged", refuse)
+    with pytest.raises(UserError, match=r"cannot be written \(no space"):
+        work(directory, execute=Lines(directory))
+    assert list((directory / "claims").iterdir()) == []
+
+
+def test_a_worker_whose_gpu_no_longer_answers_records_the_run_and_ends(tmp_path):
+    directory = planned(tmp_path, FOUR)
+    lost = RuntimeError("CUDA error: device-side assert triggered\nand more")
+    with pytest.raises(SystemExit) as end:
+        work(directory, execute=Lines(directory, {"ridge": lost}))
+    assert end.value.code == working.LOST_DEVICE
+    (record,) = records(directory, "failed").values()
+    assert record["reason"] == "RuntimeError: CUDA error: device-side assert triggered"
+    assert list((directory / "claims").iterdir()) == []
+
+
+def test_a_machine_without_the_working_directory_is_refused(tmp_path):
+    directory = planned(tmp_path, FOUR)
+    file = directory / store.HEADER
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"directory": str(tmp_path / "elsewhere")}))
+    with pytest.raises(UserError, match="is not on this machine: share it as well"):
+        work(directory, execute=lambda _: pytest.fail("run"))
 
 
 @pytest.mark.parametrize(

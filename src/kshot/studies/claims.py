@@ -63,8 +63,9 @@ class Claim:
         """Gives it back; what another has taken away stays that other's."""
         self.ended.set()
         self.thread.join()
-        if self.held():
-            self.path.unlink(missing_ok=True)
+        with suppress(OSError):  # a disk that refuses this leaves a claim that stands still
+            if self.held():
+                self.path.unlink()
         os.close(self.file)
 
 
@@ -109,8 +110,8 @@ class Claims:
         del self.watched[run]
         return self.take_away(run, token_in(content))
 
-    def take_away(self, run: str, token: str) -> bool:
-        """Takes a dead worker's claim away, which one of several that try does, and counts the death."""
+    def take_away(self, run: str, token: str, died: bool = True) -> bool:
+        """Takes a worker's claim away, which one of several that try does, and counts the death if it was one."""
         claim, grave = self.study / "claims" / run, self.study / "deaths" / f"{run}.{self.deaths(run) + 1}"
         try:
             claim.rename(grave)
@@ -119,6 +120,8 @@ class Claims:
         except OSError as error:
             raise cannot_write(self.study, error) from error
         if token_in(content_of(grave)) == token:
+            if not died:
+                grave.unlink(missing_ok=True)
             return True
         with suppress(OSError):  # given back and claimed anew between the look and this: its owner has it back
             os.link(grave, claim)
@@ -129,12 +132,12 @@ class Claims:
         """How many workers died of a run so far."""
         return sum(1 for _ in (self.study / "deaths").glob(f"{run}.*"))
 
-    def bury(self, worker: str) -> None:
-        """Takes away all claims of a worker that is known to be dead."""
+    def bury(self, worker: str, died: bool = True) -> None:
+        """Takes away all claims of a worker that is known to be dead, or was ended by the one who started it."""
         for run in os.listdir(self.study / "claims"):  # noqa: PTH208  names are what is asked for
             content = content_of(self.study / "claims" / run)
             if f'"worker": {json.dumps(worker)}'.encode() in content:
-                self.take_away(run, token_in(content))
+                self.take_away(run, token_in(content), died)
 
 
 def content_of(path: Path) -> bytes:

@@ -116,7 +116,7 @@ class Local:
             except subprocess.TimeoutExpired:
                 child.process.kill()
                 child.process.wait()
-            Claims(self.study, "").bury(child.name)
+            Claims(self.study, "").bury(child.name, died=False)
         self.children = []
 
 

@@ -32,6 +32,7 @@ from kshot.studies.store import read_header, read_plan
 from kshot.surroundings import RESUME_FROM
 
 DEATHS = 3  # of workers, after which a run counts as failed
+LOST_DEVICE = 3  # exit status of a worker whose GPU no longer answers it; its engine starts another
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 Execute = Callable[[Sequence[str]], Path]
 Only = Mapping[str, frozenset[str]]
@@ -71,8 +72,15 @@ def work(
     header = read_header(study)
     runs = read_plan(study, only)
     worker = Worker(study, name or worker_name(), execute, beat, patience)
-    with contextlib.chdir(header.directory):
-        return sum(worker.end(planned, claim) for planned, claim in worker.taken(runs))
+    if not Path(header.directory).is_dir():
+        raise UserError(
+            f"{header.directory}, from where {study} was planned, is not on this machine: share it as well."
+        )
+    try:
+        with contextlib.chdir(header.directory):
+            return sum(worker.end(planned, claim) for planned, claim in worker.taken(runs))
+    except OSError as error:  # of the study's own files: what a run raises is that run's
+        raise cannot_write(study, error) from error
 
 
 def worker_name() -> str:
@@ -157,7 +165,10 @@ class Worker:
                 "worker": self.name,
                 "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             }
-            return publish(self.study / ("failed" if directory is None else "done"), planned.id, record)
+            first = publish(self.study / ("failed" if directory is None else "done"), planned.id, record)
+            if reason and "CUDA error" in reason:  # after which nothing works any more in this process
+                raise SystemExit(LOST_DEVICE)
+            return first
         finally:
             claim.release()
 
