@@ -10,13 +10,16 @@ import several_devices
 import torch
 from command_line import FIT, TWO, WHOLE
 from data_fixtures import digit_folder
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from processes import finished
 
-from kshot.adapters import AutoLoRA
+from kshot.adapters import AutoLoRA, LoRA
 from kshot.backbones import OpenClip
+from kshot.checkpoint import read_tensors
 from kshot.classifiers import NearestClassMean
 from kshot.data import FewShotDataModule
 from kshot.errors import UserError
+from kshot.mahalanobis import PREFIX
 from kshot.predictions import read
 from kshot.prepare import check_devices
 from kshot.run import build
@@ -68,10 +71,30 @@ def test_processes_of_a_launcher_leave_one_run_and_one_table(work):
     assert answered.right.mean() == pytest.approx(result["acc"])
 
 
+def test_files_of_several_devices_hold_what_was_trained_and_no_backbone(work):
+    """LoRA on the last block's projections: factors, and of the resume file the optimizer's moments."""
+    (directory,) = (work[0] / "runs").glob("*/*")
+    trained = json.loads((directory / "result.json").read_text())["trainable_parameters"]
+    tensors, _ = read_tensors(directory / "tuned.safetensors")
+    factors = {name for name in tensors if not name.startswith(PREFIX)}
+    assert factors
+    assert all(".visual." in name and ".adapters." in name for name in factors)
+    assert sum(tensors[name].numel() for name in factors) == trained
+    resumed = torch.load(directory / "checkpoints" / "last.ckpt", weights_only=True)
+    assert resumed["state_dict"].keys() == factors
+    (optimizer,) = resumed["optimizer_states"]
+    moments = [value for state in optimizer["state"].values() for value in state.values() if value.numel() > 1]
+    assert sum(moment.numel() for moment in moments) == 2 * trained, "AdamW keeps two a parameter"
+    weights = 4 * sum(p.numel() for p in OpenClip("kshot:glyph_clip").parameters())
+    for name, numbers in (("tuned.safetensors", trained), ("checkpoints/last.ckpt", 3 * trained)):
+        assert 4 * numbers < (directory / name).stat().st_size < 4 * numbers + 100_000 < weights, name
+
+
 class Two:
     """A trainer of two devices."""
 
     world_size = 2
+    strategy = DDPStrategy()
 
 
 @pytest.mark.parametrize(
@@ -82,3 +105,12 @@ def test_what_several_devices_cannot_share_is_refused(settings):
     with pytest.raises(UserError, match=r"--trainer\.devices 1") as error:
         check_devices(module, Two())
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("strategy", [FSDPStrategy(), ModelParallelStrategy()], ids=lambda each: type(each).__name__)
+def test_a_trainer_that_divides_the_backbone_is_refused(strategy, monkeypatch):
+    """In Python as on the command line, of which tests/test_mistakes.py holds the words."""
+    module = build(OpenClip("kshot:glyph_clip"), FewShotDataModule("digits", shots=2), adapter=LoRA(rank=1))
+    monkeypatch.setattr(Two, "strategy", strategy)
+    with pytest.raises(UserError, match=r"needs the whole backbone.*--trainer\.strategy ddp"):
+        check_devices(module, Two())

@@ -50,6 +50,7 @@ CANDIDATES = (  # in order of cost; of equals the first is taken
     "--config methods/lora.yaml",
     "--config methods/lora.yaml --model.optimizer.lr 5e-4",
 )
+CHOOSING = ("budget", "candidates", "search")  # options that a chosen run has no more
 SHORT = 4  # the first round of training takes this part of the steps
 POOLED = 3  # at most so many closed forms are averaged
 TRUSTED = 0.5  # where nothing can be held out, a text decides that is right about this share of the shots
@@ -74,7 +75,8 @@ class Search:
     """
 
     def __init__(self, line: CommandLine, tree: Tree) -> None:
-        self.line, self.started, self.budget = line, time.monotonic(), seconds_of(tree["budget"])
+        self.line, self.started, self.name = line, time.monotonic(), "auto"
+        self.budget = math.inf if tree.get("budget") is None else seconds_of(tree["budget"])
         self.seed, self.spec = int(tree.get("seed_everything", 1)), tree["data"]
         self.trials = [Trial(words) for words in tree.get("candidates") or CANDIDATES]
         self.trees: dict[str, Tree] = {}  # by words, as the next
@@ -111,10 +113,10 @@ class Search:
 
     def words_with(self, words: str) -> list[str]:
         """The command line with a candidate between the configs and the options that were given."""
-        given = [pair for pair in self.line.words if pair[0] not in ("budget", "candidates")]
+        given = [pair for pair in self.line.words if pair[0].partition(".")[0] not in CHOOSING]
         before, after = ([(k, v) for k, v in given if (k == "config") is which] for which in (True, False))
         spelt = [[word for key, value in pairs for word in (f"--{key}", value)] for pairs in (before, after)]
-        return ["fit", *spelt[0], *shlex.split(words), *spelt[1], "--budget", "null", "--candidates", "null"]
+        return ["fit", *spelt[0], *shlex.split(words), *spelt[1], *(f"--{name}=null" for name in CHOOSING)]
 
     def answer(self, words: str) -> CommandLine:
         """The command line of a candidate, whose run bears the name of this one."""
@@ -147,6 +149,8 @@ class Search:
             backbone = backbone_of(tree)
             self.data.use_preprocessing(backbone.preprocessing)
             trainer = make_trainer([FeatureStore(backbone)], **settings_of_folds(tree))
+            if trainer.world_size > 1:
+                raise UserError(f"{self.name} judges on one device: --trainer.devices 1; several may fit its choice.")
             self.data.trainer = trainer
             self.data.setup("fit")
             self.judges[key] = Judge(self.data, trainer)
@@ -156,10 +160,7 @@ class Search:
         """Judges a closed form, or something that takes steps by a first short round; says if that."""
         steps = False
         with self.timed(trial):
-            _, tree = settings(read_command_line(self.words_with(trial.words), list(OPTIONS)))
-            if drawn(tree["data"]) != drawn(self.spec):
-                raise UserError("a candidate may change nothing of the data but their batch_size")
-            self.trees[trial.words] = tree
+            self.read(trial.words)
             with self.module(trial.words) as (module, judge):
                 trial.method = module.method
                 if self.plan is None:
@@ -177,6 +178,13 @@ class Search:
                     trial.state = "not judged: no class has two images"
         return steps and trial.words in self.found
 
+    def read(self, words: str) -> None:
+        """Reads the settings of a candidate; raises UserError where they are refused, or of other data."""
+        _, tree = settings(read_command_line(self.words_with(words), list(OPTIONS)))
+        if drawn(tree["data"]) != drawn(self.spec):
+            raise UserError("a candidate may change nothing of the data but their batch_size")
+        self.trees[words] = tree
+
     @contextmanager
     def timed(self, trial: Trial) -> Iterator[None]:
         """Times what is done for a candidate, writes down that it is refused, and says in a line what came of it."""
@@ -191,8 +199,9 @@ class Search:
         what = trial.state
         if trial.accuracy is not None:
             what = f"{trial.accuracy:.1%} of {trial.held_out} held-out shots"
-        name = f"{trial.method} ({trial.words})" if trial.method else trial.words
-        logger.info("auto: %s: %s; %.1f s, %.0f s left", name, what, trial.seconds, max(0.0, self.left))
+        name = f"{trial.method} ({trial.words or 'as configured'})" if trial.method else trial.words
+        left = f", {max(0.0, self.left):.0f} s left" if math.isfinite(self.budget) else ""
+        logger.info("%s: %s: %s; %.1f s%s", self.name, name, what, trial.seconds, left)
 
     def note(self, trial: Trial, found: HeldOut | None) -> None:
         """Writes down what the held-out logits of a candidate are worth."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from typing import Any
 
 from lightning.fabric.plugins.environments import (
     LSFEnvironment,
@@ -13,14 +15,21 @@ from lightning.fabric.plugins.environments import (
 from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+    StrategyRegistry,
+    XLAStrategy,
+)
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from kshot.config import Tree
 from kshot.errors import UserError, nearest_first
 from kshot.layering import DURATION, listed
 from kshot.making import made
-from kshot.places import Place
+from kshot.places import Place, named
 
 PARTS_OF_TRAINER = {"callbacks": Callback, "logger": Logger}
 LAUNCHERS = (TorchElasticEnvironment, SLURMEnvironment, LSFEnvironment, MPIEnvironment)
@@ -34,8 +43,15 @@ def check(model: Tree, trainer: Tree) -> None:
     chosen, strategy = trainer.get("accelerator", "auto"), trainer.get("strategy", "auto")
     if isinstance(chosen, str) and chosen not in able:
         raise UserError(f"trainer.accelerator is {chosen}, and on this machine it may be {' or '.join(able)}.")
-    known = ["auto", *StrategyRegistry.available_strategies()]
-    if isinstance(strategy, str) and strategy not in known:
+    registered_strategies = {name: StrategyRegistry[name] for name in StrategyRegistry.available_strategies()}
+    if isinstance(strategy, dict):
+        kind = named(strategy["class_path"], (Strategy,), "trainer.strategy")
+        check_strategy(kind, class_name(strategy), strategy.get("init_args") or {})
+    elif strategy in registered_strategies:
+        found = registered_strategies[strategy]
+        check_strategy(found["strategy"], strategy, found["init_params"])
+    elif isinstance(strategy, str) and strategy != "auto":
+        known = ["auto", "single_device", *(name for name in registered_strategies if name.startswith("ddp"))]
         raise UserError(f"trainer.strategy: there is no {strategy!r}. {nearest_first(strategy, known)}")
     if isinstance(trainer.get("devices"), list) and "gpu" not in able:
         raise UserError(f"trainer.devices is {trainer['devices']}, and only GPUs are numbered: give how many, or auto.")
@@ -55,6 +71,25 @@ def check(model: Tree, trainer: Tree) -> None:
         for each in listed(trainer.get(name)):
             if isinstance(each, dict):
                 check_part(f"trainer.{name}", kind, each)
+
+
+def check_strategy(kind: type, name: str, settings: Mapping[str, Any]) -> None:
+    """Raises UserError for a way to use several devices other than DDP, by its class, name and settings.
+
+    Where each device has a part of the backbone, a step of one waits for the others: test images, divided without
+    doubling one, and features that a store has of some make these steps unequal, and merging needs whole weights.
+    Processes that Lightning forks or spawns take what they learnt with them.
+    """
+    if not issubclass(kind, (SingleDeviceStrategy, DDPStrategy)) or issubclass(kind, (DeepSpeedStrategy, XLAStrategy)):
+        raise UserError(
+            f"trainer.strategy is {name}, and each device needs the whole backbone, with whose weights adapters are "
+            "merged: --trainer.strategy ddp. Less memory take --trainer.precision bf16-true, and a smaller "
+            "--data.batch_size with more --trainer.accumulate_grad_batches."
+        )
+    if settings.get("start_method", "popen") != "popen":
+        raise UserError(
+            f"trainer.strategy is {name}, whose processes would end with what they learnt: --trainer.strategy ddp."
+        )
 
 
 def check_part(where: str, kind: type, spec: Tree) -> None:

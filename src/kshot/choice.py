@@ -6,12 +6,27 @@ import json
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from kshot.errors import UserError
 from kshot.files import write_text
 
 BUDGET = re.compile(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?")
+
+
+@dataclass
+class SearchOptions:
+    """What a search tries, on the shots alone.
+
+    Args:
+        ranges: by option, a list of values, or ``{low: 1e-5, high: 1e-2, log: true}``, or with a ``step``.
+        trials: settings to try beside the configured one; fewer where there are no more.
+        sampler: what proposes them: tpe learns from those before, random does not.
+    """
+
+    ranges: dict[str, Any]
+    trials: int = 20
+    sampler: Literal["tpe", "random"] = "tpe"
 
 
 @dataclass
@@ -44,11 +59,12 @@ class Choice:
     Attributes:
         words: of the answer.
         why: in a sentence.
-        budget: seconds that were allowed.
+        budget: seconds that were allowed; 0 where nothing limited them.
         seconds: that choosing took.
         calibration: of the answer, its forecast corrected for having chosen it, in plain data; None where nothing
             could be held out.
         trials: of all candidates, in plain data.
+        search: what a search was asked, in plain data; None where methods were chosen from.
     """
 
     words: str
@@ -57,6 +73,7 @@ class Choice:
     seconds: float = 0.0
     calibration: dict[str, Any] | None = None
     trials: list[dict[str, Any]] = field(default_factory=list)
+    search: dict[str, Any] | None = None
 
 
 def kept(choice: Choice | None, directory: Path) -> Choice | None:

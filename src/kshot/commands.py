@@ -43,6 +43,7 @@ from kshot.module import FewShotModule
 from kshot.optim import watches
 from kshot.prepare import check_classes
 from kshot.run import DEFAULTS, evaluate, finish, fit, has_length, set_length
+from kshot.searching import search
 from kshot.settings import LINKED, OPTIONS, help_text, settings
 from kshot.surroundings import RESUME_FROM, mistake_behind, settle_chatter, told_to_stderr, with_resume
 from kshot.warm import Warm
@@ -76,7 +77,10 @@ def run(arguments: Sequence[str], started: float | None = None, warm: Warm | Non
             print(help_text(line))
             raise SystemExit(0)
         (places, tree), choice = settings(line), None
-        if tree.get("budget") is not None and "print_config" not in line.flags:
+        if tree.get("search") is not None and "print_config" not in line.flags:
+            line, choice = search(line, places, tree)
+            places, tree = settings(line)
+        elif tree.get("budget") is not None and "print_config" not in line.flags:
             line, choice = choose(line, tree)
             places, tree = settings(line)
         tree["trainer"] = TRAINER_DEFAULTS | tree["trainer"]

@@ -56,6 +56,7 @@ NUMBERS = {  # what numbers must be, by the full names of their options
     "model.schedule.T_max": (lambda x: 0 <= x < INF, "be a number of steps from 1 on, or 0 for all of the run"),
     "model.schedule.step_size": FROM_1,
     "run.save_every": FROM_0,
+    "search.trials": FROM_1,
     "seed_everything": (lambda x: 0 <= x < 2**32, f"lie in 0 to {2**32 - 1}"),
     "trainer.accumulate_grad_batches": FROM_1,
     "trainer.check_val_every_n_epoch": FROM_0,

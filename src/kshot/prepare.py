@@ -10,6 +10,7 @@ from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Trainer
 
 from kshot.adapters.base import SearchProblem, Shared, derived_seed
+from kshot.available import check_strategy
 from kshot.classifiers import Shots
 from kshot.classifiers.two_stage import stages_of
 from kshot.data.parts import Batch
@@ -107,6 +108,7 @@ def check_classes(module: Module, data: Data) -> None:
 
 def check_devices(module: Module, trainer: Trainer, stages: Sequence[int] = ()) -> None:
     """Raises UserError for what several devices cannot do together."""
+    check_strategy(type(trainer.strategy), type(trainer.strategy).__name__, {})
     if trainer.world_size < 2:
         return
     if not module.takes_steps:

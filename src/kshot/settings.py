@@ -18,6 +18,7 @@ from lightning.pytorch.trainer import Trainer
 from torch.optim.lr_scheduler import LRScheduler
 
 from kshot.available import PARTS_OF_TRAINER, check, class_name
+from kshot.choice import SearchOptions
 from kshot.config import CommandLine, Tree
 from kshot.data.datamodule import FewShotDataModule
 from kshot.errors import UserError, nearest_first
@@ -34,6 +35,7 @@ OPTIONS: dict[str, dict[str, tuple[Any, Any, str]]] = {  # of each command alone
         "ckpt_path": (str | None, None, "A run's checkpoints/last.ckpt to go on from."),
         "budget": (str | None, None, "Choose the method on the shots alone within this time: 30s, 5m, 1h."),
         "candidates": (list[str] | None, None, "What to choose from, as words of a command line; by default, many."),
+        "search": (SearchOptions | None, None, "Choose settings on the shots alone, by ranges of options."),
     },
     "validate": {"ckpt_path": CHECKPOINT},
     "test": {"ckpt_path": CHECKPOINT},

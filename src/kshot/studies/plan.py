@@ -24,6 +24,7 @@ from kshot.data.sampling import draw
 from kshot.data.splits import TEST_SHARE
 from kshot.errors import UserError
 from kshot.studies.resolving import IMAGES, Resolver, Shared, Values, as_json, joined, naming, values_alone, with_values
+from kshot.studies.search import words_for
 from kshot.studies.study import Cell, Label, Study, name_of
 
 
@@ -68,6 +69,7 @@ class Planner:
             for cell, values in resolver.cells(shared):
                 text = joined(shared.data, values)
                 cells.append((shared, cell, values, splits.setdefault(text, (text, cell, shared, values))[0]))
+        self.notes += resolver.searches.told()
         if not cells:
             raise UserError(f"{self.study.file}: leave_out leaves nothing to run.")
         self.draw_all(splits.values())
@@ -83,7 +85,7 @@ class Planner:
             group = group_of(shared, values)
             groups.setdefault(group, len(groups))
             labels = {axis: value.label for axis, value in cell.items()}
-            found[run] = Planned(run, group, labels, self.study.words(cell))
+            found[run] = Planned(run, group, labels, [*self.study.words(cell), *words_for(shared.search)])
         return sorted(found.values(), key=lambda planned: groups[planned.group])
 
     def weights_of(self, cell: Cell, shared: Shared) -> str:

@@ -22,6 +22,7 @@ from kshot.errors import UserError
 from kshot.layering import lay, options_below, written_out
 from kshot.places import Place, Places
 from kshot.settings import OPTIONS, laid, needed
+from kshot.studies.search import Searches
 from kshot.studies.study import Cell, Study, name_of
 
 NO_MATTER = {  # what changes no result: where things are kept, what is shown, how images are loaded
@@ -66,6 +67,7 @@ class Shared:
         settings: JSON of what changes a result, cut where a plain option stands.
         data: JSON of what a split is drawn from, cut as well.
         backbone: JSON of the backbone.
+        search: what each of their runs searches for, as ``fit --search`` takes it; None for nothing.
     """
 
     cell: Cell
@@ -75,6 +77,7 @@ class Shared:
     settings: list[str]
     data: list[str]
     backbone: str
+    search: dict[str, Any] | None
 
 
 class Resolver:
@@ -82,6 +85,7 @@ class Resolver:
 
     def __init__(self, study: Study) -> None:
         self.study = study
+        self.searches = Searches(study)
         self.laid: dict[tuple[str, str, str], Laid] = {}  # plain values by option, type and word
 
     def shared(self, cell: Cell, rest: Sequence[str]) -> Iterator[Shared]:
@@ -145,13 +149,15 @@ class Resolver:
             if missing is not None:
                 raise UserError(missing)
             check(filled["model"]["init_args"], filled["trainer"])
+            search = self.searches.of(cell, first, places, tree)
+        tree = tree | {"search": search}
         full = with_values(written_out(places, tree), {name: f"\0{name}\0" for name in plain})
         backbone, data = full["model"]["init_args"]["backbone"], full["data"]["init_args"]
         drawn = {name: value for name, value in data.items() if name in (*DRAW, *IMAGES)}
         full["data"] = data
         for group, ignored in NO_MATTER.items():
             full[group] = {name: value for name, value in full[group].items() if name not in ignored}
-        yield Shared(cell, free, tree, plain, cut(full), cut(drawn), as_json(backbone))
+        yield Shared(cell, free, tree, plain, cut(full), cut(drawn), as_json(backbone), search)
 
     def values(self, cell: Cell, axes: Sequence[str], plain: Mapping[str, PlainPlace]) -> Values:
         """The values of plain options in a cell, as the command line would lay them."""

@@ -13,7 +13,7 @@ from kshot.config import find_config, read_config, words_of
 from kshot.errors import UserError, nearest_first
 from kshot.files import packaged_folder
 
-KEYS = ("base", "options", "grid", "leave_out")
+KEYS = ("base", "options", "grid", "leave_out", "ranges", "search")
 CONFIGS = {"method": "methods", "backbone": "backbones"}  # axes whose words are configs, and the folder of these
 OPTIONS = {  # axes that go by a shorter name than their options
     "dataset": ("data.dataset",),
@@ -51,6 +51,8 @@ class Study:
         options: of every run, by their names on the command line.
         axes: values by axis, in the order of the file.
         left_out: labels by axis; a cell that has one of each is not run.
+        ranges: what runs could search, as ``fit --search`` takes it; None where the file has no ranges.
+        search: what they do search; None for nothing.
     """
 
     name: str
@@ -59,6 +61,8 @@ class Study:
     options: Mapping[str, Any]
     axes: Mapping[str, tuple[Value, ...]]
     left_out: tuple[Mapping[str, frozenset[str]], ...] = ()
+    ranges: dict[str, Any] | None = None
+    search: dict[str, Any] | None = None
 
     def cells(self, axes: Sequence[str] | None = None) -> Iterator[Cell]:
         """The product of the values of some axes, by default of all, the first axis slowest; none is left out yet."""
@@ -117,7 +121,19 @@ def read_study(name: str) -> Study:
         labels_of(each, axes, f"{file}: leave_out")
         for each in several(tree.get("leave_out"), f"{file}: leave_out", "cells")
     )
-    return Study(file.stem, file, tuple(config_named(c, f"{file}: base") for c in base), options, axes, left)
+    ranges = ranges_in(tree, str(file))
+    return Study(file.stem, file, tuple(config_named(c, f"{file}: base") for c in base), options, axes, left, ranges)
+
+
+def ranges_in(tree: Mapping[str, Any], file: str) -> dict[str, Any] | None:
+    """What a study file says of a search: its ranges, and how many trials; None where it has no ranges."""
+    ranges, search = tree.get("ranges"), tree.get("search")
+    for name, given in (("ranges", ranges), ("search", search)):
+        if given is not None and not isinstance(given, dict):
+            raise UserError(f"{file}: {name} is {given!r:.200}, and must be a mapping, such as search: {{trials: 20}}.")
+    if search is not None and not ranges:
+        raise UserError(f"{file}: a search needs ranges beside it: ranges: {{model.optimizer.lr: [1e-4, 1e-3]}}.")
+    return None if not ranges else {**(search or {}), "ranges": ranges}
 
 
 def several(given: Any, where: str, what: str) -> list[Any]:

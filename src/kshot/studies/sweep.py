@@ -19,6 +19,7 @@ from kshot.studies import engines
 from kshot.studies.claims import published
 from kshot.studies.plan import Planned, Planner
 from kshot.studies.progress import Progress
+from kshot.studies.search import searching
 from kshot.studies.store import HEADER, has, read_header, write_study
 from kshot.studies.study import labels_of, read_study
 from kshot.studies.worker import read_only
@@ -38,7 +39,7 @@ def run_sweep(words: Sequence[str]) -> int:
     settle_chatter()
     given = parse(words)
     begun = time.monotonic()
-    study = read_study(given.config)
+    study = searching(read_study(given.config), given.search)
     only = read_only(given.only)
     if only:
         labels_of({axis: sorted(labels) for axis, labels in only.items()}, study.axes, "--only")
@@ -48,6 +49,8 @@ def run_sweep(words: Sequence[str]) -> int:
     planner = Planner(study)
     with without_collection():  # many small things are made, and none of them is garbage
         runs = planner.runs()
+    if study.ranges and not study.search:
+        planner.notes.append(f"The ranges in {study.file} are left alone: --search chooses settings in them.")
     wanted = [run for run in runs if has(run.axes, only)]
     if given.retry and not given.dry_run:
         forget_failures(directory, wanted)
@@ -133,11 +136,21 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--only", nargs="+", default=[], metavar="AXIS=LABEL", help="runs with these labels: method=gda,ridge"
     )
+    parser.add_argument(
+        "--search",
+        nargs="?",
+        type=int,
+        const=0,
+        metavar="TRIALS",
+        help="choose settings in the file's ranges, run by run",
+    )
     parser.add_argument("--retry", action="store_true", help="run again what has failed")
     parser.add_argument(
         "--dry-run", action="store_true", help="print the plan, its time, memory and disk, and run nothing"
     )
     given = parser.parse_args(list(words))
+    if given.search is not None and given.search < 0:
+        raise UserError(f"sweep: --search is {given.search}, and must be a number of trials from 1 on.")
     for name in ("workers", "threads"):
         if getattr(given, name) is not None and getattr(given, name) < 1:
             raise UserError(f"sweep: --{name} is {getattr(given, name)}, and must be 1 or more.")
