@@ -203,28 +203,29 @@ class TestPage:
         assert "nan" not in re.sub(r"[^\d.\s-]*nan[a-z]", "", page.content.replace("finance", ""))
 
 
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    rng = np.random.default_rng(5)
+    sets, cost = [f"set{i}" for i in range(8)], {"ridge": 0, "gda": 10, "coop": 2000, "lora": 40_000}
+    effect = {(m, d): 0.5 + 0.03 * i + rng.normal(0, 0.02) for i, m in enumerate(cost) for d in sets}
+    rows = [
+        row(m, d, k, s, float(effect[m, d] + rng.normal(0, 0.01)), trainable_parameters=cost[m])
+        for m, d, k, s in itertools.product(cost, sets, (2, 4), (1, 2, 3))
+    ]
+    lost = rows.pop(0)
+    study = make_study(tmp_path_factory.mktemp("many") / "many", rows, [(lost, "lost")])
+    report(study, "--baseline", "ridge")
+    return rows, study / "report", (study / "report" / "index.html").read_text(encoding="utf-8")
+
+
 class TestManySets:
     """Eight data sets, of which one lacks a run, and whose runs cost what their methods do."""
-
-    @pytest.fixture(scope="class")
-    def made(self, tmp_path_factory):
-        rng = np.random.default_rng(5)
-        sets, cost = [f"set{i}" for i in range(8)], {"ridge": 0, "gda": 10, "coop": 2000, "lora": 40_000}
-        effect = {(m, d): 0.5 + 0.03 * i + rng.normal(0, 0.02) for i, m in enumerate(cost) for d in sets}
-        rows = [
-            row(m, d, k, s, float(effect[m, d] + rng.normal(0, 0.01)), trainable_parameters=cost[m])
-            for m, d, k, s in itertools.product(cost, sets, (2, 4), (1, 2, 3))
-        ]
-        lost = rows.pop(0)
-        study = make_study(tmp_path_factory.mktemp("many") / "many", rows, [(lost, "lost")])
-        report(study, "--baseline", "ridge")
-        return rows, study / "report", (study / "report" / "index.html").read_text(encoding="utf-8")
 
     def of(self, rows, *where):
         return [r["acc"] for r in rows if all(r[name] == value for name, value in where)]
 
-    def test_differences_are_tested_over_data_sets(self, made):
-        rows, folder, _ = made
+    def test_differences_are_tested_over_data_sets(self, many):
+        rows, folder, _ = many
         left = [r for r in rows if (r["dataset"], r["shots"], r["seed"]) != ("set0", 2, 1)]
         raw = {}
         table = {line["contender"]: line for line in table_of(folder, "differences")}
@@ -247,8 +248,8 @@ class TestManySets:
         corrected = multipletests(list(raw.values()), method="holm")[1]
         assert [float(table[who]["p (Holm)"]) for who in raw] == pytest.approx(corrected.tolist())
 
-    def test_ranks_are_over_what_all_share(self, made):
-        rows, folder, content = made
+    def test_ranks_are_over_what_all_share(self, many):
+        rows, folder, content = many
         methods = ["ridge", "gda", "coop", "lora"]
         left = [r for r in rows if (r["dataset"], r["shots"], r["seed"]) != ("set0", 2, 1)]
         values = [[np.mean(self.of(left, ("method", m), ("dataset", f"set{i}"))) for m in methods] for i in range(8)]
@@ -257,8 +258,8 @@ class TestManySets:
         assert [found[m] for m in methods] == pytest.approx(mean.tolist())
         assert "Over the 47 of 48 draws (8 data sets, 3 seeds) that are shared by 4 contenders." in content
 
-    def test_costs_are_those_of_the_runs(self, made):
-        _, folder, content = made
+    def test_costs_are_those_of_the_runs(self, many):
+        _, folder, content = many
         found = {line["contender"]: line for line in table_of(folder, "costs")}
         assert {who: float(line["trained parameters"]) for who, line in found.items()} == {
             "ridge": 0, "gda": 10, "coop": 2000, "lora": 40_000
@@ -269,19 +270,21 @@ class TestManySets:
         assert "seconds a run" not in figure  # the same for all
         assert '<td class="n">40,000</td>' in content
 
-    def test_calibration_is_before_and_after(self, made):
-        _, folder, _ = made
+    def test_calibration_is_before_and_after(self, many):
+        _, folder, _ = many
         before, after = (folder / "calibration.svg").read_text(encoding="utf-8").split("After the temperature")
         assert "ridge, 4 shots: 10.0% ± 0.0%" in before
         assert "ridge, 4 shots: 5.0% ± 0.0%" in after
 
-    def test_reliability_adds_the_runs(self, made):
-        _, folder, _ = made
+    def test_reliability_adds_the_runs(self, many):
+        _, folder, _ = many
         figure = (folder / "reliability_1.svg").read_text(encoding="utf-8")
         assert "3360 images, 90.0% sure, 80.0% right" in figure  # 48 runs of 70
 
-    def test_it_says_what_can_be_told(self, made):
-        _, _, content = made
+    def test_it_says_what_can_be_told(self, many):
+        _, folder, content = many
+        corrected = [float(line["p (Holm)"]) for line in table_of(folder, "differences")]
+        assert all(f'<td class="n">{p:.3g}</td>' in content for p in corrected)
         assert "Wilcoxon's p is over data sets" in content.replace("&#x27;", "'")
         assert "bootstrap over data sets and seeds" in content
 
@@ -402,7 +405,8 @@ class TestGrid:
         assert values == {"x": {1: pytest.approx(0.02), 2: pytest.approx(0.02)}}
         assert (pairs, unlike) == (4, 0)
         rows[-1] |= {"split": "sha256:other", "acc": 0.9}
-        rows[-2] |= {"split": None}
+        rows[-2] |= {"split": None, "acc": 0.9}  # seed 1 at 2 shots, and the other of its pair does not tell either
+        next(r for r in rows if (r["method"], r["shots"], r["seed"]) == ("a", 2, 1))["split"] = None
         values, pairs, unlike = differences(grid_of(rows, {}), "a", "b")
         assert (pairs, unlike) == (2, 2)
         assert values == {"x": {1: pytest.approx(0.02), 2: pytest.approx(0.02)}}
