@@ -180,8 +180,9 @@ def test_a_node_with_another_version_takes_no_run_and_the_others_go_on(tmp_path,
 
 @pytest.mark.slow
 def test_two_engines_at_once_share_the_runs_and_a_worker_that_is_killed_is_replaced(tmp_path, cluster, whole):
-    local, study = sweeping(tmp_path, "--workers", "1")
-    ray, _ = sweeping(tmp_path, "--engine", "ray", "--engine-option", f"address={cluster.address}")
+    ray, study = sweeping(tmp_path, "--engine", "ray", "--engine-option", f"address={cluster.address}")
+    until(lambda: records(study), ray)
+    local, _ = sweeping(tmp_path, "--workers", "1")
     until(lambda: len(owners(study)) == 2, ray)
     (actor,) = actors(cluster)
     os.kill(actor, signal.SIGKILL)

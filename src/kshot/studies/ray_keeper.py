@@ -16,7 +16,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -84,18 +84,20 @@ def cluster(asked: Asked) -> Iterator[None]:
     """Joins the cluster, or starts one on this machine of which nothing stays; raises UserError where that fails."""
     import ray
 
-    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        cores = max(os.cpu_count() or 1, asked.threads)
-        own = {"_temp_dir": folder, "num_cpus": cores, "include_dashboard": False, "object_store_memory": OBJECTS}
-        where = {"address": asked.address} if asked.address else {"address": "local", **own}
+    with ExitStack() as ending:
+        if asked.address:
+            where: dict[str, Any] = {"address": asked.address}
+        else:
+            own = tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True)  # short: of sockets
+            cores = max(os.cpu_count() or 1, asked.threads)
+            where = {"address": "local", "num_cpus": cores, "include_dashboard": False, "object_store_memory": OBJECTS}
+            where["_temp_dir"] = ending.enter_context(own)
         try:
             ray.init(**where, log_to_driver=False, logging_level=logging.ERROR)
         except Exception as error:  # of a dozen kinds
             raise UserError(f"Ray {asked.address or 'on this machine'}: {first_line(error)[:400]}") from error
-        try:
-            yield
-        finally:
-            ray.shutdown()
+        ending.callback(ray.shutdown)
+        yield
 
 
 class Actor:
