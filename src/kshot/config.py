@@ -70,7 +70,7 @@ def read_command_line(words: Sequence[str], commands: Sequence[str]) -> CommandL
     """
     if not words or words[0] not in commands:
         given = words[0] if words else ""
-        raise UserError(f"There is no command {given!r}. {nearest_first(given, [*commands, *PROGRAMS])}")
+        raise UserError(f"There is no command {given!r}. {nearest_first(given, [*commands, *PROGRAMS], shown=20)}")
     line, rest = CommandLine(words[0]), iter(words[1:])
     for word in rest:
         name, equals, value = word.partition("=")
