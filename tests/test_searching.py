@@ -217,7 +217,8 @@ class TestRounds:
             shots.append(len(data.draw.train))
 
         monkeypatch.setattr(folds, "fit", counted)
-        searched(words(tmp_path, {"model.optimizer.lr": [1e-2]}, "linear_probe", 4))
+        _, choice = searched(words(tmp_path, {"model.optimizer.lr": [1e-2]}, "linear_probe", 4))
+        assert [trial["held_out"] for trial in choice.trials] == [40, 40], "each shot once"
         assert seen == [1, 4, 4, 4, 4] * 2
         assert shots == [30] * 10
 
