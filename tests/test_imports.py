@@ -16,7 +16,7 @@ MODULES = sorted(ROOT.rglob("*.py"))
 ORDER = (
     "errors", "judging", "calibration", "mahalanobis", "lean", "templates", "files", "sealing", "store", "products",
     "holding", "slots", "layers", "backbones",
-    "adapters", "classifiers", "config", "places", "layering", "available", "data", "optim", "header", "features",
+    "adapters", "classifiers", "config", "places", "layering", "making", "available", "data", "optim", "header", "features",
     "kept_tokens", "prepare",
     "metrics", "callbacks", "checkpoint", "predictions", "evaluate", "module", "run", "folds", "forecast", "released",
     "foreign",

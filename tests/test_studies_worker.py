@@ -173,8 +173,8 @@ def test_a_run_goes_on_from_its_checkpoint_after_sigterm(tmp_path, undisturbed):
     assert list((directory / "claims").iterdir()) == list((directory / "deaths").iterdir()) == []
     before = len(records(directory))
     assert before < 2
-    seen = []
-    assert work(directory, execute=lambda words: seen.append(words) or working.execute(words)) == 2 - before
+    seen, ordinary = [], working.ordinary()
+    assert work(directory, execute=lambda words: seen.append(words) or ordinary(words)) == 2 - before
     assert any("--resume" in words for words in seen)
     found = outcome(directory)
     assert len(found) == 2

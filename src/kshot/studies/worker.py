@@ -30,6 +30,7 @@ from kshot.studies.claims import BEAT, PATIENCE, Claim, Claims, cannot_write, pu
 from kshot.studies.plan import Planned
 from kshot.studies.store import read_header, read_plan
 from kshot.surroundings import RESUME_FROM
+from kshot.warm import Warm
 
 DEATHS = 3  # of workers, after which a run counts as failed
 LOST_DEVICE = 3  # exit status of a worker whose GPU no longer answers it; its engine starts another
@@ -38,12 +39,17 @@ Execute = Callable[[Sequence[str]], Path]
 Only = Mapping[str, frozenset[str]]
 
 
-def execute(words: Sequence[str]) -> Path:
-    """Does an ordinary run in this process; gives its directory."""
-    directory = run_words(words).directory
-    if directory is None:
-        raise UserError("the run keeps nothing (trainer.fast_dev_run), and a study needs its results.")
-    return directory
+def ordinary() -> Execute:
+    """What does the words of ordinary runs in this process, which lend each other the backbone."""
+    warm = Warm()
+
+    def execute(words: Sequence[str]) -> Path:
+        directory = run_words(words, warm=warm).directory
+        if directory is None:
+            raise UserError("the run keeps nothing (trainer.fast_dev_run), and a study needs its results.")
+        return directory
+
+    return execute
 
 
 def work(
@@ -51,7 +57,7 @@ def work(
     *,
     name: str | None = None,
     only: Only | None = None,
-    execute: Execute = execute,
+    execute: Execute | None = None,
     beat: float = BEAT,
     patience: float = PATIENCE,
 ) -> int:
@@ -61,7 +67,7 @@ def work(
         study: directory of a study that was planned.
         name: of this worker, which no other has; by default made of host, process and chance.
         only: labels by axis; other runs are left alone.
-        execute: what does the words of a run, and gives its directory.
+        execute: what does the words of a run, and gives its directory; None for :func:`ordinary`.
         beat: of :class:`~kshot.studies.claims.Claims`.
         patience: of the same.
 
@@ -71,7 +77,7 @@ def work(
     study = study.absolute()
     header = read_header(study)
     runs = read_plan(study, only)
-    worker = Worker(study, name or worker_name(), execute, beat, patience)
+    worker = Worker(study, name or worker_name(), execute or ordinary(), beat, patience)
     if not Path(header.directory).is_dir():
         raise UserError(
             f"{header.directory}, from where {study} was planned, is not on this machine: share it as well."
