@@ -15,11 +15,9 @@ MODULES = sorted(ROOT.rglob("*.py"))
 # Parts of the package from the ground up: each imports only what stands before it, or lies in itself.
 ORDER = (
     "errors", "judging", "calibration", "mahalanobis", "lean", "templates", "files", "sealing", "store", "products",
-    "holding", "slots", "layers", "backbones",
-    "adapters", "classifiers", "config", "places", "layering", "making", "available", "data", "optim", "header", "features",
-    "kept_tokens", "prepare",
-    "metrics", "callbacks", "checkpoint", "predictions", "evaluate", "module", "run", "folds", "forecast", "released",
-    "foreign",
+    "holding", "slots", "layers", "backbones", "adapters", "classifiers", "config", "places", "layering", "making",
+    "available", "data", "optim", "header", "features", "kept_tokens", "prepare", "metrics", "callbacks",
+    "checkpoint", "predictions", "evaluate", "module", "run", "folds", "forecast", "released", "foreign",
 )  # fmt: skip
 LIGHT = set(ORDER[: ORDER.index("classifiers") + 1])  # plain torch: no trainer, no command line
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from command_line import FIT, METHODS, TINY_VIT
+from command_line import FIT, METHODS, TINY_VIT, run_test
 from safetensors.torch import load_file
-from test_cli_configs import WEIGHT_TUNING
+from test_cli_configs import WEIGHT_TUNING, WITHOUT_GRADIENT
 
 from kshot.commands import run
 from kshot.errors import UserError
@@ -69,8 +69,16 @@ def warm() -> Warm:
 def test_a_warm_run_is_that_of_a_process_of_its_own(method, warm, few_scans, tmp_path):
     words = [*few_scans, *SEARCH.get(Path(method).stem, [])]
     shared = one(tmp_path / "warm", *words, warm=warm, configs=(method,))
-    assert_same(shared, one(tmp_path / "alone", *words, configs=(method,)))
+    alone = one(tmp_path / "alone", *words, configs=(method,))
+    assert_same(shared, alone)
     assert warm.built == 1, "the run before has given its backbone back as it was"
+    assert alone.parent.name == f"clip_16shot+{Path(method).stem}"
+    result = left_by(alone)[1]
+    assert 0 < result["acc"] <= 1
+    assert result["zero_shot_acc"] > 0.55
+    assert (result["trainable_parameters"] > 0) == (Path(method).stem not in WITHOUT_GRADIENT)
+    if Path(method).stem != "zero_shot":
+        assert run_test(alone, tmp_path / "tested")["acc"] == result["acc"]
 
 
 @pytest.mark.parametrize("words", [["--data.dataset", "digits"], ["--config", "methods/class_mean.yaml"]])
