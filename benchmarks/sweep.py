@@ -4,22 +4,24 @@
 
 ``runs`` are 48 short runs on handwritten digits (4 methods x 4 shots x 3 seeds): all of ``main.py sweep``, its planner
 and the start of its workers included, beside ``main.py fit`` with the words of some of them, each in a process of its
-own, which load the same files. ``steady`` leaves out what a sweep spends once, its planner and the start of a worker:
-what remains of a run in a long study. Costs are CPU seconds of all processes, so that the ratios hold although other
-work shares the cores; on a machine that does nothing else they are those of runs per hour. Targets: 5 times the runs
-per hour, 50 times for closed forms alone. ``scheduling`` is planning, claiming and publishing with runs that do
-nothing: at most 20 ms a run. ``planner`` is ``sweep --dry-run`` of 100,000 cells: at most 10 s and 1 GB.
+own. ``steady`` is what remains of a run in a long study: of the same words in a process that has done others before.
+Costs are CPU seconds of all processes, so that the ratios hold although other work shares the cores; on a machine that
+does nothing else they are those of runs per hour. Targets: 5 times the runs per hour, 50 times for closed forms alone.
+``scheduling`` is planning, claiming and publishing with runs that do nothing: at most 20 ms a run. ``planner`` is
+``sweep --dry-run`` of 100,000 cells: at most 10 s and 1 GB.
 """
 
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import chdir
+from functools import partial
 from pathlib import Path
 
 from side_by_side import RESULTS, machine, print_table, write_csv
@@ -35,6 +37,16 @@ CASES = {  # methods, and how many times the runs per hour are wanted
     "mixed": (["class_mean", "ridge", "linear_probe", "coop"], 5),
     "closed forms": (["class_mean", "gda", "ridge", "kernel_ridge"], 50),
 }
+PLAN = """  # what it holds and takes, without what libraries do while the process ends
+import resource, sys, time
+from kshot.lean import load_lightning
+load_lightning()
+from kshot.studies.sweep import run_sweep
+megabytes = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+before, cpu, begun = megabytes(), time.process_time(), time.perf_counter()
+run_sweep(sys.argv[1:])
+print(before, megabytes(), time.process_time() - cpu, time.perf_counter() - begun)
+"""
 MANY = [
     *(
         "class_mean",
@@ -60,21 +72,21 @@ def study(folder: Path, name: str, **axes: Sequence[object]) -> Path:
     return file
 
 
-def cost(command: Sequence[str]) -> tuple[float, float, float]:
-    """CPU seconds and wall seconds of a command and its children, and the most megabytes that it held itself."""
+def cost(command: Sequence[str]) -> tuple[float, float]:
+    """CPU seconds and wall seconds of a command and its children."""
     begun = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
     _, status, used = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     assert process.returncode == 0, command
-    return used.ru_utime + used.ru_stime, time.perf_counter() - begun, used.ru_maxrss / 1000
+    return used.ru_utime + used.ru_stime, time.perf_counter() - begun
 
 
-def here(words: Sequence[str]) -> tuple[float, float, float]:
-    """The same of a run in this process."""
-    cpu, begun = time.process_time(), time.perf_counter()
+def here(words: Sequence[str]) -> float:
+    """CPU seconds of a run in this process."""
+    begun = time.process_time()
     run_words(words)
-    return time.process_time() - cpu, time.perf_counter() - begun, 0.0
+    return time.process_time() - begun
 
 
 def planned(folder: Path, file: Path) -> tuple[Path, list[Planned]]:
@@ -93,22 +105,22 @@ def compare(folder: Path, case: str, options: argparse.Namespace) -> dict[str, o
     if options.in_process:
         cpu, begun = time.process_time(), time.perf_counter()
         work(directory)
-        swept = (time.process_time() - cpu, time.perf_counter() - begun, 0.0)
+        swept = (time.process_time() - cpu, time.perf_counter() - begun)
     else:
         swept = cost([sys.executable, MAIN, "sweep", "--config", str(file), "--out", str(directory)])
     done = [json.loads(each.read_text()) for each in (directory / "done").iterdir()]
     assert len(done) == len(runs), f"{len(done)} of {len(runs)} runs were done"
-    alone = []
-    for planned_run in runs[:: max(1, len(runs) // options.samples)][: options.samples]:
-        words = ["fit", *planned_run.words, "--trainer.enable_progress_bar=false", f"--run.root={folder / 'alone'}"]
-        alone.append(here(words) if options.in_process else cost([sys.executable, MAIN, *words]))
-    each, one = swept[0] / len(runs), sum(cpu for cpu, *_ in alone) / len(alone)
-    first = {record["worker"]: record for record in sorted(done, key=lambda r: r["finished"], reverse=True)}
-    steady = [record["seconds"] for record in done if record not in first.values()] or [swept[1]]
+    alone, steady = [], []
+    for sample in [runs[0], *runs[:: max(1, len(runs) // options.samples)][: options.samples]]:
+        words = ["fit", *sample.words, "--trainer.enable_progress_bar=false", f"--run.root={folder / 'alone'}"]
+        steady.append(here(words))
+        alone.append(steady[-1] if options.in_process else cost([sys.executable, MAIN, *words])[0])
+    each, one = swept[0] / len(runs), statistics.fmean(alone[1:])
+    remains = statistics.fmean(steady[1:])  # the first loads what the others share
     return {
         "part": case, "runs": len(runs), "alone_cpu_s": round(one, 2), "sweep_cpu_s": round(each, 3),
         "sweep_wall_s": round(swept[1], 1), "ratio": round(one / each, 1), "target": wanted,
-        "steady_s": round(sum(steady) / len(steady), 3), "steady_ratio": round(one * len(steady) / sum(steady), 1),
+        "steady_cpu_s": round(remains, 3), "steady_ratio": round(one / remains, 1),
     }  # fmt: skip
 
 
@@ -129,13 +141,13 @@ def plan_many(folder: Path, count: int) -> dict[str, object]:
     axes = {"shots": [1, 2, 4, 8, 16], "data.batch_size": [8, 16, 32, 64, 128]}
     seeds = list(range(1, count // (25 * len(methods)) + 1))
     file = study(folder, "many", method=methods, **axes, seed=seeds)
-    cpu, wall, megabytes = cost([sys.executable, MAIN, "sweep", "--config", str(file), "--dry-run"])
-    begun = time.perf_counter()
-    Planner(read_study(str(file))).runs()
+    command = [sys.executable, "-c", PLAN, "--config", str(file), "--dry-run"]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
+    before, peak, cpu, wall = map(float, told.split())
     return {
-        "part": "planner", "runs": 25 * len(methods) * len(seeds), "command_cpu_s": round(cpu, 1),
-        "command_wall_s": round(wall, 1), "planning_s": round(time.perf_counter() - begun, 1),
-        "peak_mb": round(megabytes), "target": "10 s, 1000 MB",
+        "part": "planner", "runs": 25 * len(methods) * len(seeds), "planning_s": round(wall, 1),
+        "planning_cpu_s": round(cpu, 1), "libraries_mb": round(before), "peak_mb": round(peak),
+        "target": "10 s, 1000 MB",
     }  # fmt: skip
 
 
@@ -154,14 +166,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = []
     with tempfile.TemporaryDirectory() as place, chdir(place):
         folder = Path(place)
-        if "runs" in options.part:
-            rows += [compare(folder, case, options) for case in CASES]
-        if "scheduling" in options.part:
-            rows.append(schedule(folder, options.nothing))
-        if "planner" in options.part:
-            rows.append(plan_many(folder, options.cells))
-    for row in rows:
-        print_table(str(row["part"]), [row])
+        parts = [partial(compare, folder, case, options) for case in CASES if "runs" in options.part]
+        parts += [partial(schedule, folder, options.nothing)] * ("scheduling" in options.part)
+        parts += [partial(plan_many, folder, options.cells)] * ("planner" in options.part)
+        for part in parts:
+            rows.append(part())
+            print_table(str(rows[-1]["part"]), rows[-1:])
     names = list(dict.fromkeys(name for row in rows for name in row))
     write_csv(options.out, [{name: row.get(name, "") for name in names} for row in rows])
 

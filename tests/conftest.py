@@ -25,7 +25,7 @@ LONG = (
     *("test_alone", "test_run", "test_adapter_state", "test_ends", "test_layouts", "test_data_catalogue_runs"),
     *("test_protocols", "test_kept_tokens", "test_cli_refusals", "test_auto", "test_mistakes", "test_text_parts"),
     *("test_several_devices", "test_parser", "test_hostile", "test_callbacks", "test_preprocessing", "test_imports"),
-    *("test_data_hostile", "test_data_command"),
+    *("test_data_hostile", "test_data_command", "test_studies_sweep", "test_studies_worker"),
 )
 
 

@@ -272,6 +272,6 @@ def test_sweep(run, tmp_path):
         ("scheduling", "8"),
         ("planner", "50"),
     ]
-    assert all(positive(row, "ratio", "steady_ratio", "alone_cpu_s") for row in rows[:2])
+    assert all(positive(row, "ratio", "steady_ratio", "alone_cpu_s", "sweep_cpu_s") for row in rows[:2])
     assert positive(rows[2], "ms_a_run")
     assert positive(rows[3], "planning_s", "peak_mb")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +62,7 @@ class Planner:
         Raises:
             UserError: a cell that cannot be run, or two that are the same run; says which.
         """
-        resolver, cells = Resolver(self.study), []
+        resolver, cells = Resolver(self.study), deque[tuple[Shared, Cell, Values, str]]()
         splits: dict[str, tuple[str, Cell, Shared, Values]] = {}  # by their JSON, with the first cell of each
         for shared in resolver.shared({}, list(self.study.axes)):
             for cell, values in resolver.cells(shared):
@@ -72,7 +73,8 @@ class Planner:
         self.draw_all(splits.values())
         found: dict[str, Planned] = {}
         groups: dict[str, int] = {}
-        for shared, cell, values, split in cells:
+        while cells:  # which are let go one by one, as there may be very many
+            shared, cell, values, split = cells.popleft()
             texts = (joined(shared.settings, values), self.splits[split], self.weights_of(cell, shared))
             run = hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
             if run in found:
