@@ -19,7 +19,7 @@ from kshot.studies import engine_ray
 from kshot.studies.engines import EngineSettings, start
 from kshot.studies.worker import work
 
-GRID = "grid: {method: [ridge, coop], dataset: [digits], shots: [1, 2], seed: [1, 2, 3], trainer.max_epochs: [30]}\n"
+GRID = "grid: {method: [ridge, coop], dataset: [digits], shots: [1, 2], seed: [1, 2, 3], trainer.max_epochs: [200]}\n"
 RUNS = 12
 MAIN = Path(__file__).parents[1] / "main.py"
 
