@@ -212,7 +212,8 @@ THERE = {
     "--trainer.strategy deepspeed": ("trainer.strategy is deepspeed", "the whole backbone"),
     "--trainer.strategy deepspeed_stage_3": ("trainer.strategy is deepspeed_stage_3", "the whole backbone"),
     "--trainer.strategy xla": ("trainer.strategy is xla", "the whole backbone"),
-    "--trainer.strategy FSDPStrategy": ("trainer.strategy: there is no 'FSDPStrategy'", "ddp"),
+    "--trainer.strategy FSDPStrategy": ("trainer.strategy is FSDPStrategy", "--trainer.strategy ddp"),
+    "--trainer.strategy FSDPStrateg": ("trainer.strategy: there is no 'FSDPStrateg'", "ddp"),
     "--trainer.strategy '{class_path: FSDPStrategy}'": ("trainer.strategy is FSDPStrategy", "--trainer.strategy ddp"),
     "--trainer.strategy '{class_path: ModelParallelStrategy, init_args: {data_parallel_size: 2}}'": (
         "trainer.strategy is ModelParallelStrategy",

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 import towers
 from cases import perturb
 from command_line import FIT, QUICK, UNTESTED, cut_fit, fit, refused, run_test
+from lightning.pytorch.strategies import DDPStrategy
 from safetensors.torch import load_file
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader
@@ -218,7 +219,7 @@ class TestRefusals:
 
     def test_several_devices(self):
         module = module_of()
-        two = SimpleNamespace(world_size=2)
+        two = SimpleNamespace(world_size=2, strategy=DDPStrategy())
         with pytest.raises(UserError, match="trains other tensors in each stage") as error:
             check_devices(module, two, stages_of(module.classifier, 10))
         assert "\n" not in str(error.value)
