@@ -47,7 +47,28 @@ before, cpu, begun = megabytes(), time.process_time(), time.perf_counter()
 run_sweep(sys.argv[1:])
 print(before, megabytes(), time.process_time() - cpu, time.perf_counter() - begun)
 """
-MANY = ["class_mean", "class_mean_text", "gda", "ridge", "kernel_ridge", "linear_probe", "coop", "kgcoop", "lora", "dora", "promptsrc", "maple", "vera", "clip_adapter", "tip_adapter", "prolip", "task_res", "clap", "2sfs", "zero_shot"]
+MANY = [
+    "class_mean",
+    "class_mean_text",
+    "gda",
+    "ridge",
+    "kernel_ridge",
+    "linear_probe",
+    "coop",
+    "kgcoop",
+    "lora",
+    "dora",
+    "promptsrc",
+    "maple",
+    "vera",
+    "clip_adapter",
+    "tip_adapter",
+    "prolip",
+    "task_res",
+    "clap",
+    "2sfs",
+    "zero_shot",
+]
 
 
 def study(folder: Path, name: str, **axes: Sequence[object]) -> Path:
