@@ -47,28 +47,8 @@ before, cpu, begun = megabytes(), time.process_time(), time.perf_counter()
 run_sweep(sys.argv[1:])
 print(before, megabytes(), time.process_time() - cpu, time.perf_counter() - begun)
 """
-MANY = [
-    "class_mean",
-    "class_mean_text",
-    "gda",
-    "ridge",
-    "kernel_ridge",
-    "linear_probe",
-    "coop",
-    "kgcoop",
-    "lora",
-    "dora",
-    "promptsrc",
-    "maple",
-    "vera",
-    "clip_adapter",
-    "tip_adapter",
-    "prolip",
-    "task_res",
-    "clap",
-    "2sfs",
-    "zero_shot",
-]
+MANY = [*CASES["mixed"][0], "class_mean_text", "gda", "kernel_ridge", "kgcoop", "lora", "dora", "promptsrc", "maple"]
+MANY += ["vera", "clip_adapter", "tip_adapter", "prolip", "task_res", "clap", "2sfs", "zero_shot", "pissa"]
 
 
 def study(folder: Path, name: str, **axes: Sequence[object]) -> Path:
