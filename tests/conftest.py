@@ -21,11 +21,14 @@ def pytest_xdist_auto_num_workers(config):
 
 
 LONG = (
-    *("test_cli_configs", "test_benchmarks", "test_store_runs", "test_cli", "test_adapters", "test_classifiers"),
-    *("test_alone", "test_run", "test_adapter_state", "test_ends", "test_layouts", "test_data_catalogue_runs"),
-    *("test_protocols", "test_kept_tokens", "test_cli_refusals", "test_auto", "test_mistakes", "test_text_parts"),
-    *("test_several_devices", "test_parser", "test_hostile", "test_callbacks", "test_preprocessing", "test_imports"),
-    *("test_data_hostile", "test_data_command", "test_studies_sweep", "test_studies_worker"),
+    *("test_export", "test_warm", "test_benchmarks", "test_store_runs", "test_adapters", "test_cli"),
+    *("test_classifiers", "test_run", "test_searching", "test_cli_configs", "test_adapter_state", "test_layouts"),
+    *("test_studies_sweep", "test_alone", "test_data_catalogue_runs", "test_kept_tokens", "test_ends"),
+    *("test_several_devices", "test_docs", "test_studies_worker", "test_data_command", "test_text_parts"),
+    *("test_predicting", "test_auto", "test_preprocessing", "test_protocols", "test_data_loading", "test_api"),
+    *("test_callbacks", "test_data_datamodule", "test_data_hostile", "test_cli_refusals", "test_tokens"),
+    *("test_text_tower", "test_parser", "test_imports", "test_backbone_recipes", "test_backbones", "test_sharing"),
+    *("test_mistakes", "test_wise_ft"),
 )
 
 

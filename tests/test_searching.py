@@ -148,7 +148,9 @@ class TestGoingOn:
         (file,) = root.glob("*/search-*.jsonl")
         return choice, [json.loads(line)["words"] for line in file.read_text().splitlines()]
 
-    @pytest.mark.parametrize("kept", [1, 3, 4])
+    @pytest.mark.parametrize(
+        "kept", [pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(4, marks=pytest.mark.slow)]
+    )
     def test_a_killed_search_ends_as_an_undisturbed_one(self, kept, tmp_path, whole, judgements, monkeypatch):
         choice, made = whole
         keep = Tuning.keep

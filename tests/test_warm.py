@@ -92,6 +92,7 @@ def test_a_warm_run_calibrates_as_another(words, tmp_path):
 
 def test_each_seed_has_its_own_random_values(few_scans, tmp_path):
     warm, words = Warm(), [*few_scans, "--config", "methods/coop.yaml", "--model.classifier.init_words", "null"]
+    words += ["--trainer.max_epochs", "1"]
     for seed in ("1", "2", "1", "2"):
         shared = one(tmp_path / "warm", *words, "--seed_everything", seed, warm=warm)
         alone = one(tmp_path / "alone", *words, "--seed_everything", seed)
