@@ -4,7 +4,7 @@
 
 ``runs`` are 48 short runs on handwritten digits (4 methods x 4 shots x 3 seeds): all of ``main.py sweep``, its planner
 and the start of its workers included, beside ``main.py fit`` with the words of some of them, each in a process of its
-own. ``steady`` is what remains of a run in a long study: of the same words in a process that has done others before.
+own. ``steady`` is what remains of a run in a long study: of the same words in a worker that has begun.
 Costs are CPU seconds of all processes, so that the ratios hold although other work shares the cores; on a machine that
 does nothing else they are those of runs per hour. Targets: 5 times the runs per hour, 50 times for closed forms alone.
 ``scheduling`` is planning, claiming and publishing with runs that do nothing: at most 20 ms a run. ``planner`` is
@@ -26,11 +26,10 @@ from pathlib import Path
 
 from side_by_side import RESULTS, machine, print_table, write_csv
 
-from kshot.commands import run as run_words
 from kshot.studies.plan import Planned, Planner
 from kshot.studies.store import read_plan, write_study
 from kshot.studies.study import read_study
-from kshot.studies.worker import work
+from kshot.studies.worker import Execute, ordinary, work
 
 MAIN = str(Path(__file__).resolve().parents[1] / "main.py")
 CASES = {  # methods, and how many times the runs per hour are wanted
@@ -38,11 +37,11 @@ CASES = {  # methods, and how many times the runs per hour are wanted
     "closed forms": (["class_mean", "gda", "ridge", "kernel_ridge"], 50),
 }
 PLAN = """  # what it holds and takes, without what libraries do while the process ends
-import resource, sys, time
+import sys, time
 from kshot.lean import load_lightning
 load_lightning()
 from kshot.studies.sweep import run_sweep
-megabytes = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+megabytes = lambda: int(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0]) / 1000
 before, cpu, begun = megabytes(), time.process_time(), time.perf_counter()
 run_sweep(sys.argv[1:])
 print(before, megabytes(), time.process_time() - cpu, time.perf_counter() - begun)
@@ -69,10 +68,10 @@ def cost(command: Sequence[str]) -> tuple[float, float]:
     return used.ru_utime + used.ru_stime, time.perf_counter() - begun
 
 
-def here(words: Sequence[str]) -> float:
+def here(execute: Execute, words: Sequence[str]) -> float:
     """CPU seconds of a run in this process."""
     begun = time.process_time()
-    run_words(words)
+    execute(words)
     return time.process_time() - begun
 
 
@@ -97,13 +96,12 @@ def compare(folder: Path, case: str, options: argparse.Namespace) -> dict[str, o
         swept = cost([sys.executable, MAIN, "sweep", "--config", str(file), "--out", str(directory)])
     done = [json.loads(each.read_text()) for each in (directory / "done").iterdir()]
     assert len(done) == len(runs), f"{len(done)} of {len(runs)} runs were done"
-    alone, steady = [], []
-    for sample in [runs[0], *runs[:: max(1, len(runs) // options.samples)][: options.samples]]:
-        words = ["fit", *sample.words, "--trainer.enable_progress_bar=false", f"--run.root={folder / 'alone'}"]
-        steady.append(here(words))
-        alone.append(steady[-1] if options.in_process else cost([sys.executable, MAIN, *words])[0])
-    each, one = swept[0] / len(runs), statistics.fmean(alone[1:])
-    remains = statistics.fmean(steady[1:])  # the first loads what the others share
+    words = [["fit", *r.words, "--trainer.enable_progress_bar=false", f"--run.root={folder / 'alone'}"] for r in runs]
+    execute = ordinary()
+    steady = [here(execute, each) for each in (words[0], *words)][1:]  # the first loads what the others share
+    sampled = words[:: max(1, len(runs) // options.samples)][: options.samples]
+    alone = steady if options.in_process else [cost([sys.executable, MAIN, *each])[0] for each in sampled]
+    each, one, remains = swept[0] / len(runs), statistics.fmean(alone), statistics.fmean(steady)
     return {
         "part": case, "runs": len(runs), "alone_cpu_s": round(one, 2), "sweep_cpu_s": round(each, 3),
         "sweep_wall_s": round(swept[1], 1), "ratio": round(one / each, 1), "target": wanted,
