@@ -9,8 +9,9 @@ with the carried CLIP; satellite scenes (rsscn7), traffic signs (gtsrb) and clot
 pixels, 4 recorded views an image, where what trains the tower sees about 2,000 images (40 epochs at most, 4 at least),
 auto's candidates too. Closed forms and auto with 30 s come first, then seed 1 of the others. A process for each pair
 makes ordinary ``kshot fit``s one after the other; rows are appended, and one that is there is not run again, so that
-the script can be stopped and taken up. What follows ``--`` is handed to every run. ``--stage`` measures what choosing
-among the closed forms takes, on random features; ``--report`` prints tables and targets from the CSV files alone.
+the script can be stopped and taken up; rows that were made beside other work have no seconds. What follows ``--`` is
+handed to every run. ``--stage`` measures what choosing among the closed forms takes, on random features; ``--report``
+prints tables and targets from the CSV files alone.
 """
 
 import argparse
@@ -230,8 +231,9 @@ def accuracies(rows: Sequence[dict[str, str]], pair: str) -> list[str]:
         if any(own):
             words = [f"{100 * mean_of(list(c.values()), 'acc'):.1f}" if c else "" for c in own]
             words = [f"{w} ({len(c)})" if w and len(c) < most else w for w, c in zip(words, own, strict=True)]
-            seconds = mean_of(list(next(c for c in reversed(own) if c).values()), "seconds")
-            lines.append(f"| {method} | " + " | ".join(words) + f" | {seconds:.0f} |")
+            timed = [row for row in next(c for c in reversed(own) if c).values() if row["seconds"]]
+            seconds = f"{mean_of(timed, 'seconds'):.0f}" if timed else ""
+            lines.append(f"| {method} | " + " | ".join(words) + f" | {seconds} |")
     return [*lines, ""]
 
 
@@ -282,7 +284,7 @@ def report(rows: Sequence[dict[str, str]], stages: Sequence[dict[str, str]]) -> 
         measured = f"{float(row['seconds']):.1f} s ({row['cpu_seconds']} of a core), "
         measured += f"{row['peak_mb']} MB ({row['start_mb']} at the start)"
         lines.append(f"| {what} | {wanted} | {measured} | {row['machine']} |")
-    hours = sum(float(row["seconds"]) for row in rows) / 3600
+    hours = sum(float(row["seconds"] or 0) for row in rows) / 3600
     return "\n".join([*lines, "", f"{len(rows)} rows; {hours:.1f} hours of fitting and choosing."])
 
 

@@ -12,6 +12,7 @@ does nothing else they are those of runs per hour. Targets: 5 times the runs per
 """
 
 import argparse
+import gc
 import json
 import os
 import statistics
@@ -98,6 +99,7 @@ def compare(folder: Path, case: str, options: argparse.Namespace) -> dict[str, o
     assert len(done) == len(runs), f"{len(done)} of {len(runs)} runs were done"
     words = [["fit", *r.words, "--trainer.enable_progress_bar=false", f"--run.root={folder / 'alone'}"] for r in runs]
     execute = ordinary()
+    gc.freeze()  # as a worker does: what is here already is not searched for garbage
     steady = [here(execute, each) for each in (words[0], *words)][1:]  # the first loads what the others share
     sampled = words[:: max(1, len(runs) // options.samples)][: options.samples]
     alone = steady if options.in_process else [cost([sys.executable, MAIN, *each])[0] for each in sampled]
