@@ -6,8 +6,8 @@ import argparse
 import shlex
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.live import Live
@@ -84,7 +84,9 @@ def watch(directory: Path, engine: str, settings: engines.EngineSettings, progre
     running = engines.start(engine, directory, settings)
     console = Console()
     try:
-        with Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else nothing() as live:
+        with (
+            Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else nullcontext() as live
+        ):
             said = time.monotonic()
             while True:
                 progress.workers = running.poll()
@@ -108,14 +110,6 @@ def forget_failures(directory: Path, runs: Sequence[Planned]) -> None:
         for grave in (directory / "deaths").glob(f"{run}.*"):
             grave.unlink(missing_ok=True)
         (directory / "failed" / f"{run}.json").unlink(missing_ok=True)
-
-
-class nothing:  # noqa: N801  used as a function
-    """Shows nothing, where there is no terminal."""
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *error: Any) -> None: ...
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
