@@ -2,6 +2,7 @@
 
 import csv
 import json
+import multiprocessing
 import os
 import signal
 import traceback
@@ -90,9 +91,26 @@ def forked(work: Callable[[], Any]) -> int:
     return child
 
 
-def ended(child: int) -> int:
+CLEAN = multiprocessing.get_context("forkserver")
+CLEAN.set_forkserver_preload(["kshot.studies.worker"])
+
+
+def apart(work: Callable[..., Any], *given: Any) -> Any:
+    """Does the work in a child of a process that has loaded what it needs, and run nothing.
+
+    Where gradients were once taken beside other devices, autograd refuses to work in forked children.
+    """
+    process = CLEAN.Process(target=work, args=given)
+    process.start()
+    return process
+
+
+def ended(child: Any) -> int:
     """Waits for a child; its exit status, below 0 for a signal."""
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if isinstance(child, int):
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    child.join()
+    return child.exitcode
 
 
 class Forked:

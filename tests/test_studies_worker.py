@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from studies import HEAD, Lines, ended, forked, outcome, planned, records
+from studies import HEAD, Lines, apart, ended, forked, outcome, planned, records
 
 from kshot.cli import main
 from kshot.errors import UserError
@@ -126,18 +126,25 @@ def test_a_worker_that_was_paused_publishes_nothing_when_it_wakes(tmp_path):
     assert list((directory / "claims").iterdir()) == []
 
 
+def undying(directory: Path) -> None:
+    """A worker that counts no deaths: chance may hit one run again and again."""
+    working.DEATHS = 1000
+    work(directory, **QUICKLY)
+
+
 def disturbed(directory: Path, kills: int, workers: int, seed: int) -> int:
     """Lets workers do a study, kills some at random moments, and starts others; gives how many were killed."""
     chance, killed, living = random.Random(seed), 0, []
 
-    def one() -> int:
-        return forked(lambda: work(directory, **QUICKLY))
+    def one():
+        return apart(undying, directory)
 
     while len(records(directory)) < len(read_plan(directory)) and killed < kills:
+        assert records(directory, "failed") == {}
         living += [one() for _ in range(workers - len(living))]
         time.sleep(chance.uniform(0.02, 1.0))
         child = living.pop(chance.randrange(len(living)))
-        os.kill(child, signal.SIGKILL)
+        child.kill()
         status = ended(child)  # 0 of one that had ended already
         assert status in (0, -signal.SIGKILL)
         killed += status != 0
@@ -147,8 +154,7 @@ def disturbed(directory: Path, kills: int, workers: int, seed: int) -> int:
 
 
 @pytest.mark.parametrize(("kills", "workers"), [(4, 2), pytest.param(20, 3, marks=pytest.mark.slow)])
-def test_workers_killed_at_random_moments_change_nothing(tmp_path, monkeypatch, undisturbed, kills, workers):
-    monkeypatch.setattr(working, "DEATHS", 1000)  # chance may hit one run again and again
+def test_workers_killed_at_random_moments_change_nothing(tmp_path, undisturbed, kills, workers):
     directory = planned(tmp_path, MIXED)
     killed = 0
     for attempt in range(20):  # twenty kills are more than one small study takes
@@ -166,9 +172,9 @@ def test_workers_killed_at_random_moments_change_nothing(tmp_path, monkeypatch, 
 def test_a_run_goes_on_from_its_checkpoint_after_sigterm(tmp_path, undisturbed):
     """SIGTERM gives the claim back, counts as no death, and what was trained is not trained again."""
     directory = planned(tmp_path, MIXED.replace("[class_mean, coop, linear_probe]", "[coop]"))
-    child = forked(lambda: main(["worker", str(directory)]))
+    child = apart(main, ["worker", str(directory)])
     wait_for(lambda: any(directory.glob("runs/*/001/checkpoints/last.ckpt")))
-    os.kill(child, signal.SIGTERM)
+    child.terminate()
     assert ended(child) == 143
     assert list((directory / "claims").iterdir()) == list((directory / "deaths").iterdir()) == []
     before = len(records(directory))
