@@ -25,6 +25,7 @@ from contextlib import chdir
 from functools import partial
 from pathlib import Path
 
+import torch
 from side_by_side import RESULTS, machine, print_table, write_csv
 
 from kshot.studies.plan import Planned, Planner
@@ -99,7 +100,8 @@ def compare(folder: Path, case: str, options: argparse.Namespace) -> dict[str, o
     assert len(done) == len(runs), f"{len(done)} of {len(runs)} runs were done"
     words = [["fit", *r.words, "--trainer.enable_progress_bar=false", f"--run.root={folder / 'alone'}"] for r in runs]
     execute = ordinary()
-    gc.freeze()  # as a worker does: what is here already is not searched for garbage
+    torch.set_num_threads(1)  # as a worker has, which does not search what is here already for garbage either
+    gc.freeze()
     steady = [here(execute, each) for each in (words[0], *words)][1:]  # the first loads what the others share
     sampled = words[:: max(1, len(runs) // options.samples)][: options.samples]
     alone = steady if options.in_process else [cost([sys.executable, MAIN, *each])[0] for each in sampled]
