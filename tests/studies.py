@@ -100,9 +100,17 @@ def apart(work: Callable[..., Any], *given: Any) -> Any:
 
     Where gradients were once taken beside other devices, autograd refuses to work in forked children.
     """
-    process = CLEAN.Process(target=work, args=given)
+    process = CLEAN.Process(target=moved, args=(dict(os.environ), Path.cwd(), work, given))
     process.start()
     return process
+
+
+def moved(environment: dict[str, str], directory: Path, work: Callable[..., Any], given: Sequence[Any]) -> None:
+    """Does the work where, and with what, the process is that asks for it."""
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(directory)
+    work(*given)
 
 
 def ended(child: Any) -> int:

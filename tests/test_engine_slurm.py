@@ -13,7 +13,7 @@ from pathlib import Path
 
 import processes
 import pytest
-from studies import HEAD, outcome, planned, records
+from studies import HEAD, apart, ended, outcome, planned, records
 from submitit.core.submission import process_job
 
 from kshot.errors import UserError
@@ -138,32 +138,34 @@ def as_a_job(folder, number="40", **more):
     process_job(folder)
 
 
+def pre_empted(study, slurm):
+    """A job that hears Slurm's signals while its first run trains."""
+
+    def tell():
+        while not list(study.glob("runs/*/001/metrics.csv")):
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)  # which comes first, and is only a warning
+        os.kill(os.getpid(), signal.SIGUSR2)
+
+    threading.Thread(target=tell, daemon=True).start()
+    with pytest.raises(SystemExit):
+        as_a_job(study / "logs" / "slurm")
+    assert (slurm / "requeued").read_text() == "requeue 40_0\n"
+    assert not list((study / "claims").iterdir())
+    assert not records(study)
+    assert not records(study, "failed")
+    assert not list((study / "deaths").iterdir())
+
+
 def test_a_job_that_is_pre_empted_gives_its_run_back_and_is_queued_again(tmp_path, slurm):
     text = HEAD + "grid: {method: [coop], dataset: [digits], shots: [1, 2], trainer.max_epochs: [30]}\n"
     study, whole = planned(tmp_path, text), planned(tmp_path, text, "whole")
     start("slurm", study, EngineSettings(runs=2, workers=2))
     folder = study / "logs" / "slurm"
-
-    def pre_empted():
-        def tell():
-            while not list(study.glob("runs/*/001/metrics.csv")):  # the first run trains
-                time.sleep(0.02)
-            os.kill(os.getpid(), signal.SIGTERM)  # which comes first, and is only a warning
-            os.kill(os.getpid(), signal.SIGUSR2)
-
-        threading.Thread(target=tell, daemon=True).start()
-        with pytest.raises(SystemExit):
-            as_a_job(folder)
-        assert (slurm / "requeued").read_text() == "requeue 40_0\n"
-        assert not list((study / "claims").iterdir())
-        assert not records(study)
-        assert not records(study, "failed")
-        assert not list((study / "deaths").iterdir())
-
-    processes.in_children(1, pre_empted)
-    processes.in_children(1, lambda: as_a_job(folder))
+    assert ended(apart(pre_empted, study, slurm)) == 0
+    assert ended(apart(as_a_job, folder)) == 0
     assert (folder / "40_0_0_result.pkl").exists()
-    processes.in_children(1, lambda: work(whole))
+    assert ended(apart(work, whole)) == 0
     assert len(outcome(whole)) == 2
     assert outcome(study) == outcome(whole)
 
