@@ -25,6 +25,7 @@ BEAT = 5.0  # seconds between two counts of an owner
 PATIENCE = 60.0  # seconds for which a claim may stand still
 DIGITS = 10  # of the count, which is written over in place
 NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}  # of FAT, some of FUSE and SMB
+HEADER, PLAN = "study.json", "plan.jsonl"  # what a study's directory says of the whole
 FOLDERS = ("claims", "deaths", "done", "failed", "logs", "runs")
 
 
@@ -134,7 +135,7 @@ class Claims:
 
     def bury(self, worker: str, died: bool = True) -> None:
         """Takes away all claims of a worker that is known to be dead, or was ended by the one who started it."""
-        for run in os.listdir(self.study / "claims"):  # noqa: PTH208  names are what is asked for
+        for run in claimed(self.study):
             content = content_of(self.study / "claims" / run)
             if f'"worker": {json.dumps(worker)}'.encode() in content:
                 self.take_away(run, token_in(content), died)
@@ -191,6 +192,20 @@ def published(folder: Path) -> set[str]:
     if not folder.is_dir():
         return set()
     return {name[:-5] for name in os.listdir(folder) if name.endswith(".json") and name[0] != "."}  # noqa: PTH208
+
+
+def over(study: Path) -> set[str]:
+    """The runs of a study that are done or failed."""
+    return published(study / "done") | published(study / "failed")
+
+
+def claimed(study: Path) -> set[str]:
+    """The runs of a study that somebody has claimed.
+
+    Raises:
+        OSError: the study has no folder of claims.
+    """
+    return set(os.listdir(study / "claims"))  # noqa: PTH208  names are what is asked for
 
 
 def make_folders(study: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from kshot.errors import UserError
 from kshot.files import memory_of_machine
-from kshot.studies.claims import Claims, published
+from kshot.studies.claims import Claims, over
 from kshot.studies.engines import GRACE, MEMORY, EngineSettings, command, thread_variables
 from kshot.studies.worker import worker_name
 
@@ -96,7 +96,7 @@ class Local:
 
     def count_over(self) -> int:
         """How many runs are done or failed."""
-        return len(published(self.study / "done")) + len(published(self.study / "failed"))
+        return len(over(self.study))
 
     def last_line(self, child: Child) -> str:
         """The last words of a worker."""

@@ -20,7 +20,7 @@ from typing import Any
 
 from kshot.cli import Ended
 from kshot.errors import UserError, first_line, nearest_first
-from kshot.studies.claims import published
+from kshot.studies.claims import over
 from kshot.studies.engine_local import fitting
 from kshot.studies.engines import EngineSettings, thread_variables
 from kshot.studies.store import read_plan
@@ -165,8 +165,8 @@ class Slurm:
 
     def open(self) -> int:
         """How many runs are neither done nor failed."""
-        over = published(self.study / "done") | published(self.study / "failed")
-        return sum(planned.id not in over for planned in read_plan(self.study, read_only(self.settings.only)))
+        ended = over(self.study)
+        return sum(planned.id not in ended for planned in read_plan(self.study, read_only(self.settings.only)))
 
     def tell_refusal(self) -> None:
         """Raises UserError where jobs of this sweep ended with a refusal, with its words."""

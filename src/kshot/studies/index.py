@@ -19,9 +19,10 @@ from typing import Any
 from kshot.errors import UserError, first_line, nearest_first
 from kshot.files import write_atomically
 from kshot.seeing.runs import inner, result_of, run_folders, told_by, warn, written
+from kshot.studies.claims import HEADER, PLAN
 
 FORMAT = 1
-FILE, PLAN, RESULTS, RUNS = "index.sqlite", "plan.jsonl", ("failed", "done"), "runs"  # done counts where both are there
+FILE, RESULTS, RUNS = "index.sqlite", ("failed", "done"), "runs"  # done counts where both are there
 KEYS = ("method", "dataset", "backbone", "protocol", "shots", "seed")  # what is compared
 TOLD = tuple(told_by({}))  # what a run tells
 OWN = ("id", "stamp", "state", "axes", "run", "reason")
@@ -139,7 +140,7 @@ def opened(folder: Path) -> Index:
 
 def is_study(folder: Path) -> bool:
     """Whether a folder is laid out as a study's."""
-    return (folder / PLAN).is_file() or (folder / "study.json").is_file()
+    return (folder / PLAN).is_file() or (folder / HEADER).is_file()
 
 
 def shortened(notes: list[str]) -> list[str]:

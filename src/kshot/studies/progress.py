@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import statistics
 from collections import defaultdict
@@ -15,7 +14,7 @@ from typing import Any
 from rich.table import Table
 
 from kshot.files import amount, memory_of_machine
-from kshot.studies.claims import published
+from kshot.studies.claims import claimed, published
 from kshot.studies.plan import Planned
 from kshot.studies.store import read_record
 
@@ -49,7 +48,7 @@ class Progress:
                     self.costs[kind(self.open[run])].append(found[run]["seconds"])
                 del self.open[run]
         with suppress(FileNotFoundError, NotADirectoryError):
-            self.running = self.open.keys() & set(os.listdir(self.study / "claims"))  # noqa: PTH208  names are asked for
+            self.running = self.open.keys() & claimed(self.study)
 
     def seconds_left(self) -> float | None:
         """Seconds of one worker for all open runs, by the mean cost of their kind; None where none is known."""

@@ -18,13 +18,13 @@ from kshot.errors import UserError, first_line
 from kshot.files import make_folder, may_be_read, write_atomically, write_text
 from kshot.showing import Parser
 from kshot.studies import axes
+from kshot.studies.claims import HEADER
 from kshot.studies.grid import METRICS, grid_of
 from kshot.studies.index import rows
 from kshot.studies.page import page
 from kshot.studies.sections import begin
 from kshot.studies.tables import write_table
 
-STUDY = "study.json"
 MARK = "report.json"  # in a folder that a report wrote: its files
 
 
@@ -63,7 +63,7 @@ def study_of(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     Raises:
         UserError: there is none, or it cannot be read.
     """
-    file, study = folder / STUDY, {}
+    file, study = folder / HEADER, {}
     if file.is_file():
         try:
             study = json.loads(file.read_text(encoding="utf-8"))

@@ -13,12 +13,11 @@ import torch
 from kshot import __version__
 from kshot.errors import UserError, first_line
 from kshot.files import write_atomically, write_text
-from kshot.studies.claims import make_folders
+from kshot.studies.claims import HEADER, PLAN, make_folders
 from kshot.studies.plan import Planned
 from kshot.studies.study import Study, said
 
 FORMAT = 1
-HEADER, PLAN = "study.json", "plan.jsonl"
 
 
 @dataclass(frozen=True)

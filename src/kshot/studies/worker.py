@@ -26,7 +26,7 @@ import torch
 from kshot.commands import run as run_words
 from kshot.errors import UserError, first_line, user_error_behind
 from kshot.showing import Parser
-from kshot.studies.claims import BEAT, PATIENCE, Claim, Claims, cannot_write, publish, published
+from kshot.studies.claims import BEAT, PATIENCE, Claim, Claims, cannot_write, claimed, over, publish
 from kshot.studies.plan import Planned
 from kshot.studies.store import read_header, read_plan
 from kshot.surroundings import RESUME_FROM
@@ -106,11 +106,11 @@ class Worker:
 
     def taken(self, runs: Sequence[Planned]) -> Iterator[tuple[Planned, Claim]]:
         """Claims run after run; those that others have claimed are looked at again in the end, until they are over."""
-        over = published(self.study / "done") | published(self.study / "failed")
+        ended = over(self.study)
         waiting: list[Planned] = []
         groups: dict[str, deque[Planned]] = {}
         for planned in runs:
-            if planned.id not in over:
+            if planned.id not in ended:
                 groups.setdefault(planned.group, deque()).append(planned)
         of = {planned.id: planned.group for queue in groups.values() for planned in queue}
         while groups or waiting:
@@ -136,7 +136,7 @@ class Worker:
 
     def quietest(self, groups: Mapping[str, deque[Planned]], of: Mapping[str, str]) -> str:
         """The group that fewest workers are at; of equals the first."""
-        busy = Counter(of[run] for run in os.listdir(self.study / "claims") if run in of)  # noqa: PTH208
+        busy = Counter(of[run] for run in claimed(self.study) if run in of)
         return min(groups, key=lambda group: busy[group])
 
     def is_over(self, run: str) -> bool:
