@@ -581,7 +581,6 @@ class TestPublished:
 
 class TestFiles:
     def test_a_figure_becomes_a_pdf(self):
-        pytest.importorskip("svglib")
         drawing = figures.curves("x", [figures.Curve("a", 0, [(1.0, 0.2, 0.1), (2.0, 0.3, 0.1)])], (400, 300))
         content = pdf_of(drawing.svg())
         assert content.startswith(b"%PDF-")

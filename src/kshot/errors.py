@@ -23,7 +23,7 @@ def nearest_first(name: str, options: Iterable[str], shown: int = 12) -> str:
     return (f"Did you mean {close[0]!r}? " if close else "") + f"There are: {listed}."
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of an error's message, shortened, or its type where there is no message."""
     lines = str(error).strip().splitlines()
     return lines[0][:160] if lines else type(error).__name__

@@ -130,7 +130,7 @@ def foretold(report: Report) -> str:
         for seed, row in rows.items():
             told = [row.get(key) for key in ("forecast", "forecast_low", "forecast_high", "acc")]
             if all(isinstance(value, (int, float)) for value in told):
-                found[who].append((*map(float, told), f"{who} on {name}, {k} shots, seed {seed}"))  # type: ignore[arg-type]
+                found[who].append((*map(float, told), f"{who} on {name}, {k} shots, seed {seed}"))  # type: ignore[arg-type]  # four numbers
     if not found:
         return ""
     every = [each for runs in found.values() for each in runs]

@@ -25,7 +25,7 @@ from kshot.data.splits import TEST_SHARE
 from kshot.errors import UserError
 from kshot.studies.resolving import IMAGES, Resolver, Shared, Values, as_json, joined, naming, values_alone, with_values
 from kshot.studies.search import words_for
-from kshot.studies.study import Cell, Label, Study, name_of
+from kshot.studies.study import Cell, Label, Study, in_words, name_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +80,8 @@ class Planner:
             texts = (joined(shared.settings, values), self.splits[split], self.weights_of(cell, shared))
             run = hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
             if run in found:
-                other = ", ".join(f"{axis} {label}" for axis, label in found[run].axes.items())
-                raise UserError(f"{self.study.file}: two cells are the same run: ({other}) and ({name_of(cell)}).")
+                both = f"({in_words(found[run].axes)}) and ({name_of(cell)})"
+                raise UserError(f"{self.study.file}: two cells are the same run: {both}.")
             group = group_of(shared, values)
             groups.setdefault(group, len(groups))
             labels = {axis: value.label for axis, value in cell.items()}

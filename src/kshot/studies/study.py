@@ -97,7 +97,12 @@ def said(label: Any) -> str:
 
 def name_of(cell: Cell) -> str:
     """A cell in words: ``method ridge, shots 4``."""
-    return ", ".join(f"{axis} {said(value.label)}" for axis, value in cell.items())
+    return in_words({axis: value.label for axis, value in cell.items()})
+
+
+def in_words(labels: Mapping[str, Label]) -> str:
+    """The same of labels by axis."""
+    return ", ".join(f"{axis} {said(label)}" for axis, label in labels.items())
 
 
 def read_study(name: str) -> Study:

@@ -195,7 +195,7 @@ class Worker:
                 mistake = user_error_behind(error)
                 if mistake is None:
                     traceback.print_exc()
-                    return f"{type(error).__name__}: {first_line(error)}", None  # type: ignore[arg-type]
+                    return f"{type(error).__name__}: {first_line(error)}", None
                 return " ".join(str(mistake).split()), None
 
     def begun(self, run: str) -> Path | None:
