@@ -54,6 +54,7 @@ REFUSALS = {
     "--data.template hello": "{}",
     "--data.shot 3": "Did you mean 'shots'?",
     "--fooo 3": "'--fooo'",
+    "--config studies/digits.yaml": "is a study of many runs: python main.py sweep --config studies/digits.yaml",
     "--trainer.strategy nope": "trainer.strategy: there is no 'nope'",
     "--trainer.devices 0": "trainer.devices is 0, and must be",
     "--trainer.accelerator tpu": "trainer.accelerator is tpu, and on this machine it may be",

@@ -88,7 +88,10 @@ def read_command_line(words: Sequence[str], commands: Sequence[str]) -> CommandL
                 raise UserError(f"--{key} needs a value after it.")
         line.words.append((key, value))
         if key == "config":
-            line.layers.append((value, read_config(find_config(value))))
+            config = read_config(find_config(value))
+            if "grid" in config:
+                raise UserError(f"--config {value} is a study of many runs: python main.py sweep --config {value}.")
+            line.layers.append((value, config))
         elif key.endswith(".help"):
             line.help_for = key.removesuffix(".help"), value
         else:

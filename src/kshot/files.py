@@ -7,6 +7,7 @@ import gzip
 import io
 import os
 import re
+import secrets
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -21,13 +22,18 @@ FORMULA = tuple("=+-@\t\r＝＋－＠")  # what a spreadsheet takes for the begi
 MOST_BYTES = 2**26  # of a list of images; that of ImageNet's 1.3 million has as many
 
 
+def unfinished(path: Path) -> Path:
+    """A name beside a path for what is not whole yet, which no other process has, not even on another machine."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+
+
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Writes beside a file and renames, so that the file is either the old one or the new one.
 
     ``write`` writes all of it to the path that it is given. Raises UserError when the disk refuses, or the folder is
     gone; what was there before is untouched then.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    beside = unfinished(path)
     try:
         write(beside)
         with beside.open("rb+") as file:
@@ -54,7 +60,7 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
     if os.path.lexists(path):
         raise UserError(f"{path} exists already: choose another name.")
     make_folder(path.parent)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    beside = unfinished(path)
     try:
         with beside.open("xb") as file:
             yield file

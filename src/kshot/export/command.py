@@ -18,7 +18,7 @@ from kshot.data_command import positive
 from kshot.errors import UserError, first_line
 from kshot.export.check import EXACT, Checked, answers_of, compare, probe_of
 from kshot.export.written import Wanted, facts_of
-from kshot.files import amount, make_folder
+from kshot.files import amount, make_folder, unfinished
 from kshot.opening import OpenRun, open_run
 from kshot.showing import Parser
 from kshot.surroundings import settle_chatter, told_to_stderr
@@ -188,7 +188,7 @@ def new_folder(target: Path) -> Iterator[Path]:
     """
     if os.path.lexists(target):
         raise UserError(f"{target} exists already, and nothing is overwritten: choose another --out.")
-    beside = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    beside = unfinished(target)
     try:
         make_folder(target.parent)
         beside.mkdir()

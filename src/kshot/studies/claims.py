@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from kshot.errors import UserError, first_line
-from kshot.files import make_folder
+from kshot.files import make_folder, unfinished
 
 BEAT = 5.0  # seconds between two counts of an owner
 PATIENCE = 60.0  # seconds for which a claim may stand still
@@ -163,7 +163,8 @@ def publish(folder: Path, run: str, record: dict[str, Any]) -> bool:
     Raises:
         UserError: the folder cannot be written.
     """
-    final, beside = folder / f"{run}.json", folder / f".{run}.{secrets.token_hex(4)}.partial"
+    final = folder / f"{run}.json"
+    beside = unfinished(final)
     try:
         with beside.open("x", encoding="utf-8") as file:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
