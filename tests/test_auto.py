@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from kshot import auto, folds
-from kshot.auto import SEVERAL_LAYERS, Search, choose, stated
+from kshot.auto import SEVERAL_LAYERS, Search, choose
+from kshot.building import stated
 from kshot.checkpoint import read_tensors
 from kshot.choice import seconds_of
 from kshot.cli import main
@@ -232,6 +233,20 @@ class TestOneShot:
         _, choice = chosen_by([*arguments, *QUIET, "--candidates", json.dumps(CLOSED)])
         assert choice.words == CLOSED[1]
         assert "needs a text tower" in choice.trials[0]["state"]
+
+    @pytest.mark.parametrize(("left", "chosen"), [(1e3, 1), (0.1, 0)])
+    def test_what_goes_on_from_ridge_while_features_change_is_taken_where_there_is_time(
+        self, left, chosen, monkeypatch
+    ):
+        monkeypatch.setattr(Search, "left", property(lambda self: left if self.soft else 1e3))
+        monkeypatch.setattr(Search, "within", lambda self, judge, seconds, answer: answer())
+        adapted = "--config methods/lora.yaml --model.classifier LinearProbe --model.targets [image.*.q]"
+        text, probe = "--config methods/lora.yaml --model.targets [image.*.q]", "--config methods/linear_probe.yaml"
+        candidates = [CLOSED[1], adapted, text, probe]
+        nonsense = {"data.class_names": json.dumps(["qz" * (i + 1) for i in range(10)])}
+        _, choice = chosen_by(words(shots=1, candidates=candidates, **nonsense))
+        assert choice.words == candidates[chosen]
+        assert {trial["state"] for trial in choice.trials} == {"not judged: no class has two images"}
 
 
 def folder(root: Path, counts: dict[str, int], same: bool = False) -> Path:

@@ -46,6 +46,15 @@ def test_what_takes_steps_is_chosen_where_it_beats_the_best_closed_form_on_its_i
     assert choice.why.startswith("10 of 10 held-out shots right")
 
 
+@pytest.mark.parametrize(("right", "soft", "chosen"), [(8, True, "steps"), (8, False, "good"), (6, True, "good")])
+def test_what_goes_on_from_a_closed_form_stays_ahead_unless_it_is_clearly_behind(search, right, soft, chosen):
+    """The best closed form is right about 9 of the first 10 images."""
+    search.found["steps"], search.soft = held_out(list(range(1, 1 + right)), FEW), {"steps"} if soft else set()
+    choice = search.best()
+    assert choice.words == chosen
+    assert choice.why.endswith("which is no clear difference") is (chosen == "steps")
+
+
 @pytest.mark.parametrize(("wins", "losses", "clear"), [(1, 0, False), (2, 0, True), (6, 3, False), (7, 3, True)])
 def test_clearly_better_is_more_than_a_standard_deviation_of_chance(wins, losses, clear):
     ours, theirs = held_out(list(range(wins)), IMAGES), held_out(list(range(wins, wins + losses)), IMAGES)

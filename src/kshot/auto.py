@@ -10,18 +10,21 @@ import logging
 import math
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from kshot.building import backbone_of, data_of, method_of, settings_of_folds
+from kshot.building import backbone_of, data_of, drawn, method_of, settings_of_folds, stated
 from kshot.choice import Choice, Trial, seconds_of
+from kshot.classifiers import LinearProbe
 from kshot.classifiers.base import closed_form
 from kshot.config import CommandLine, Tree, read_command_line
-from kshot.contenders import clearly, first_of, shared
+from kshot.contenders import ahead_of, first_of, of_closed, shared
 from kshot.errors import UserError
 from kshot.features import FeatureStore, place
 from kshot.folds import FOLDS, HeldOut, Judge, divided, joined
@@ -49,11 +52,14 @@ CANDIDATES = (  # in order of cost; of equals the first is taken
     "--config methods/coop.yaml",
     "--config methods/lora.yaml",
     "--config methods/lora.yaml --model.optimizer.lr 5e-4",
+    "--config methods/lora.yaml --model.classifier LinearProbe --model.backbone.features last4+mean",
 )
 CHOOSING = ("budget", "candidates", "search")  # options that a chosen run has no more
 SHORT = 4  # the first round of training takes this part of the steps
 POOLED = 3  # at most so many closed forms are averaged
+NOT_JUDGED = "not judged: no class has two images"
 TRUSTED = 0.5  # where nothing can be held out, a text decides that is right about this share of the shots
+Found = TypeVar("Found")
 logger = logging.getLogger("kshot")
 
 
@@ -83,6 +89,7 @@ class Search:
         self.found: dict[str, HeldOut] = {}
         self.closed: list[str] = []  # what takes no step; of it the forms, which learn from the shots
         self.forms: set[str] = set()
+        self.soft: set[str] = set()  # what goes on from a closed form while features change under it
         self.whole: list[str] = []  # what was judged by as many steps as its run would take
         self.judges: dict[str, Judge] = {}  # by backbone
         self.data = data_of(tree)
@@ -166,16 +173,21 @@ class Search:
                 if self.plan is None:
                     self.plan = divided(judge.label, self.data.split_seed)
                 fold, which = self.plan
-                steps = module.takes_steps
+                steps, judge.part = module.takes_steps, SHORT
+                if any(isinstance(part, LinearProbe) and part.starts_softly for part in module.modules()):
+                    self.soft.add(trial.words)
                 if not steps:
                     self.closed.append(trial.words)
                     self.forms |= {trial.words} if closed_form(module.classifier) else set()
                     self.note(trial, judge.out_of_fold(module, fold, which))
                 elif which:
-                    judge.part = SHORT
-                    self.note(trial, self.within(judge, self.left / 12, module, fold, range(1)))
+                    answer = partial(judge.out_of_fold, module, fold, range(1))
+                    self.note(trial, self.within(judge, self.left / 12, answer))
                 else:
-                    trial.state = "not judged: no class has two images"
+                    trial.state = NOT_JUDGED
+                    if trial.words in self.soft:  # how long it takes decides
+                        every = torch.arange(len(judge.label))
+                        self.within(judge, self.left / 12, partial(judge.trained, module, every, every[:1]))
         return steps and trial.words in self.found
 
     def read(self, words: str) -> None:
@@ -206,7 +218,7 @@ class Search:
     def note(self, trial: Trial, found: HeldOut | None) -> None:
         """Writes down what the held-out logits of a candidate are worth."""
         if found is None:
-            trial.state = "not judged: no class has two images"
+            trial.state = NOT_JUDGED
             return
         if not found.logits.isfinite().all():
             raise UserError("its logits are not finite")
@@ -214,14 +226,14 @@ class Search:
         trial.accuracy = round(accuracy(found.logits, found.label), 4)
         trial.log_loss = round(log_loss(found.logits, found.label), 4)
 
-    def within(self, judge: Judge, seconds: float, module: FewShotModule, fold: Tensor, which: range) -> HeldOut | None:
-        """Held-out logits of what takes steps, which may take some seconds.
+    def within(self, judge: Judge, seconds: float, answer: Callable[[], Found]) -> Found:
+        """What a judge finds by steps, which may take some seconds.
 
         Raises:
             UserError: it takes longer.
         """
         judge.seconds, clock = max(1, math.ceil(seconds)), time.monotonic()
-        found = judge.out_of_fold(module, fold, which)
+        found = answer()
         if time.monotonic() - clock >= judge.seconds:
             raise UserError(f"training does not fit into the budget, of which {max(0, self.left):.0f} s are left")
         return found
@@ -244,7 +256,8 @@ class Search:
                     trained.remove(trial)  # or later rounds would add to what a part of the steps was worth
                     continue
                 with self.timed(trial), self.module(trial.words) as (module, judge):
-                    found = self.within(judge, self.left / 2, module, fold, held)
+                    answer = partial(judge.out_of_fold, module, fold, held)
+                    found = self.within(judge, self.left / 2, answer)
                     assert found is not None
                     self.note(trial, joined(self.found[trial.words], found) if number else found)
                     self.whole.append(trial.words)
@@ -259,8 +272,7 @@ class Search:
         """The best of what was judged by as many steps as it will take; by a rule where nothing could be held out.
 
         Few images judge badly, and of many candidates one is lucky: :data:`SEVERAL_LAYERS` stays where no closed form
-        is clearly better. What takes steps may have been judged on fewer images, and must beat the best
-        closed form on these.
+        is clearly better.
 
         Raises:
             UserError: no candidate can be fitted.
@@ -275,14 +287,9 @@ class Search:
         if not contenders:
             return Choice(possible[0].words, "nothing else was judged within the budget")
         closed = {words: found for words, found in contenders.items() if words not in self.whole} or contenders
-        best = first_of(closed)
-        if SEVERAL_LAYERS in closed and not clearly(contenders, best, SEVERAL_LAYERS):
-            best = SEVERAL_LAYERS
-        trained = [words for words in contenders if words in self.whole and words != best]
-        pairs = {words: {best: contenders[best], words: contenders[words]} for words in trained}
-        better = {words: contenders[words] for words, pair in pairs.items() if first_of(pair) == words}
-        words = first_of(better or {best: contenders[best]})
-        logits, label = shared({**closed, **better})
+        leading = ahead_of(contenders, of_closed(closed, SEVERAL_LAYERS), self.whole, self.soft)
+        words = first_of(leading)
+        logits, label = shared({**closed, **leading})
         right = torch.stack([each.argmax(-1) == label for each in logits.values()])
         counts = dict(zip(logits, right.sum(1).tolist(), strict=True))
         second = max((w for w in counts if w != words), key=lambda w: counts[w], default=None)
@@ -295,15 +302,19 @@ class Search:
         return Choice(words, why, calibration=told.plain())
 
     def by_rule(self, possible: list[Trial]) -> Choice:
-        """Where each class has one image: class means with the text if that is right about half of them, else ridge.
+        """Where each class has one image: class means with the text if that is right about half of them.
 
-        Ridge regression on several layers, where that is a candidate.
+        Else what goes on from ridge regression while features change, if there is time for it; or ridge regression, on
+        several layers where that is a candidate.
         """
         texts = [accuracy(f.logits, f.label) for t in possible if (f := self.found.get(t.words))]
         known = max(texts, default=0.0)
         wanted = "ClassMeanText" if known >= TRUSTED else "Ridge"
         fitting = [trial for trial in possible if trial.method == wanted] or possible
         trial = next((t for t in fitting if t.words == SEVERAL_LAYERS), fitting[0])
+        if wanted == "Ridge":
+            there_is_time = (t for t in possible if t.words in self.soft and 2 * SHORT * t.seconds <= self.left)
+            trial = next(there_is_time, trial)
         said = f"the text is right about {known:.0%} of them" if texts else "there is no text"
         return Choice(trial.words, f"the rule for one image a class, of which none can be held out: {said}")
 
@@ -335,14 +346,3 @@ class Search:
         with self.module(words) as (module, judge):
             halves = judge.out_of_fold(module, fold % 2, range(2))
         return GROWTH if halves is None else growth_of(halves, self.found[words])
-
-
-def drawn(data: Tree) -> Tree:
-    """Settings of the data but for how many images a step takes."""
-    return {name: value for name, value in data["init_args"].items() if name != "batch_size"}
-
-
-def stated(spec: Tree) -> Tree:
-    """A class with those of its settings that decide something."""
-    given = {name: value for name, value in spec.get("init_args", {}).items() if value is not None}
-    return {"class_path": spec["class_path"].rpartition(".")[2], **({"init_args": given} if given else {})}

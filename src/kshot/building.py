@@ -62,3 +62,14 @@ def settings_of_folds(tree: Tree) -> dict[str, Any]:
 def options_of(tree: Tree) -> RunOptions:
     """Where a command line's settings keep runs."""
     return RunOptions(**made_all(arguments_of(RunOptions)[0], tree["run"]))
+
+
+def drawn(data: Tree) -> Tree:
+    """Settings of the data but for how many images a step takes."""
+    return {name: value for name, value in data["init_args"].items() if name != "batch_size"}
+
+
+def stated(spec: Tree) -> Tree:
+    """A class with those of its settings that decide something."""
+    given = {name: value for name, value in spec.get("init_args", {}).items() if value is not None}
+    return {"class_path": spec["class_path"].rpartition(".")[2], **({"init_args": given} if given else {})}

@@ -64,13 +64,18 @@ class LinearProbe(Classifier):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
+    @property
+    def starts_softly(self) -> bool:
+        """Whether training goes on from a closed form while features change under it, as in LP-FT."""
+        return "shots" in self.needs and (self.moving or bool(self.backbone.trainable("image")))
+
     @torch.no_grad()
     def fit(self, train: Shots, val: Shots | None) -> None:  # noqa: ARG002  the shots decide
         require_finite(self, train)
         views, label, classes = exact_unit(train.features), train.label.cpu(), len(self.task.class_names)
         weight, bias, _ = gda(train, classes) if self.head_start == "gda" else ridge(train, classes, None)
         logits = F.linear(views, weight, bias).flatten(0, 1)
-        share = SOFT if self.moving or self.backbone.trainable("image") else SHARP
+        share = SOFT if self.starts_softly else SHARP
         scale = self.head_scale or scale_of_loss(logits, label.repeat(len(views)), share * math.log(classes))
         length = views.shape[-1] ** 0.5 if self.normalize else float(train.features.norm(dim=-1).mean())
         self.head.weight.copy_(scale / length * weight)
