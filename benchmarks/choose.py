@@ -58,10 +58,13 @@ PAIRS = {  # config, and what is added to it
 CLASSES = {"rsscn7": 7, "gtsrb": 43, "fashion_mnist": 10}
 CLOSED = ("zero_shot", "class_mean", "class_mean_text", "ridge", "gda", "kernel_ridge", "ridge_layers")
 HEADS = ("linear_probe", "linear_probe_lbfgs", "tip_adapter_f", "task_res", "coop", "prolip", "2sfs")
-GROUPS = (CLOSED, ("auto_30s",), HEADS, ("auto_5m", "lora"), ("dora", "vera", "randlora", "vpt"))
+GROUPS = (CLOSED, ("auto_30s",), HEADS, ("auto_5m", "lora", "lora_layers"), ("dora", "vera", "randlora", "vpt"))
 METHODS = [method for group in GROUPS for method in group]
 TEXT = ("zero_shot", "class_mean_text", "tip_adapter_f", "task_res", "coop", "prolip", "2sfs")  # need a text tower
-LAYERS = ["--model.backbone.features", "last4+mean", "--model.classifier.text", "false"]
+LAYERS = {  # what is added to a method for its features of several layers
+    "ridge_layers": ["--model.backbone.features", "last4+mean", "--model.classifier.text", "false"],
+    "lora_layers": ["--model.backbone.features", "last4+mean", "--model.classifier", "LinearProbe"],
+}
 SHOTS, SEEDS = (1, 2, 4, 8, 16), (1, 2, 3)
 Cell = tuple[str, int, int]  # method, shots, seed
 
@@ -81,14 +84,14 @@ def arguments(pair: str, method: str, shots: int, options: argparse.Namespace) -
         words += ["--model.backbone.weights", str(options.vit), "--data.views", "4"]
         if method not in (*CLOSED, *HEADS):
             words += ["--trainer.max_epochs", str(min(40, max(4, 2000 // (CLASSES[data] * shots))))]
-    words += LAYERS if method.endswith("_layers") else []
+    words += LAYERS.get(method, [])
     return [*words, "--budget", method.removeprefix("auto_")] if method.startswith("auto_") else words
 
 
 def rounds(options: argparse.Namespace) -> Iterator[tuple[str, list[Cell]]]:
     """Pairs with the cells that have no row yet, the most telling ones first."""
     there = {file.stem for file in (HERE.parent / "configs" / "methods").glob("*.yaml")}
-    there |= {method for method in METHODS if method.startswith("auto_") or method.endswith("_layers")}
+    there |= {method for method in METHODS if method.startswith("auto_") or method in LAYERS}
     if missing := [method for method in options.methods if method not in there]:
         print(f"Passed over, for configs/methods has none of them: {', '.join(missing)}.", file=sys.stderr)
     done = {tuple(row[name] for name in FIELDS[:4]) for row in rows_of(options.out)}
