@@ -183,6 +183,7 @@ def run_stage(classes: int, options: argparse.Namespace) -> None:
     _, choice = search.run()
     search.trees[choice.words] = settings(read_command_line(search.words_with(choice.words), list(OPTIONS)))[1]
     with search.module(choice.words) as (module, judge):
+        judge.parts.clear()  # as a run has let go of all that its choice was made by
         every = torch.arange(len(judge.label))
         judge.closed(module, every, every[:1])
     seconds = {"seconds": search.budget - search.left, "cpu_seconds": time.process_time() - search.began}

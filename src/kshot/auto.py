@@ -343,6 +343,8 @@ class Search:
         fold, which = self.plan or (torch.empty(0), range(0))
         if words not in self.forms or len(which) < FOLDS or self.left <= 0:
             return GROWTH
+        for judge in self.judges.values():
+            judge.parts.clear()  # nothing more is judged on the folds, and of many classes they are large
         with self.module(words) as (module, judge):
             halves = judge.out_of_fold(module, fold % 2, range(2))
         return GROWTH if halves is None else growth_of(halves, self.found[words])
