@@ -156,7 +156,7 @@ class TestCandidates:
             folds, "fit", lambda twin, data, *a, **k: seen.append(data.batch_size) or fit(twin, data, *a, **k)
         )
         short = [f"--config methods/{name}.yaml --trainer.max_epochs 4" for name in ("prolip", "task_res")]
-        _, choice = chosen_by(words(candidates=short))
+        _, choice = chosen_by(words(shots=2, candidates=short))
         assert all(trial["accuracy"] is not None for trial in choice.trials)
         assert seen[:2] == [65536, 32]
 
@@ -184,7 +184,9 @@ class TestCandidates:
         """ProLIP's are from before the projection, and others' on the same backbone are not."""
         prolip = "--config methods/prolip.yaml"
         for candidates in ([CLOSED[1], prolip], [prolip, CLOSED[1]]):
-            _, choice = chosen_by(words(candidates=candidates, **{"data.batch_size": 64, "data.augment": "null"}))
+            _, choice = chosen_by(
+                words(shots=2, candidates=candidates, **{"data.batch_size": 64, "data.augment": "null"})
+            )
             assert [trial["state"] for trial in choice.trials if "prolip" not in trial["words"]] == ["judged"]
             assert all(trial["accuracy"] > 0.3 for trial in choice.trials), choice.trials
 
