@@ -264,6 +264,13 @@ def test_the_default_is_a_quarter_of_the_memory(monkeypatch):
     assert backbone.part_size(prefix, suffix, True) == (1, len(NAMES))
 
 
+def test_numbers_of_half_the_size_need_half_the_memory():
+    classifier = made("CoOp")
+    _, budgets = undivided(classifier)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert undivided(classifier)[1][0] == budgets[0] // 2
+
+
 @pytest.mark.skipif(not Path("/proc/meminfo").is_file(), reason="needs Linux")
 def test_the_memory_of_a_cpu_is_the_machines():
     total = int(re.search(r"MemTotal:\s+(\d+) kB", Path("/proc/meminfo").read_text())[1]) * 1024
