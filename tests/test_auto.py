@@ -21,6 +21,7 @@ from kshot.settings import OPTIONS, settings
 
 CLOSED = ["--config methods/zero_shot.yaml", "--config methods/ridge.yaml", "--config methods/gda.yaml"]
 QUIET = ["--trainer.enable_progress_bar", "false", "--data.views", "1", "--trainer.max_epochs", "4"]
+SHORT_TEST = {"trainer.limit_test_batches": 1, "data.eval_batch_size": 64}
 
 
 def words(budget="60s", shots=3, candidates=CLOSED, **options):
@@ -44,7 +45,7 @@ def result_of(root: Path) -> dict:
 def automatic(tmp_path_factory):
     """The folder of a run with a budget, and what it printed."""
     root = tmp_path_factory.mktemp("auto")
-    run(words(shots=4, **{"run.root": root}))
+    run(words(shots=4, **{"run.root": root}, **SHORT_TEST))
     return next(root.glob("*/*"))
 
 
@@ -59,6 +60,7 @@ def test_the_answer_is_an_ordinary_run(automatic, tmp_path):
         assert tested[name] == result[name], name
     alone = shlex.split(result["auto"]["words"])
     base = ["fit", "--config", "clip_16shot.yaml", "--data.shots", "4", *QUIET]
+    base += [f"--{name}={value}" for name, value in SHORT_TEST.items()]
     run([*base, *alone, "--run.root", str(tmp_path / "alone"), "--run.calibrate", "false"])
     assert result_of(tmp_path / "alone")["acc"] == result["acc"]
 
