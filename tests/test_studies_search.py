@@ -1,6 +1,7 @@
 """Studies whose runs search: which ranges are whose, that a killed worker's search goes on, and what is refused."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -146,7 +147,8 @@ def test_a_killed_worker_loses_no_trial_and_the_study_ends_as_an_undisturbed_one
         if len(judged) == last:
             raise KeyboardInterrupt
 
-    whole, killed = (begun(tmp_path / name) for name in ("whole", "killed"))
+    whole = begun(tmp_path / "whole")
+    killed = shutil.copytree(whole, tmp_path / "killed")
     assert work(whole) == 2
     monkeypatch.setattr(Tuning, "keep", kept)
     with pytest.raises(KeyboardInterrupt):
