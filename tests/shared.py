@@ -4,6 +4,7 @@ import gc
 import socket
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import hypothesis
@@ -18,8 +19,12 @@ import command_line  # noqa: E402
 import data_fixtures  # noqa: E402
 import towers  # noqa: E402
 
+import kshot.api  # noqa: E402  # it and a study's worker run commands as they are
+import kshot.studies.worker  # noqa: E402
+from kshot import commands  # noqa: E402
 from kshot.backbones import OpenClip  # noqa: E402
 from kshot.data import FewShotDataModule  # noqa: E402
+from kshot.warm import Warm  # noqa: E402
 
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("kshot", deadline=None)  # a busy machine is no fault
@@ -54,6 +59,14 @@ def _own_cache(tmp_path_factory):
     """No test reads or writes the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KSHOT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _warm_commands():
+    """Command lines of a process share a backbone, which changes none of their results (test_warm.py)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(commands, "run", partial(commands.run, warm=Warm()))
         yield
 
 

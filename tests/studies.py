@@ -125,11 +125,13 @@ class Forked:
     """An engine for tests, whose workers are children of this process, which is quick."""
 
     told = "children"
+    work = staticmethod(work)
 
     def __init__(self, study: Path, settings: Any) -> None:
         self.only = read_only(settings.only)
         self.children = [
-            forked(lambda: work(study, only=self.only, beat=0.1, patience=2.0)) for _ in range(settings.workers or 1)
+            forked(lambda: self.work(study, only=self.only, beat=0.1, patience=2.0))
+            for _ in range(settings.workers or 1)
         ]
 
     def poll(self) -> int:

@@ -375,9 +375,9 @@ def test_methods_are_configs_and_say_what_they_are():
     assert "Hu et al. 2021" in found["methods/lora.yaml"]
 
 
-def head_run(place: Path, method: str, classes: tuple[str, ...], name: str) -> kshot.Run:
+def head_run(place: Path, method: str, classes: tuple[str, ...], name: str, **more) -> kshot.Run:
     """A run on some classes of coloured scans."""
-    options = QUICK | {"run.name": name, "data.test_share": None, "run.test": False, "data.augment": None}
+    options = QUICK | {"run.name": name, "data.test_share": None, "run.test": False, "data.augment": None} | more
     for i, (colour, value) in enumerate({"red": (220, 30, 30), "green": (30, 220, 30), "blue": (30, 30, 220)}.items()):
         if colour in classes:
             noise = np.random.default_rng(i)
@@ -417,9 +417,7 @@ def test_a_class_is_added_as_if_it_had_been_there(method, tmp_path, monkeypatch)
 
 def test_a_class_that_cannot_be_added_gets_one_line(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    learnt = kshot.fit(
-        ["clip_16shot.yaml", "methods/linear_probe.yaml"], shots=1, progress=False, options=QUICK | {"run.test": False}
-    )
+    learnt = head_run(tmp_path, "linear_probe", ("blue", "green"), "learnt", **{"trainer.max_epochs": 1})
     with pytest.raises(UserError, match="LinearProbe cannot take a class more without training: heads that compare"):
         learnt.add_class("cat", np.zeros((32, 32, 3), np.uint8))
     ridge = head_run(tmp_path, "ridge", ("blue", "green"), "part")

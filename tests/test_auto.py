@@ -22,6 +22,7 @@ from kshot.settings import OPTIONS, settings
 
 CLOSED = ["--config methods/zero_shot.yaml", "--config methods/ridge.yaml", "--config methods/gda.yaml"]
 QUIET = ["--trainer.enable_progress_bar", "false", "--data.views", "1", "--trainer.max_epochs", "4"]
+SHORT_TEST = {"trainer.limit_test_batches": 1, "data.eval_batch_size": 64}
 
 
 def words(budget="60s", shots=3, candidates=CLOSED, **options):
@@ -45,7 +46,7 @@ def result_of(root: Path) -> dict:
 def automatic(tmp_path_factory):
     """The folder of a run with a budget, and what it printed."""
     root = tmp_path_factory.mktemp("auto")
-    run(words(shots=4, **{"run.root": root}))
+    run(words(shots=4, **{"run.root": root}, **SHORT_TEST))
     return next(root.glob("*/*"))
 
 
@@ -60,6 +61,7 @@ def test_the_answer_is_an_ordinary_run(automatic, tmp_path):
         assert tested[name] == result[name], name
     alone = shlex.split(result["auto"]["words"])
     base = ["fit", "--config", "clip_16shot.yaml", "--data.shots", "4", *QUIET]
+    base += [f"--{name}={value}" for name, value in SHORT_TEST.items()]
     run([*base, *alone, "--run.root", str(tmp_path / "alone"), "--run.calibrate", "false"])
     assert result_of(tmp_path / "alone")["acc"] == result["acc"]
 
@@ -157,7 +159,7 @@ class TestCandidates:
             folds, "fit", lambda twin, data, *a, **k: seen.append(data.batch_size) or fit(twin, data, *a, **k)
         )
         short = [f"--config methods/{name}.yaml --trainer.max_epochs 4" for name in ("prolip", "task_res")]
-        _, choice = chosen_by(words(candidates=short))
+        _, choice = chosen_by(words(shots=2, candidates=short))
         assert all(trial["accuracy"] is not None for trial in choice.trials)
         assert seen[:2] == [65536, 32]
 
@@ -185,7 +187,9 @@ class TestCandidates:
         """ProLIP's are from before the projection, and others' on the same backbone are not."""
         prolip = "--config methods/prolip.yaml"
         for candidates in ([CLOSED[1], prolip], [prolip, CLOSED[1]]):
-            _, choice = chosen_by(words(candidates=candidates, **{"data.batch_size": 64, "data.augment": "null"}))
+            _, choice = chosen_by(
+                words(shots=2, candidates=candidates, **{"data.batch_size": 64, "data.augment": "null"})
+            )
             assert [trial["state"] for trial in choice.trials if "prolip" not in trial["words"]] == ["judged"]
             assert all(trial["accuracy"] > 0.3 for trial in choice.trials), choice.trials
 

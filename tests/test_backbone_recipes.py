@@ -5,7 +5,6 @@ ones build the true architectures. Tokenizers that lie on a hub have stand-ins o
 many rows: what is checked of them is how they are called, not the words that they know.
 """
 
-import copy
 import logging
 
 import numpy as np
@@ -122,34 +121,9 @@ def check_against(library, backbone, image):
     return bias
 
 
-@pytest.mark.parametrize("config", WITH_TEXT, ids=stem)
-def test_a_clip_like_is_the_librarys_own_model(config, published):
-    settings = published(config)
-    backbone = OpenClip(**settings)
-    library = open_clip.create_model(settings["model"], pretrained=settings["pretrained"], require_pretrained=True)
-    bias = check_against(library.eval, backbone, towers.images(backbone, 2))
-    assert (bias != 0) == (stem(config) == "siglip2_b16")
-    assert backbone.supports_prompts == (stem(config) != "siglip2_b16")
-    assert bool(backbone.image_blocks) == (stem(config) != "pe_core_b16")  # with rotary positions
-    assert backbone.context_length == open_clip.get_model_config(settings["model"])["text_cfg"]["context_length"]
-
-
-@pytest.mark.parametrize("config", larger_ones_are_slow(BACKBONES))
-def test_images_are_prepared_as_the_weights_were_trained(config, published):
-    kind, settings = SETTINGS[config]["class_path"], SETTINGS[config]["init_args"]
-    size, resize, interpolation, (mean, std) = PREPROCESSING[stem(config)]
-    if kind == "OpenClip":
-        true_size = open_clip.get_model_config(settings["model"])["vision_cfg"]["image_size"]
-        published(config)
-        backbone = OpenClip(**settings)
-        visual = open_clip.create_model(settings["model"], pretrained=settings["pretrained"]).visual
-        transform = image_transform_v2(PreprocessCfg(**visual.preprocess_cfg), is_train=False)
-        assert true_size == size
-    else:
-        backbone = Timm(**{**settings, "weights": "random"})
-        config = timm.data.resolve_data_config(args={"input_size": (3, size, size)}, model=backbone.vit)
-        transform = timm.data.create_transform(**config, is_training=False)
-        assert backbone.image_size == size
+def check_preparation(config, backbone, transform):
+    """Images are prepared as the weights were trained, ``transform`` being the library's."""
+    _, resize, interpolation, (mean, std) = PREPROCESSING[stem(config)]
     mine = backbone.preprocessing
     assert (mine.resize, mine.interpolation, mine.crop, tuple(mine.mean), tuple(mine.std)) == (
         resize, interpolation, 1.0, mean, std
@@ -160,22 +134,42 @@ def test_images_are_prepared_as_the_weights_were_trained(config, published):
         assert torch.allclose(view[0], transform(picture), atol=1e-6)
 
 
+@pytest.mark.parametrize("config", WITH_TEXT, ids=stem)
+def test_a_clip_like_is_the_librarys_own_model_and_its_preparation(config, published):
+    name = SETTINGS[config]["init_args"]["model"]
+    true = open_clip.get_model_config(name)
+    settings = published(config)
+    backbone = OpenClip(**settings)
+    library = open_clip.create_model(name, pretrained=settings["pretrained"], require_pretrained=True)
+    bias = check_against(library.eval, backbone, towers.images(backbone, 2))
+    assert (bias != 0) == (stem(config) == "siglip2_b16")
+    assert backbone.supports_prompts == (stem(config) != "siglip2_b16")
+    assert bool(backbone.image_blocks) == (stem(config) != "pe_core_b16")  # with rotary positions
+    assert backbone.context_length == true["text_cfg"]["context_length"]
+    assert true["vision_cfg"]["image_size"] == PREPROCESSING[stem(config)][0]
+    check_preparation(config, backbone, image_transform_v2(PreprocessCfg(**library.visual.preprocess_cfg), False))
+
+
 @pytest.mark.parametrize("config", larger_ones_are_slow(IMAGE_ONLY))
-def test_an_image_backbone_is_the_librarys_class_token(config):
-    settings = SETTINGS[config]["init_args"]
+def test_an_image_backbone_is_the_librarys_class_token_and_its_preparation(config):
+    settings, size = SETTINGS[config]["init_args"], PREPROCESSING[stem(config)][0]
     backbone = Timm(**{**settings, "weights": "random"})
+    assert backbone.image_size == size
+    how = timm.data.resolve_data_config(args={"input_size": (3, size, size)}, model=backbone.vit)
+    check_preparation(config, backbone, timm.data.create_transform(**how, is_training=False))
     image = towers.images(backbone, 1)
     original = timm.create_model(settings["model"], num_classes=0, dynamic_img_size=True).eval()
-    library = copy.deepcopy(backbone)
-    library.restore_library()
-    original.load_state_dict(library.vit.state_dict())
     LoRA(rank=1).attach(backbone, ["image.*.[qkv]", "image.*.fc?"])  # which changes nothing yet
+    assert len(backbone.layers()) == 5 * 12
     with torch.no_grad():
-        expected = original.forward_features((image - backbone.mean) / backbone.std)[:, 0]
-        assert towers.relative(backbone.encode_image(image), expected) < 1e-5
+        given, scaled = backbone.encode_image(image), (image - backbone.mean) / backbone.std
+        backbone.detach()
+        backbone.restore_library()
+        original.load_state_dict(backbone.vit.state_dict())
+        expected = original.forward_features(scaled)[:, 0]
+        assert towers.relative(given, expected) < 1e-5
     assert backbone.feature_dim == expected.shape[1]
     assert original.num_prefix_tokens == 5  # a class token and four registers
-    assert len(backbone.layers()) == 5 * 12
 
 
 @pytest.mark.slow  # gigabytes of random weights
@@ -198,9 +192,9 @@ def test_a_clip_like_of_the_true_architecture_is_the_librarys_own_model(config, 
 
 
 @pytest.mark.parametrize("config", WITH_TEXT, ids=stem)
-def test_a_run_with_the_recipe_laid_over_an_experiment(config, published, tmp_path):
+def test_a_run_with_the_recipe_laid_over_an_experiment(config, published, tmp_path, few_scans):
     published(config)
-    options = [*QUICK, "--data.shots", "1", "--trainer.max_epochs", "1"]
+    options = [*QUICK, *few_scans, "--data.shots", "1", "--trainer.max_epochs", "1"]
     options += ["--model.backbone.image_size", "64"] * (stem(config) == "pe_core_b16")  # of 384 for the smallest trunk
     main(["fit", "--config", "clip_16shot.yaml", "--config", config, *options, "--run.root", str(tmp_path / "runs")])
     (directory,) = tmp_path.glob("runs/*/*")

@@ -31,18 +31,18 @@ def every_tower():
     return [*TOWERS, *((name, "image") for name, layout in LAYOUTS.items() if not layout.image_blocks)]
 
 
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize(("name", "tower"), every_tower())
-def test_unfused_equals_the_original(name, tower, training):
+def test_unfused_equals_the_original(name, tower):
     backbone, original = towers.backbone(name), towers.original(name)
     assert isinstance(backbone, Backbone)
-    backbone.train(training)
-    original.train(training and name != "resnet")  # batch statistics belong to no frozen tower
-    given = towers.encode(backbone, tower)
-    assert not given.requires_grad
-    assert towers.relative(given, original_output(original, tower, backbone)) <= 1e-5
-    with torch.no_grad():
-        assert towers.relative(towers.encode(backbone, tower), original_output(original, tower, backbone)) <= 1e-5
+    for training in (False, True):
+        backbone.train(training)
+        original.train(training and name != "resnet")  # batch statistics belong to no frozen tower
+        given = towers.encode(backbone, tower)
+        assert not given.requires_grad
+        assert towers.relative(given, original_output(original, tower, backbone)) <= 1e-5
+        with torch.no_grad():
+            assert towers.relative(towers.encode(backbone, tower), original_output(original, tower, backbone)) <= 1e-5
     assert given.shape[-1] == backbone.feature_dim
     assert float(given.std(0).mean()) > 1e-3, "a test of features that are all alike tests nothing"
 
@@ -355,7 +355,6 @@ class TestErrors:
             ({"model": "test_efficientnet", "weights": "random"}, "test_efficientnet"),
             ({"model": "test_convnext", "weights": "random"}, "test_convnext"),
             ({"model": "mixer_s32_224", "weights": "random"}, "mixer_s32_224"),
-            ({"model": "vit_small_patch16_18x2_224", "weights": "random"}, "vit_small_patch16_18x2_224"),
             ({"model": "test_vit", "weights": "random", "pool": "tokens"}, "pool"),
         ],
     )
@@ -363,6 +362,13 @@ class TestErrors:
         with pytest.raises(UserError) as error:
             Timm(**arguments)
         assert expected in one_line(error)
+
+    def test_timm_blocks_beside_each_other(self):
+        name = "vit_small_patch16_18x2_224"
+        towers.PUBLISHED[name] = towers.vit(name)
+        with pytest.raises(UserError) as error:
+            Timm(f"local-dir:{towers.folder_of(name)}")
+        assert name in one_line(error)
 
     def test_timm_weights_that_do_not_fit(self):
         weights = towers.folder_of("vit_qk_norm") / "model.safetensors"
@@ -372,8 +378,11 @@ class TestErrors:
 
 
 class TestTimmDefaults:
-    def test_dinov2_takes_224_pixels_and_dinov3_its_token(self):
-        assert Timm("vit_small_patch14_dinov2", weights="random").image_size == 224
+    def test_dinov2_takes_224_pixels_uncropped_and_dinov3_its_token(self):
+        dinov2 = Timm("vit_small_patch14_dinov2", weights="random")
+        assert dinov2.image_size == 224
+        given = dinov2.preprocessing
+        assert (given.size, given.crop, given.resize, given.interpolation) == (224, 1.0, "shortest", "bicubic")
         assert Timm("vit_small_patch16_dinov3", weights="random").vit.global_pool == "token"
 
     def test_any_size_that_patches_tile(self):

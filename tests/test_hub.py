@@ -88,7 +88,7 @@ def test_local_weights_need_no_hub(no_network, tmp_path):
     assert torch.equal(backbone.vit.cls_token, vit.cls_token)
 
 
-def test_a_run_on_local_weights_opens_no_connection_and_asks_no_name(tmp_path, monkeypatch):
+def test_a_run_on_local_weights_opens_no_connection_and_asks_no_name(tmp_path, monkeypatch, few_scans):
     """As for a user without the variable HF_HUB_OFFLINE: not even a name is looked up."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     asked = []
@@ -103,11 +103,11 @@ def test_a_run_on_local_weights_opens_no_connection_and_asks_no_name(tmp_path, m
     weights = tmp_path / "vit.safetensors"
     save_file(timm.create_model("test_vit", num_classes=0).state_dict(), weights)
     vit = ["--model.backbone", "Timm", "--model.backbone.model", "test_vit", "--model.backbone.weights", str(weights)]
-    directory = fit(tmp_path / "clip")
-    fit(tmp_path / "vit", "--config", "methods/linear_probe.yaml", *vit)
+    directory = fit(tmp_path / "clip", *few_scans)
+    fit(tmp_path / "vit", "--config", "methods/linear_probe.yaml", *few_scans, *vit)
     common = ["--config", "clip_16shot.yaml", "--ckpt_path", str(directory / "tuned.safetensors")]
     common += ["--run.root", str(tmp_path / "more")]
-    main(["test", *common, *QUICK])
+    main(["test", *common, *QUICK, *few_scans])
     predict(directory, "--images", photos(tmp_path / "photos", 2), "--out", tmp_path / "found.csv")
     assert asked == []
 

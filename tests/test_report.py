@@ -189,7 +189,7 @@ class TestPage:
         "rows",
         [
             some_rows(("ridge",), ("digits",), (4,), (1,)),
-            some_rows([f"method {i}" for i in range(20)], ELEVEN, (4,), (1, 2)),
+            some_rows([f"method {i}" for i in range(MOST + 4)], ELEVEN, (4,), (1, 2)),
             [row("ridge", "digits", None, 1, 0.5), row("gda", "digits", 4, 1, 0.4)],
             [row("ridge", "digits", 4, None, 0.0), row("gda", "digits", 4, None, 0.0)],
             [row("a", "x", 1, 1, 0.5), row("b", "y", 2, 1, 0.5)],

@@ -82,6 +82,7 @@ def real(tmp_path_factory) -> Path:
     study, told = tmp_path_factory.mktemp("studies") / "digits", {}
     for i, (method, seed) in enumerate(itertools.product(("class_mean", "ridge"), (1, 2))):
         options = {"data.split_seed": seed, "data.views": 2, "run.root": str(study / "runs"), "run.name": f"r{i}"}
+        options |= {"trainer.limit_test_batches": 1, "data.eval_batch_size": 16}
         config = ["clip_16shot.yaml", f"methods/{method}.yaml"]
         directory = kshot.fit(config, data="digits", shots=2, progress=False, options=options).directory
         axes = told[f"r{i}"] = {"method": method, "shots": 2, "seed": seed}

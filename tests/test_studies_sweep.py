@@ -3,8 +3,8 @@
 import json
 import os
 import signal
-import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -23,7 +23,6 @@ from kshot.studies.store import read_plan
 from kshot.studies.sweep import run_sweep
 from kshot.studies.worker import work
 
-ROOT = Path(__file__).parents[1]
 FOUR = HEAD + "grid: {method: [class_mean, ridge], shots: [1, 2]}"
 
 
@@ -92,10 +91,25 @@ def test_failed_runs_are_told_by_reason_and_tried_again_when_asked(here, capsys)
     assert {record["worker"] for record in again.values()}.isdisjoint(r["worker"] for r in first.values())
 
 
+class Slow(Forked):
+    """Workers whose runs only take a while, and make another folder each time."""
+
+    @staticmethod
+    def work(study, **settings):
+        def execute(words):
+            time.sleep(0.05)
+            options = dict(word[2:].partition("=")[::2] for word in words)
+            runs = Path(options["run.root"], options["run.name"])
+            runs.mkdir(parents=True, exist_ok=True)
+            return Path(tempfile.mkdtemp(dir=runs))
+
+        work(study, execute=execute, **settings)
+
+
 def test_ctrl_c_ends_the_workers_and_says_how_to_go_on(here, capsys, monkeypatch):
     started = []
 
-    class Pressed(Forked):
+    class Pressed(Slow):
         def poll(self):
             wait_for(lambda: any((here / "studies" / "four" / "done").glob("*.json")))
             started.extend(self.children)
@@ -113,12 +127,13 @@ def test_ctrl_c_ends_the_workers_and_says_how_to_go_on(here, capsys, monkeypatch
     for child in started:
         with pytest.raises(ProcessLookupError):
             os.kill(child, 0)
-    monkeypatch.setattr(studies, "start", Forked)
+    monkeypatch.setattr(studies, "start", Slow)
     assert run_sweep(["--config", "four.yaml"]) == 0
-    assert len(outcome(here / "studies" / "four")) == 4
+    assert len(records(here / "studies" / "four")) == 4
 
 
-def test_two_sweeps_at_once_neither_lose_nor_double_a_run(here):
+def test_two_sweeps_at_once_neither_lose_nor_double_a_run(here, monkeypatch):
+    monkeypatch.setattr(studies, "start", Slow)
     child = forked(lambda: sys.exit(run_sweep(["--config", "four.yaml", "--workers", "2"])))
     assert run_sweep(["--config", "four.yaml", "--workers", "1"]) == 0
     assert ended(child) == 0
@@ -128,29 +143,26 @@ def test_two_sweeps_at_once_neither_lose_nor_double_a_run(here):
 
 
 def test_a_planner_that_is_killed_leaves_workers_that_finish(tmp_path, monkeypatch, capsys):
-    """Real processes: the planner gets SIGKILL, its worker goes on, and a second sweep has nothing left to do."""
+    """The planner gets SIGKILL, its worker, a program, goes on, and a second sweep has nothing left to do."""
     (tmp_path / "four.yaml").write_text(FOUR)
-    command = [sys.executable, str(ROOT / "main.py"), "sweep", "--config", "four.yaml"]
-    log = (tmp_path / "planner.log").open("w")
-    planner = subprocess.Popen([*command, "--workers", "1"], cwd=tmp_path, stdout=log, stderr=log)
+    monkeypatch.chdir(tmp_path)
+    planner = forked(lambda: run_sweep(["--config", "four.yaml", "--workers", "1"]))
     done = tmp_path / "studies" / "four" / "done"
     wait_for(lambda: list(done.glob("*.json")))
-    planner.kill()
-    planner.wait()
+    os.kill(planner, signal.SIGKILL)
+    assert ended(planner) == -signal.SIGKILL
     wait_for(lambda: len(list(done.glob("*.json"))) == 4)
     (worker,) = {record["worker"] for record in records(done.parent).values()}
     number = int(worker.split("-")[-2])
     wait_for(lambda: not Path(f"/proc/{number}").exists() or "zombie" in Path(f"/proc/{number}/status").read_text())
-    log.close()
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(engines, "start", lambda *_: pytest.fail("nothing is open"))
+    capsys.readouterr()
     assert run_sweep(["--config", "four.yaml"]) == 0
     assert "4 done, 0 failed, 0 open" in capsys.readouterr().out
 
 
 def test_a_store_of_another_version_is_refused_before_planning(here, monkeypatch):
-    assert run_sweep(["--config", "four.yaml", "--only", "method=ridge"]) == 0
-    file = here / "studies" / "four" / "study.json"
+    file = planned(here, FOUR, "four") / "study.json"
     file.write_text(file.read_text().replace('"format": 1', '"format": 2'))
     monkeypatch.setattr(sweep, "Planner", lambda _: pytest.fail("planned"))
     with pytest.raises(UserError, match="has the format 2, and this kshot reads 1: use another --out"):

@@ -19,15 +19,24 @@ from kshot.studies.store import read_plan
 from kshot.studies.worker import work
 
 FOUR = HEAD + "grid: {method: [class_mean, ridge], shots: [1, 2]}"
-MIXED = HEAD.replace("run.calibrate", "trainer.max_epochs: 2, run.save_every: 0, run.calibrate")
-MIXED += "grid: {method: [class_mean, coop, linear_probe], shots: [1, 2]}"
 QUICKLY = {"beat": 0.05, "patience": 1.0}
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory) -> dict:
+def mixed(few_scans) -> str:
+    """A study of methods that take steps and one that takes none, on three digits."""
+    options = dict(zip(few_scans[::2], few_scans[1::2], strict=True))
+    text = HEAD.replace("run.calibrate", "trainer.max_epochs: 2, run.save_every: 0, run.calibrate")
+    text = text.replace(
+        "{", "{" + ", ".join(f"{name[2:]}: {json.dumps(value)}" for name, value in options.items()) + ", "
+    )
+    return text + "grid: {method: [class_mean, coop, linear_probe], shots: [1, 2]}"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, mixed) -> dict:
     """What comes of a mixed study that one worker does in peace."""
-    directory = planned(tmp_path_factory.mktemp("calm"), MIXED)
+    directory = planned(tmp_path_factory.mktemp("calm"), mixed)
     assert work(directory) == 6
     assert records(directory, "failed") == {}
     return outcome(directory)
@@ -154,8 +163,8 @@ def disturbed(directory: Path, kills: int, workers: int, seed: int) -> int:
 
 
 @pytest.mark.parametrize(("kills", "workers"), [(4, 2), pytest.param(20, 3, marks=pytest.mark.slow)])
-def test_workers_killed_at_random_moments_change_nothing(tmp_path, undisturbed, kills, workers):
-    directory = planned(tmp_path, MIXED)
+def test_workers_killed_at_random_moments_change_nothing(tmp_path, mixed, undisturbed, kills, workers):
+    directory = planned(tmp_path, mixed)
     killed = 0
     for attempt in range(20):  # twenty kills are more than one small study takes
         killed += disturbed(directory, kills - killed, workers, seed=attempt)
@@ -165,13 +174,13 @@ def test_workers_killed_at_random_moments_change_nothing(tmp_path, undisturbed, 
         assert sorted(records(directory)) == sorted(published)
         if killed >= kills:
             break
-        directory = planned(tmp_path, MIXED, f"again{attempt}")
+        directory = planned(tmp_path, mixed, f"again{attempt}")
     assert killed == kills
 
 
-def test_a_run_goes_on_from_its_checkpoint_after_sigterm(tmp_path, undisturbed):
+def test_a_run_goes_on_from_its_checkpoint_after_sigterm(tmp_path, mixed, undisturbed):
     """SIGTERM gives the claim back, counts as no death, and what was trained is not trained again."""
-    directory = planned(tmp_path, MIXED.replace("[class_mean, coop, linear_probe]", "[coop]"))
+    directory = planned(tmp_path, mixed.replace("[class_mean, coop, linear_probe]", "[coop]"))
     child = apart(main, ["worker", str(directory)])
     wait_for(lambda: any(directory.glob("runs/*/001/checkpoints/last.ckpt")))
     child.terminate()
@@ -187,8 +196,8 @@ def test_a_run_goes_on_from_its_checkpoint_after_sigterm(tmp_path, undisturbed):
     assert found == {run: undisturbed[run] for run in found}
 
 
-def test_a_checkpoint_that_does_not_go_on_is_left_and_the_run_begun_anew(tmp_path, undisturbed):
-    directory = planned(tmp_path, MIXED.replace("[class_mean, coop, linear_probe]", "[linear_probe]"))
+def test_a_checkpoint_that_does_not_go_on_is_left_and_the_run_begun_anew(tmp_path, mixed, undisturbed):
+    directory = planned(tmp_path, mixed.replace("[class_mean, coop, linear_probe]", "[linear_probe]"))
     run = read_plan(directory)[0].id
     begun = directory / "runs" / run / "001"
     (begun / "checkpoints").mkdir(parents=True)

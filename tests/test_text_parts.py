@@ -95,8 +95,11 @@ def assert_same(given: Outcome, expected: Outcome, tolerance: float = 1e-5) -> N
 
 @each_head
 def test_parts_give_the_same_logits_and_gradients(head):
+    """In two parts, and each prompt by itself; where there are several groups, in parts of a whole group as well."""
     classifier = made(head)
     expected, budgets = undivided(classifier)
+    if head != "CoCoOp":
+        del budgets[1]
     assert all(g is not None and g.abs().max() > 0 for g in expected[1].values())
     chunks = []
     for budget in budgets:
@@ -105,17 +108,18 @@ def test_parts_give_the_same_logits_and_gradients(head):
     assert 1 < chunks[0] < chunks[-1] == len(NAMES) * (len(LABEL) if head == "CoCoOp" else 1)
 
 
-@each_head
+@pytest.mark.parametrize("head", ["CoOp, deep", "CoCoOp", "TextPrompt + LoRA"])
 def test_under_bfloat16_autocast(head):
+    """Parts know no head: learned tokens of one group, deeper ones, several groups, and adapters in the tower."""
     classifier = made(head)
     with torch.autocast("cpu", torch.bfloat16):
         expected, budgets = undivided(classifier)
-        for budget in budgets:
+        for budget in budgets[::2]:
             assert_same(outcome(classifier, budget), expected, 2e-2)
             assert classifier.backbone.chunks > 1
 
 
-@each_head
+@pytest.mark.parametrize("head", ["CoOp", "CoCoOp", "TextPrompt + LoRA"])
 def test_in_evaluation_nothing_is_prepared_for_a_backward_pass(head, monkeypatch):
     classifier = made(head).eval()
     backbone = classifier.backbone
@@ -160,13 +164,12 @@ def test_every_adapter_is_recomputed_as_it_was(label):
         expected, budgets = undivided(classifier)
         reached = {n: g for n, g in expected[1].items() if g is not None}
         assert reached
-        for budget in (budgets[0], ONE):
-            given = outcome(classifier, budget)
-            assert classifier.backbone.chunks > 1
-            assert {n for n, g in given[1].items() if g is not None} == set(reached)
-            assert towers.relative(given[0], expected[0]) <= 1e-5
-            # A gradient is a sum over tokens, and sums over a method's fixed matrices multiply its rounding.
-            assert_same((given[0], {n: given[1][n] for n in reached}), (expected[0], reached), 5e-5)
+        given = outcome(classifier, budgets[0])
+        assert classifier.backbone.chunks > 1
+        assert {n for n, g in given[1].items() if g is not None} == set(reached)
+        assert towers.relative(given[0], expected[0]) <= 1e-5
+        # A gradient is a sum over tokens, and sums over a method's fixed matrices multiply its rounding.
+        assert_same((given[0], {n: given[1][n] for n in reached}), (expected[0], reached), 5e-5)
 
 
 def test_dropout_is_the_same_when_computed_again(monkeypatch):
@@ -259,6 +262,13 @@ def test_the_default_is_a_quarter_of_the_memory(monkeypatch):
     assert backbone.part_size(prefix, suffix, True) == divided
     monkeypatch.setattr(kshot.backbones.language, "memory_of", lambda _: 8 * budgets[0])
     assert backbone.part_size(prefix, suffix, True) == (1, len(NAMES))
+
+
+def test_numbers_of_half_the_size_need_half_the_memory():
+    classifier = made("CoOp")
+    _, budgets = undivided(classifier)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert undivided(classifier)[1][0] == budgets[0] // 2
 
 
 @pytest.mark.skipif(not Path("/proc/meminfo").is_file(), reason="needs Linux")

@@ -65,29 +65,28 @@ def straightforward(original, prefix, suffix, end):
     return text.text_projection(x) if isinstance(text.text_projection, nn.Linear) else x @ text.text_projection
 
 
-@pytest.mark.parametrize("prompts", PROMPTS)
 @CAUSAL_LAYOUTS
-def test_tokens_equal_the_full_length_computation(name, prompts):
+def test_tokens_equal_the_full_length_computation(name):
     backbone, original = towers.backbone(name), towers.original(name)
-    tokens = backbone.tokenize(PROMPTS[prompts])
-    with torch.no_grad():
-        expected = original.encode_text(tokens)
-        assert towers.relative(backbone.encode_tokens(tokens), expected) <= 1e-5
-    backbone.train()
-    assert towers.relative(backbone.encode_tokens(tokens), expected) <= 1e-5
+    for prompts, texts in PROMPTS.items():
+        tokens = backbone.tokenize(texts)
+        with torch.no_grad():
+            expected = original.encode_text(tokens)
+            assert towers.relative(backbone.eval().encode_tokens(tokens), expected) <= 1e-5, prompts
+        assert towers.relative(backbone.train().encode_tokens(tokens), expected) <= 1e-5, prompts
 
 
-@pytest.mark.parametrize("prompts", PROMPTS)
 @pytest.mark.parametrize("name", ["clip", "clip_custom_all", "custom_text_eos"])
-def test_the_same_with_text_adapters(name, prompts):
+def test_the_same_with_text_adapters(name):
     backbone = with_text_adapters(name)
-    original, tokens = folded(name, backbone), backbone.tokenize(PROMPTS[prompts])
-    with torch.no_grad():
-        plain = towers.original(name).encode_text(tokens)
-        expected = original.encode_text(tokens)
-        assert towers.relative(expected, plain) > 1e-2
-        assert towers.relative(backbone.encode_tokens(tokens), expected) <= 1e-5
-    assert towers.relative(backbone.encode_tokens(tokens), expected) <= 1e-5
+    original, untouched = folded(name, backbone), towers.original(name)
+    for prompts, texts in PROMPTS.items():
+        tokens = backbone.tokenize(texts)
+        with torch.no_grad():
+            expected = original.encode_text(tokens)
+            assert towers.relative(expected, untouched.encode_text(tokens)) > 1e-2, prompts
+            assert towers.relative(backbone.encode_tokens(tokens), expected) <= 1e-5, prompts
+        assert towers.relative(backbone.encode_tokens(tokens), expected) <= 1e-5, prompts
 
 
 @pytest.mark.parametrize("name", ["not_causal", "class_token", "siglip"])
@@ -107,14 +106,14 @@ def test_tokens_of_prompts_in_any_order():
     assert towers.relative(backbone.encode_tokens(tokens[order]), backbone.encode_tokens(tokens)[order]) <= 1e-6
 
 
-@pytest.mark.parametrize("prompts", PROMPTS)
-def test_the_end_is_where_the_library_pools(prompts):
-    for name in ("clip", "eos", "custom_text_eos"):
-        backbone = towers.backbone(name)
-        tokens = backbone.tokenize(PROMPTS[prompts])
+@pytest.mark.parametrize("name", ["clip", "eos", "custom_text_eos"])
+def test_the_end_is_where_the_library_pools(name):
+    backbone = towers.backbone(name)
+    for prompts, texts in PROMPTS.items():
+        tokens = backbone.tokenize(texts)
         expected = [row.index(towers.END_OF_TEXT) for row in tokens.tolist()]
-        assert backbone.end_of_text(tokens).tolist() == expected
-        assert [len(backbone.token_ids(t)) + 1 for t in PROMPTS[prompts]] == expected
+        assert backbone.end_of_text(tokens).tolist() == expected, prompts
+        assert [len(backbone.token_ids(t)) + 1 for t in texts] == expected, prompts
 
 
 SHAPES = {  # groups, prefix, classes, suffix
@@ -128,27 +127,26 @@ SHAPES = {  # groups, prefix, classes, suffix
 
 
 @pytest.mark.parametrize("adapted", [False, True], ids=["frozen", "adapted"])
-@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", ["clip", "clip_custom_all", "custom_text"])
-def test_gradients_equal_the_straightforward_form(name, shape, adapted):
+def test_gradients_equal_the_straightforward_form(name, adapted):
     backbone = with_text_adapters(name) if adapted else towers.backbone(name)
     original = folded(name, backbone)
-    groups, p, classes, s = SHAPES[shape]
-    width = backbone.text_width
-    prefix = torch.randn(groups, p, width, requires_grad=True)
-    suffix = torch.randn(groups, classes, s, width, requires_grad=True)
-    end = p + torch.arange(classes) % s
-    given, expected = backbone.encode_embeddings(prefix, suffix, end), straightforward(original, prefix, suffix, end)
-    assert given.shape == (groups, classes, backbone.feature_dim)
-    assert towers.relative(given, expected) <= 1e-5
-    upstream = torch.randn_like(expected)
-    ours = torch.autograd.grad((given * upstream).sum(), [prefix, suffix])
-    theirs = torch.autograd.grad((expected * upstream).sum(), [prefix, suffix])
-    for a, b in zip(ours, theirs, strict=True):
-        assert towers.relative(a, b) <= 1e-5
-    for c, last in enumerate(end.tolist()):  # what stands behind the end has no say
-        assert ours[1][:, c, last - p + 1 :].abs().sum() == 0
-        assert ours[1][:, c, last - p].abs().min() > 0
+    for shape, (groups, p, classes, s) in SHAPES.items():
+        prefix = torch.randn(groups, p, backbone.text_width, requires_grad=True)
+        suffix = torch.randn(groups, classes, s, backbone.text_width, requires_grad=True)
+        end = p + torch.arange(classes) % s
+        given = backbone.encode_embeddings(prefix, suffix, end)
+        expected = straightforward(original, prefix, suffix, end)
+        assert given.shape == (groups, classes, backbone.feature_dim), shape
+        assert towers.relative(given, expected) <= 1e-5, shape
+        upstream = torch.randn_like(expected)
+        ours = torch.autograd.grad((given * upstream).sum(), [prefix, suffix])
+        theirs = torch.autograd.grad((expected * upstream).sum(), [prefix, suffix])
+        for a, b in zip(ours, theirs, strict=True):
+            assert towers.relative(a, b) <= 1e-5, shape
+        for c, last in enumerate(end.tolist()):  # what stands behind the end has no say
+            assert ours[1][:, c, last - p + 1 :].abs().sum() == 0, shape
+            assert ours[1][:, c, last - p].abs().min() > 0, shape
 
 
 def test_adapter_gradients_equal_the_full_length_computation():

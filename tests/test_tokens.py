@@ -1,11 +1,10 @@
 """Features of chosen tokens: against the libraries' own layers and a hand-written reference, in runs, and refusals."""
 
-import copy
 import json
+from pathlib import Path
 
 import open_clip
 import pytest
-import timm
 import torch
 import towers
 from command_line import TINY_VIT, fit, refused, run_test
@@ -19,7 +18,12 @@ from kshot.errors import UserError
 from kshot.slots import projections_of
 
 GLYPH = WEIGHTS / "glyph_clip"
-TIMM = ("test_vit", "vit_small_patch14_reg4_dinov2", "vit_small_patch16_dinov3")
+FOUR = {  # towers with as many blocks as features can join
+    "vit": towers.vit(depth=4),
+    "dinov2": towers.vit("vit_small_patch14_reg4_dinov2", depth=4),
+    "dinov3": towers.vit("vit_small_patch16_dinov3", depth=4),
+}
+towers.PUBLISHED.update({f"four_{name}": layout for name, layout in FOUR.items()})
 
 
 def normalised(backbone, count=2):
@@ -32,21 +36,12 @@ def dinov2s(layers, blocks, mean):
     return torch.cat((output, layers[-1][0].mean(1)), -1) if blocks and mean else output
 
 
-@pytest.fixture(scope="module", params=TIMM)
-def original(request) -> torch.nn.Module:
-    """A model of timm, into which each test loads all values."""
-    return timm.create_model(request.param, num_classes=0, dynamic_img_size=True).eval()
-
-
 @pytest.mark.parametrize("features", PARTS)
-def test_equals_timms_intermediate_layers(original, features, request):
-    name = request.node.callspec.params["original"]
-    backbone = Timm(name, weights="random", image_size=48 if "patch14" not in name else 56, features=features)
+@pytest.mark.parametrize("name", FOUR)
+def test_equals_timms_intermediate_layers(name, features):
+    backbone = Timm(f"local-dir:{towers.folder_of(f'four_{name}')}", image_size=48, features=features)
     assert backbone.settings()["features"] == features
-    image = normalised(backbone)
-    library = copy.deepcopy(backbone)
-    library.restore_library()
-    original.load_state_dict(library.vit.state_dict())
+    image, original = normalised(backbone), towers.original(f"four_{name}")
     options = {
         "indices": 4,
         "return_prefix_tokens": True,
@@ -78,10 +73,15 @@ def test_equals_get_intermediate_layers_and_a_hand_written_pass(features):
     assert torch.equal(given, by_hand)
 
 
+@pytest.fixture(scope="module")
+def visual() -> torch.nn.Module:
+    """The library's image tower of the small CLIP."""
+    return open_clip.create_model(f"local-dir:{GLYPH}").eval().visual
+
+
 @pytest.mark.parametrize("features", PARTS)
-def test_open_clip_equals_its_intermediates_and_a_hand_written_pass(features):
+def test_open_clip_equals_its_intermediates_and_a_hand_written_pass(visual, features):
     backbone = OpenClip("kshot:glyph_clip", features=features)
-    visual = open_clip.create_model(f"local-dir:{GLYPH}").eval().visual
     assert backbone.feature_dim == sum(PARTS[features]) * 192
     image = normalised(backbone)
     with torch.no_grad():
@@ -177,29 +177,30 @@ class TestRefusals:
             OpenClip(str(towers.folder_of(name)), features=features)
 
 
-class TestRuns:
-    PROBE = ("--model.classifier", "LinearProbe", "--model.adapter", "null")
+PROBE = ("--model.classifier", "LinearProbe", "--model.adapter", "null")
 
-    @pytest.mark.parametrize("backbone", [[], [*TINY_VIT, "--model.backbone.image_size", "32"]], ids=["clip", "vit"])
-    def test_a_probe_of_four_blocks(self, tmp_path, backbone):
-        directory = fit(tmp_path, *backbone, "--model.backbone.features", "last4+mean", *self.PROBE)
+
+@pytest.fixture(scope="module")
+def probe(tmp_path_factory, few_scans) -> Path:
+    """The directory of a run of CLIP; nobody writes into it."""
+    root = tmp_path_factory.mktemp("probe")
+    return fit(root, *few_scans, "--model.backbone.features", "last4+mean", *PROBE)
+
+
+class TestRuns:
+    @pytest.mark.parametrize("backbone", ["clip", "vit"])
+    def test_a_probe_of_four_blocks(self, backbone, probe, tmp_path, few_scans):
+        vit = [*TINY_VIT, "--model.backbone.image_size", "32", "--model.backbone.features", "last4+mean"]
+        directory = probe if backbone == "clip" else fit(tmp_path, *few_scans, *vit, *PROBE)
         result = json.loads((directory / "result.json").read_text())
-        width = 64 if backbone else 192
-        assert result["trainable_parameters"] == 10 * (5 * width + 1)
+        width = 192 if backbone == "clip" else 64
+        assert result["trainable_parameters"] == 3 * (5 * width + 1)
         assert run_test(directory, tmp_path / "again")["acc"] == result["acc"]
 
-    def test_a_checkpoint_of_other_features_does_not_fit(self, tmp_path, capsys):
-        directory = fit(tmp_path, "--model.backbone.features", "cls", *self.PROBE)
-        words = [
-            "test",
-            "--config",
-            str(directory / "config.yaml"),
-            "--ckpt_path",
-            str(directory / "tuned.safetensors"),
-        ]
+    def test_a_checkpoint_of_other_features_does_not_fit(self, probe, tmp_path, capsys):
+        words = ["test", "--config", str(probe / "config.yaml"), "--ckpt_path", str(probe / "tuned.safetensors")]
         line = refused(capsys, [*words, "--model.backbone.features", "mean", "--run.root", str(tmp_path)])
-        assert "model.backbone.features cls" in line
-        assert "mean" in line
+        assert "model.backbone.features last4+mean, and" in line
 
     def test_a_text_classifier_is_refused_in_one_line(self, tmp_path, capsys):
         words = ["fit", "--config", "clip_16shot.yaml", "--run.root", str(tmp_path), "--model.backbone.features", "cls"]

@@ -138,6 +138,7 @@ class Judge:
     part: int = 1
     seconds: int | None = None
     encoded: tuple[FewShotModule, list[Tensor]] | None = field(default=None, init=False)
+    towers: dict[torch.dtype, str] = field(default_factory=dict, init=False)  # of twins, whose frozen weights are one's
     kept: dict[tuple[str, bool], Shots] = field(default_factory=dict, init=False)
     parts: dict[tuple[bool, tuple[int, ...]], Shots] = field(default_factory=dict, init=False)
     near: dict[tuple[bool, tuple[int, ...]], Tensor] = field(default_factory=dict, init=False)
@@ -245,7 +246,7 @@ class Judge:
     def trained(self, unfitted: FewShotModule, seen: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of held-out shots by a run on the others, and how near they lie to these for its own tower."""
         twin, data = self.twin(unfitted), self.data.fold(seen.tolist())
-        store, trainer = FeatureStore(twin.backbone, tells=False), make_trainer(**self.settings, **self.limit)
+        store, trainer = FeatureStore(twin.backbone, False, self.towers), make_trainer(**self.settings, **self.limit)
         store.memory = of_run(self.trainer).memory
         if not has_length(self.settings):
             set_length(trainer, self.data)
