@@ -19,6 +19,8 @@ import command_line  # noqa: E402
 import data_fixtures  # noqa: E402
 import towers  # noqa: E402
 
+import kshot.api  # noqa: E402  # it and a study's worker run commands as they are
+import kshot.studies.worker  # noqa: E402
 from kshot import commands  # noqa: E402
 from kshot.backbones import OpenClip  # noqa: E402
 from kshot.data import FewShotDataModule  # noqa: E402
