@@ -206,6 +206,9 @@ each_first_case = pytest.mark.parametrize("label", FIRST_CASES)  # one a method 
 each_method = pytest.mark.parametrize("method", METHODS)
 
 
+FEW = ("*.0.[qo]", "*.1.fc2")  # a square part of a fused weight, a square weight and a narrow one, of both towers
+
+
 def adapted(label: str, name: str = "clip", targets: tuple[str, ...] = ("*",), **more: Any) -> Backbone:
     """A backbone with a case attached."""
     backbone = towers.backbone(name)

@@ -4,6 +4,7 @@ import pytest
 import torch
 import towers
 from cases import (
+    FEW,
     FIRST_CASES,
     SLOT_CASES,
     adapted,
@@ -30,11 +31,17 @@ EVERY = [("lora", *tower) for tower in towers.distinct_towers()]
 EVERY += [(label, *tower) for label in FIRST_CASES for tower in TWO if (label, *tower) not in EVERY]
 
 
+def tried(label: str, name: str, tower: str) -> Backbone:
+    """LoRA on all slots of a tower, another method on a few, which have all shapes that there are."""
+    targets = ("*.*",) if label == "lora" else FEW
+    return adapted(label, name, tuple(target.replace("*", tower, 1) for target in targets))
+
+
 @pytest.mark.parametrize(("label", "name", "tower"), EVERY)
 class TestEveryLayout:
     def test_step_0_changes_nothing(self, label, name, tower):
         before = towers.untouched(name, tower)
-        backbone, allowed = adapted(label, name), SLOT_CASES[label][1].start
+        backbone, allowed = tried(label, name, tower), SLOT_CASES[label][1].start
         for training in (True, False):
             backbone.train(training)
             for given in (towers.encode(backbone, tower), merged(backbone, tower)):
@@ -60,7 +67,7 @@ class TestEveryLayout:
         assert wanted - reached == set()
 
     def test_merged_equals_unmerged_and_leaves_the_weights(self, label, name, tower, monkeypatch):
-        backbone = adapted(label, name)
+        backbone = tried(label, name, tower)
         stored = {key: slot.weight.clone() for key, slot in backbone.slots().items()}
         before = plain(backbone, tower)
         perturb(backbone)
@@ -81,10 +88,11 @@ class TestEveryLayout:
             assert towers.relative(plain(backbone, tower), unmerged) <= 1e-5
 
     def test_three_steps_leave_frozen_weights_bit_identical(self, label, name, tower):
-        backbone = adapted(label, name).train()
+        backbone = tried(label, name, tower).train()
         frozen = dict(backbone.named_tower_parameters())
         before, loss = {n: p.clone() for n, p in frozen.items()}, []
-        digest = sha256_of(without_adapters(backbone))
+        hashed = label == "lora" and name in ("clip", "vit")  # which only repeats what is asked of each tensor
+        digest = sha256_of(without_adapters(backbone)) if hashed else None
         optimizer = torch.optim.AdamW(trained(backbone).values(), lr=0.01, weight_decay=0.1)
         for _ in range(3):
             optimizer.zero_grad()
@@ -95,10 +103,10 @@ class TestEveryLayout:
         assert loss[-1] < loss[0]
         assert all(p.grad is None and not p.requires_grad for p in frozen.values())
         assert [n for n, p in frozen.items() if not torch.equal(p, before[n])] == []
-        assert sha256_of(without_adapters(backbone)) == digest
+        assert not hashed or sha256_of(without_adapters(backbone)) == digest
 
     def test_bfloat16_autocast(self, label, name, tower):
-        backbone = adapted(label, name)
+        backbone = tried(label, name, tower)
         perturb(backbone, 0.03)
         exact, frozen = merged(backbone.eval(), tower), towers.untouched(name, tower)
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -114,7 +122,7 @@ class TestEveryLayout:
         assert all(p.dtype == torch.float32 for p in backbone.parameters())
 
     def test_explicit_merging_folds_in_and_comes_out_exactly(self, label, name, tower):
-        backbone = adapted(label, name)
+        backbone = tried(label, name, tower)
         perturb(backbone)
         backbone.eval()
         if not all(layer.mergeable for layer in layers_of(backbone).values()):
@@ -138,7 +146,7 @@ class TestEveryLayout:
         assert torch.equal(plain(backbone, tower), before)
 
     def test_merging_for_good_leaves_the_librarys_own_model(self, label, name, tower):
-        backbone = adapted(label, name)
+        backbone = tried(label, name, tower)
         perturb(backbone)
         backbone.eval()
         if not all(layer.mergeable for layer in layers_of(backbone).values()):
@@ -162,7 +170,7 @@ class TestEveryLayout:
 
     def test_unadapted_is_exact_and_restores(self, label, name, tower):
         before = towers.untouched(name, tower)
-        backbone = adapted(label, name)
+        backbone = tried(label, name, tower)
         perturb(backbone)
         after, values = plain(backbone, tower), {n: p.clone() for n, p in trained(backbone).items()}
         with backbone.unadapted():
@@ -174,7 +182,7 @@ class TestEveryLayout:
         assert all(torch.equal(p, values[n]) for n, p in trained(backbone).items())
 
     def test_detaching_leaves_what_was_built(self, label, name, tower):
-        fresh, backbone = towers.backbone(name), adapted(label, name)
+        fresh, backbone = towers.backbone(name), tried(label, name, tower)
         optimizer = torch.optim.SGD(trained(backbone).values(), lr=0.1)
         loss_of(backbone.train(), tower).backward()
         optimizer.step()

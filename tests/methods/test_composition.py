@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 import towers
-from cases import FIRST_CASES, METHODS, SLOT_CASES
+from cases import FEW, FIRST_CASES, METHODS, SLOT_CASES
 from plain_prompts import TASK, disturb, encode, teacher_of, trained
 
 from kshot.adapters import FullTuning
@@ -36,7 +36,7 @@ def composed(prompts: str, adapter: str) -> Classifier:
     classifier, method = PROMPTS[prompts](towers.backbone(), TASK), METHODS[adapter]()
     # The embedding of words is not among what full tuning can train by learned prompts, which take its place.
     full = isinstance(method, FullTuning)
-    method.attach(classifier.backbone, ["image.*", "text.transformer.*", "text.ln_final.*"] if full else ["*"])
+    method.attach(classifier.backbone, ["image.*", "text.transformer.*", "text.ln_final.*"] if full else FEW)
     return classifier
 
 

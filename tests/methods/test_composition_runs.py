@@ -17,6 +17,7 @@ QUICK = (  # after the config of the method, which has a number of epochs of its
     *("--trainer.max_epochs", "2", "--trainer.enable_progress_bar", "false", "--run.save_every", "0"),
     *("--data.shots", "2", "--data.batch_size", "2", "--data.views", "2"),
 )
+UNCALIBRATED = ("--run.calibrate", "false")  # one composition is enough for what all calibrate by
 LORA = "--model.adapter LoRA --model.adapter.rank 2 --model.adapter.dropout 0.2"
 CASES = {
     "DePT (PromptSRC)": (
@@ -39,7 +40,8 @@ CASES = {
 def run(command: str, case: str, root: Path, *options: str) -> Path:
     """Runs a command line and returns its run directory."""
     backbone = ("--model.backbone.model", str(towers.folder_of("clip")))
-    main([command, *BASE, *backbone, *CASES[case][0].split(), *QUICK, "--run.root", str(root), *options])
+    quick = QUICK if case == "PromptSRC + AdaLoRA" else (*QUICK, *UNCALIBRATED)
+    main([command, *BASE, *backbone, *CASES[case][0].split(), *quick, "--run.root", str(root), *options])
     (directory,) = root.glob("*/*")
     return directory
 

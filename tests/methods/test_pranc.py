@@ -258,7 +258,8 @@ class TestGlobalScope:
 
     @pytest.mark.parametrize("variant", ["three_hashes", "uniform"])
     def test_compiled(self, variant):
-        mine, compiled = (oracle.ours(PRANC(**VARIANTS[variant], scope="global")) for _ in range(2))
+        targets = ["image.0.qkv", "image.0.fc2"]
+        mine, compiled = (oracle.ours(PRANC(**VARIANTS[variant], scope="global"), targets) for _ in range(2))
         for model in (mine, compiled):
             oracle.randomise(trained(model))
         expected = oracle.step(mine.run)

@@ -129,12 +129,14 @@ def result_of(directory):
     return json.loads((directory / "result.json").read_text())
 
 
-def test_runs_share_no_features_with_those_of_other_classifiers(tmp_path, monkeypatch):
+def test_runs_share_no_features_with_those_of_other_classifiers(tmp_path, monkeypatch, few_scans):
     """Features are kept for all 300 steps, found again by a later run, and never taken for projected ones."""
     monkeypatch.setenv("KSHOT_CACHE", str(tmp_path / "cache"))
-    first = result_of(fit(tmp_path / "runs", *METHOD, "--trainer.max_epochs", "20"))
-    probe = result_of(fit(tmp_path / "runs", "--config", "methods/task_res.yaml", "--trainer.max_epochs", "1"))
-    again = result_of(fit(tmp_path / "runs", *METHOD, "--trainer.max_epochs", "20"))
+    first = result_of(fit(tmp_path / "runs", *METHOD, *few_scans, "--trainer.max_epochs", "20"))
+    probe = result_of(
+        fit(tmp_path / "runs", "--config", "methods/task_res.yaml", *few_scans, "--trainer.max_epochs", "1")
+    )
+    again = result_of(fit(tmp_path / "runs", *METHOD, *few_scans, "--trainer.max_epochs", "20"))
     for result in (first, probe):
         assert result["features"]["encoded"]["train"] > 0
         assert result["features"]["read"].get("train", 0) == 0
@@ -144,11 +146,11 @@ def test_runs_share_no_features_with_those_of_other_classifiers(tmp_path, monkey
     assert first["zero_shot_acc"] == probe["zero_shot_acc"], "its row is that of projected features"
 
 
-def test_with_an_adapter_the_zero_shot_row_stays(tmp_path):
+def test_with_an_adapter_the_zero_shot_row_stays(tmp_path, few_scans):
     """Then images take the place of features, and the untouched tower is run beside."""
-    options = ["--model.adapter", "LoRA", "--model.targets", "[image.5.q]", "--trainer.max_epochs", "2"]
+    options = ["--model.adapter", "LoRA", "--model.targets", "[image.5.q]", "--trainer.max_epochs", "2", *few_scans]
     given = result_of(fit(tmp_path, *METHOD, *options))
-    alone = result_of(fit(tmp_path, "--config", "methods/zero_shot.yaml"))
+    alone = result_of(fit(tmp_path, "--config", "methods/zero_shot.yaml", *few_scans))
     assert given["method"] == "ProLIP + LoRA"
     assert given["zero_shot_acc"] == alone["zero_shot_acc"]
 
@@ -160,9 +162,9 @@ def test_new_classes_are_those_of_their_text(tmp_path):
     assert result["trainable_parameters"] == 192 * 128
 
 
-def test_a_resumed_run_asks_the_shots_no_more(tmp_path, monkeypatch):
+def test_a_resumed_run_asks_the_shots_no_more(tmp_path, monkeypatch, few_scans):
     """λ comes from the file, and the bits are those of a run that was never cut."""
-    options = [*METHOD, "--trainer.max_epochs", "6", "--run.save_every", "0", "--run.test", "false"]
+    options = [*METHOD, "--trainer.max_epochs", "6", "--run.save_every", "0", "--run.test", "false", *few_scans]
     whole = fit(tmp_path / "whole", *options)
     cut = cut_fit(monkeypatch, 3, tmp_path / "cut", *options)
     monkeypatch.setattr(ProLIP, "fit", lambda *_: pytest.fail("asked again"))

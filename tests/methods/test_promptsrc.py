@@ -30,6 +30,7 @@ from kshot.errors import UserError
 from kshot.templates import named_templates
 
 LABEL = torch.tensor([3, 0, 1])
+FORMS = [("clip", 2), ("clip", 1), ("clip_custom_all", 2), ("custom_text_eos", 2)]
 SENTENCES = ("a photo of a {}.", "{} in the rain", "a small drawing of the old {}, a kind of thing.")
 
 
@@ -57,9 +58,12 @@ def plain(given, name, images):
 
 
 class TestLoss:
-    @pytest.mark.parametrize("weights", [(25.0, 10.0, 1.0), (25.0, 0.0, 0.0), (0.0, 10.0, 0.0), (0.0, 0.0, 1000.0)])
     @pytest.mark.parametrize(
-        ("name", "depth"), [("clip", 2), ("clip", 1), ("clip_custom_all", 2), ("custom_text_eos", 2)]
+        ("name", "depth", "weights"),
+        [
+            *((name, depth, (25.0, 10.0, 1.0)) for name, depth in FORMS),
+            *(("clip", 2, weights) for weights in ((25.0, 0.0, 0.0), (0.0, 10.0, 0.0), (0.0, 0.0, 1000.0))),
+        ],
     )
     def test_is_that_of_the_formula(self, name, depth, weights):
         own = dict(zip(("text_weight", "image_weight", "logit_weight"), weights, strict=True))
@@ -127,8 +131,8 @@ class TestLoss:
 
 
 class TestFrozen:
-    @pytest.mark.parametrize("name", ["clip", "custom_text_eos"])
-    def test_text_is_the_mean_of_sixty_sentences_not_normalised_before(self, name):
+    def test_text_is_the_mean_of_sixty_sentences_not_normalised_before(self):
+        name = "clip"
         given = made(PromptSRC, name)
         sixty = [str(template("{}")) for template in OPENAI_IMAGENET_TEMPLATES[:60]]
         expected = frozen_text(name, sixty)

@@ -92,19 +92,20 @@ class TestTipAdapter:
 
 
 class TestSearch:
-    @pytest.mark.parametrize("at_once", [2**24, 100])
     @pytest.mark.parametrize("label", [(0, 1, 2, 3) * 2, (0, 0, 0, 2, 1, 0)])
-    def test_finds_what_trying_every_pair_finds(self, at_once, label, monkeypatch):
+    def test_finds_what_trying_every_pair_finds(self, label, monkeypatch):
         """With one chunk and with many; with classes of unequal size and one without images."""
-        monkeypatch.setattr(tip_adapter, "AT_ONCE", at_once)
-        given = TipAdapter(towers.backbone(), TASK, alpha_range=12.0, beta_range=9.0)
-        val = shots((0, 1, 2, 3) * 5, views=1, seed=2, spread=1.5)
-        given.fit(shots(label, spread=1.5), val)
-        found = float(given.beta), float(given.alpha)
+        val, found = shots((0, 1, 2, 3) * 5, views=1, seed=2, spread=1.5), []
+        for at_once in (2**24, 100):
+            monkeypatch.setattr(tip_adapter, "AT_ONCE", at_once)
+            given = TipAdapter(towers.backbone(), TASK, alpha_range=12.0, beta_range=9.0)
+            given.fit(shots(label, spread=1.5), val)
+            found.append((float(given.beta), float(given.alpha)))
         alphas = [0.1 + i * (12.0 - 0.1) / 20 for i in range(20)]
         betas = [0.1 + i * (9.0 - 0.1) / 200 for i in range(200)]
         expected, scores = found_by_trying(given, val, alphas, betas)
-        assert found == pytest.approx(expected, rel=1e-6)
+        for pair in found:
+            assert pair == pytest.approx(expected, rel=1e-6)
         assert len(set(scores.values())) > 3
         assert scores[expected] > min(scores.values())
 

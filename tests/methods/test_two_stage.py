@@ -231,15 +231,29 @@ class TestRefusals:
         assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("cut_at", [2, 4, 5])
-def test_a_resumed_run_ends_with_the_same_bits(cut_at, tmp_path, monkeypatch):
+def test_a_resumed_run_ends_with_the_same_bits(tmp_path, monkeypatch, few_scans):
     """Twelve steps, the seventh the last of the first stage: cut before it, in the epoch after it, and later."""
-    options = [*METHOD, "--trainer.max_epochs", "6", "--run.save_every", "0", "--data.batch_size", "8"]
+    options = [*METHOD, "--trainer.max_epochs", "6", "--run.save_every", "0", "--data.batch_size", "3", *few_scans]
     whole = fit(tmp_path / "whole", *options, *UNTESTED)
-    cut = cut_fit(monkeypatch, cut_at, tmp_path / "cut", *options, *UNTESTED)
-    saved = torch.load(cut / "checkpoints" / "last.ckpt", weights_only=True)
-    assert len(saved["state_dict"]["classifier.head"]) == (0 if cut_at == 2 else 10)
-    main([*FIT, *QUICK, *options, *UNTESTED, "--ckpt_path", str(cut / "checkpoints" / "last.ckpt")])
+    cut = cut_fit(monkeypatch, 2, tmp_path / "cut", *options, *UNTESTED)
+    last, start = cut / "checkpoints" / "last.ckpt", FewShotModule.on_train_epoch_start
+    resume = [*FIT, *QUICK, *options, *UNTESTED, "--ckpt_path", str(last)]
+    for cut_at, rows in ((4, 0), (5, 3), (None, 3)):
+        saved = torch.load(last, weights_only=True)
+        assert saved["epoch"] + 1 == {4: 2, 5: 4, None: 5}[cut_at], "cut where it was told to be"
+        assert len(saved["state_dict"]["classifier.head"]) == rows
+
+        def power_cut(module, cut_at=cut_at):
+            if module.current_epoch == cut_at:
+                raise RuntimeError("power cut")
+            start(module)
+
+        monkeypatch.setattr(FewShotModule, "on_train_epoch_start", power_cut)
+        if cut_at is None:
+            main(resume)
+        else:
+            with pytest.raises(RuntimeError, match="power cut"):
+                main(resume)
     a, b = (load_file(d / "tuned.safetensors") for d in (whole, cut))
     assert a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) for name in a)

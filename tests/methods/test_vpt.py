@@ -64,9 +64,16 @@ def refusal(*arguments, **settings) -> str:
     return str(error.value)
 
 
-@pytest.mark.parametrize("settings", [{"depth": 1}, {"depth": 2}, {"prompt_length": 1, "depth": None}])
-@pytest.mark.parametrize("name", [*OPEN_CLIP, "siglip", *TIMM, *POOLED])
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        *((name, {"depth": 2}) for name in (*OPEN_CLIP, "siglip", *TIMM, *POOLED)),
+        *((name, {"depth": 1}) for name in ("clip", "siglip", "vit", "clip_attentional", "vit_map")),
+        *((name, {"prompt_length": 1, "depth": None}) for name in ("clip", "vit")),
+    ],
+)
 def test_image_features_equal_the_library_with_tokens_put_in(name, settings, monkeypatch):
+    """Every layout before each block; in the first alone, and one token, for towers of either library."""
     monkeypatch.setattr(towers, "LAYOUTS", towers.LAYOUTS | POOLED)
     given = disturb(made(VPT, name, **settings))
     images = towers.images(given.backbone, 2).requires_grad_()
