@@ -52,16 +52,9 @@ IMAGES = {"train": 4, "val": 4, "test": 6}  # a class has
 CLASSES = ("ant", "boat", "clock")
 
 
-@pytest.fixture(scope="module")
-def tiny_clip():
-    return towers.build("clip")
-
-
 @pytest.fixture
-def backbone(tiny_clip):
-    """A tiny CLIP, with nothing attached when the test begins, nor when the next one does."""
-    yield tiny_clip
-    tiny_clip.detach()
+def backbone(tiny):
+    return tiny
 
 
 @pytest.fixture(scope="module")
