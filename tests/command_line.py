@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import towers
 from PIL import Image
 
 from kshot.cli import main
@@ -27,6 +28,11 @@ UNTESTED = ["--run.test", "false"]
 TWO = ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp", *QUICK]
 TWO[TWO.index("--trainer.enable_progress_bar") + 1] = "true"  # a bar on the first device alone asks for means
 FIT = ["fit", "--config", "clip_16shot.yaml"]
+
+
+def tiny_clip() -> list[str]:
+    """Options for a CLIP of two blocks each 32 wide, on which a short run takes half of the time."""
+    return ["--model.backbone.model", str(towers.folder_of("clip"))]
 
 
 def fit(root: Path, *options: str) -> Path:

@@ -1,12 +1,8 @@
-"""A probe in one process, and in two; what each encoded, found, and met in a broken data set.
-
-``python tests/several_stores.py IMAGES FOLDER`` writes one0.pt, two0.pt and two1.pt into the folder.
-"""
+"""A probe in one process, and in two; what each encoded, found, and met in a broken data set."""
 
 from __future__ import annotations
 
 import os
-import sys
 import warnings
 from functools import partial
 from pathlib import Path
@@ -40,11 +36,11 @@ class Features(Callback):
         self.found = trainer.datamodule.part("train").features.clone()
 
 
-def main(folder: Path, out: str) -> None:
+def main(folder: Path, out: str, model: str) -> None:
     processes, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     options: dict[str, Any] = {"accelerator": "cpu", "devices": processes, "limit_val_batches": 0}
     options |= {"strategy": "ddp"} if processes > 1 else {}
-    backbone, watch = OpenClip("kshot:glyph_clip"), Features()
+    backbone, watch = OpenClip(model), Features()
 
     def run() -> dict[str, Any]:
         store = FeatureStore(backbone)
@@ -81,9 +77,9 @@ def main(folder: Path, out: str) -> None:
     torch.save((runs, mistake), f"{out}{rank}.pt")
 
 
-if __name__ == "__main__":
+def work(images: Path, folder: Path, model: str) -> None:
+    """Writes one0.pt, two0.pt and two1.pt into the folder, of a CLIP in a folder of its own."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    images, folder = map(Path, sys.argv[1:])
-    in_children(1, partial(main, images, str(folder / "one")), KSHOT_CACHE="")
-    in_children(2, partial(main, images, str(folder / "two")), KSHOT_CACHE=str(folder / "cache"))
+    in_children(1, partial(main, images, str(folder / "one"), model), KSHOT_CACHE="")
+    in_children(2, partial(main, images, str(folder / "two"), model), KSHOT_CACHE=str(folder / "cache"))

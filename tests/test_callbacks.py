@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+import towers
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 
@@ -20,6 +21,11 @@ from kshot.features import encoded
 from kshot.holding import merged
 from kshot.run import build, evaluate, fit, make_trainer
 from kshot.slots import projections_of
+
+
+@pytest.fixture
+def backbone(tiny):
+    return tiny
 
 
 @pytest.fixture
@@ -70,7 +76,7 @@ class Counting(Shared):
 
 @pytest.mark.parametrize(("accumulate", "steps"), [(1, 8), (2, 4), (3, 4)])
 def test_methods_hear_of_each_optimizer_step_counted_from_1(backbone, data, accumulate, steps):
-    module = build(backbone, data, adapter=LoRA(rank=1), targets=["image.5.q"])
+    module = build(backbone, data, adapter=LoRA(rank=1), targets=["image.1.q"])
     shared = Counting()
     backbone.shared.append(shared)
     fit(module, data, make_trainer(max_epochs=2, limit_val_batches=0, accumulate_grad_batches=accumulate))
@@ -126,7 +132,7 @@ class TestFeatures:
     )
     def test_features_are_kept_in_float32_or_what_is_wider(self, data, precision, dtype):
         watch = Watch(lambda trainer, *_: trainer.datamodule.part("train").features.dtype)
-        module = build(OpenClip("kshot:glyph_clip"), data, classifier=LinearProbe)
+        module = build(towers.backbone("clip"), data, classifier=LinearProbe)
         options = {"precision": precision, "limit_val_batches": 0, "callbacks": [watch]}
         fit(module, data, make_trainer(max_epochs=1, **options))
         assert set(watch.seen) == {dtype}
@@ -134,7 +140,7 @@ class TestFeatures:
     def test_text_that_nothing_trains_is_encoded_once_a_fit(self, backbone, data, monkeypatch):
         calls, encode = [], OpenClip.encode_part
         monkeypatch.setattr(OpenClip, "encode_part", lambda self, *a: calls.append(1) or encode(self, *a))
-        for targets, fewest, most in ((["image.5.q"], 1, 3), (["text.0.q"], 8, 12)):
+        for targets, fewest, most in ((["image.1.q"], 1, 3), (["text.0.q"], 8, 12)):
             module = build(backbone, data, adapter=LoRA(rank=1), targets=targets)
             calls.clear()
             fit(module, data, make_trainer(max_epochs=2, limit_val_batches=0))
@@ -142,7 +148,7 @@ class TestFeatures:
             module.detach()
 
     def test_starts_come_from_the_untouched_backbone(self, backbone, data):
-        module = build(backbone, data, classifier=TipAdapterF, adapter=LoRA(rank=1), targets=["image.5.*"])
+        module = build(backbone, data, classifier=TipAdapterF, adapter=LoRA(rank=1), targets=["image.1.*"])
         with torch.no_grad():
             for layer in backbone.layers().values():
                 layer.B.fill_(1.0)
@@ -284,7 +290,7 @@ def test_an_error_amid_training_gives_up_what_was_held(backbone, data, monkeypat
 def test_validation_merges_in_the_precision_of_the_run(backbone, data, monkeypatch):
     seen, hold = [], TextPrompt.hold
     monkeypatch.setattr(TextPrompt, "hold", lambda self: seen.append(torch.is_autocast_enabled("cpu")) or hold(self))
-    module = build(backbone, data, adapter=LoRA(rank=1), targets=["image.5.q"])
+    module = build(backbone, data, adapter=LoRA(rank=1), targets=["image.1.q"])
     fit(module, data, make_trainer(max_epochs=1, precision="bf16-mixed"))
     module.detach()
     assert seen == [True]

@@ -62,7 +62,7 @@ REFUSALS = {
     "--ckpt_path best": "There is no checkpoint best",
     "--ckpt_path nope.ckpt": "There is no checkpoint nope.ckpt",
     "--config clip_16shoot": "Did you mean 'clip_16shot.yaml'?",
-    "--config methods/linear_probe.yaml --model.adapter LoRA --model.targets [text.2.o]": "no gradient",
+    "--config methods/linear_probe.yaml --model.adapter LoRA --model.targets [text.2.o] --data.shots 1": "no gradient",
     "--config methods/coop.yaml --model.classifier.init_words photo": "give one of the two",
     "--config methods/coop.yaml --model.classifier.context_length 60": "the class 'zero' has 1 tokens, and with 60",
     "--config methods/coop.yaml --model.classifier.class_specific true --data.protocol base-to-new": "class-specific",

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 import tiny_sets
-from command_line import refused
+from command_line import refused, tiny_clip
 from test_data_command import checked, told
 from test_data_downloads import server  # noqa: F401  a fixture
 
@@ -35,6 +35,11 @@ def splits(tmp_path_factory) -> Path:
         if (file := CATALOGUE[name].split) and not CATALOGUE[name].split_from:
             (folder / file).write_bytes(gzip.compress(split_bytes(tiny_sets.tiny_split(name)[0])))
     return folder
+
+
+@pytest.fixture
+def backbone(tiny):
+    return tiny
 
 
 @pytest.fixture(autouse=True)
@@ -162,7 +167,7 @@ def test_all_domains_of_imagenet_at_once(tmp_path, monkeypatch):
         write(tmp_path / "data", tiny_sets.file_set(name, CATALOGUE[name].layouts[0])[0])
     words = ["--data.dataset", "imagenet", "--data.protocol", "domain-generalisation", "--data.shots", "2"]
     words += ["--data.targets", "[imagenetv2, imagenet_sketch, imagenet_a, imagenet_r]", "--trainer.max_steps", "2"]
-    main(["fit", "--config", "clip_16shot.yaml", *words, "--trainer.enable_progress_bar", "false"])
+    main(["fit", "--config", "clip_16shot.yaml", *tiny_clip(), *words, "--trainer.enable_progress_bar", "false"])
     (result,) = Path("runs").glob("*/*/result.json")
     sizes = {"imagenet": 10, "imagenetv2": 50, "imagenet_sketch": 50, "imagenet_a": 20, "imagenet_r": 20}
     assert json.loads(result.read_text())["test_images"] == sizes

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_sets
 from command_line import refused
 from data_fixtures import split_file
 from hypothesis import given, settings
@@ -25,7 +26,7 @@ from kshot.cli import main
 from kshot.data import checking
 from kshot.data.catalogue import CATALOGUE, load_split
 from kshot.data.checking import Seen, alike_groups, divide
-from kshot.data.splits import PARTS, Row, Split, check_distinct
+from kshot.data.splits import PARTS, Row, Split, check_distinct, split_bytes
 from kshot.data_command import names_apart
 from kshot.errors import UserError
 
@@ -465,13 +466,16 @@ class TestImport:
         assert "nothing is overwritten" in refused(capsys, ["data", "import", str(file), "--root", str(tmp_path)])
         assert (tmp_path / "photos" / "s.json").read_text() == "mine"
 
-    def test_a_file_that_comes_with_kshot_needs_no_import(self, capsys, tmp_path):
-        split = load_split("dtd")[0]
-        for row in (*split.train, *split.val, *split.test):
+    def test_a_file_that_comes_with_kshot_needs_no_import(self, capsys, tmp_path, monkeypatch):
+        """Its first images alone, as if no more of it came."""
+        parts, _ = tiny_sets.tiny_split("dtd")
+        for row in [row for rows in parts.values() for row in rows]:
             file = tmp_path / "dtd" / "images" / row.path
             file.parent.mkdir(parents=True, exist_ok=True)
             file.touch()
-        file = Path(__file__).parents[1] / "data_splits" / "split_zhou_DescribableTextures.json.gz"
+        file = tmp_path / CATALOGUE["dtd"].split
+        file.write_bytes(gzip.compress(split_bytes(parts)))
+        monkeypatch.setattr("kshot.data.entries.packaged_folder", lambda _: tmp_path)
         assert told(capsys, "import", file, "--root", tmp_path)["dataset"] == "dtd"
         assert not list((tmp_path / "dtd" / "images").glob("*.json"))
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from data_fixtures import rows_of, split_of
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kshot.data.catalogue import load_split
@@ -29,6 +29,7 @@ def per_class(rows):
 
 
 @every_sampler
+@settings(max_examples=40)
 @given(train=COUNTS, val=COUNTS, shots=SHOTS, seed=SEEDS, shuffle=st.randoms(use_true_random=False))
 def test_as_many_as_asked_for_of_every_class(sampler, train, val, shots, seed, shuffle):
     rows, val_rows = rows_of(train), rows_of(val, "val")
@@ -45,6 +46,7 @@ def test_as_many_as_asked_for_of_every_class(sampler, train, val, shots, seed, s
 
 
 @every_sampler
+@settings(max_examples=40)
 @given(train=COUNTS, shots=SHOTS, seed=SEEDS, noise=SEEDS)
 def test_global_random_state_neither_matters_nor_changes(sampler, train, shots, seed, noise):
     rows = rows_of(train)

@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import towers
 from messy import scans
 
 from kshot.cli import main
@@ -17,6 +18,7 @@ from kshot.data.catalogue import load_split
 
 ROOT = Path(__file__).parents[1]
 SOME = ["--data.eval_batch_size", "16", "--trainer.limit_test_batches", "1"]  # of the test images
+SOME += ["--run.calibrate", "false", "--data.views", "1"]
 
 
 @pytest.fixture
@@ -68,6 +70,9 @@ def test_the_tour_names_what_exists():
 
 def test_the_program_of_the_tour_runs(capsys):
     (program,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "tour.md").read_text(), re.DOTALL)
+    trainer = "make_trainer(max_epochs=1"
+    assert trainer in program
+    program = program.replace(trainer, f"{trainer}, limit_test_batches=1")  # a hundred of the scans
     exec(compile(program, "tour.md", "exec"), {})
     lines = capsys.readouterr().out.strip().splitlines()
     assert [line.rsplit(" ", 1)[0] for line in lines] == ["CoOp", "TextPrompt + LoRA"]
@@ -84,6 +89,9 @@ def test_a_notebook_runs(file, tmp_path, monkeypatch):
     assert cells
     assert not [cell for cell in cells if cell["outputs"]]
     values: dict = {}
+    whole, some = "shots=4)", 'shots=4, options={"data.views": 1, "trainer.limit_test_batches": 1})'
+    cells[0]["source"] = ["".join(cells[0]["source"]).replace(whole, some)]
+    assert some in cells[0]["source"][0]
     for number, cell in enumerate(cells):
         exec(compile("".join(cell["source"]), f"{file.name}, cell {number}", "exec"), values)
     assert values["again"].predict(values["scans"])[0].label == "zero"
@@ -94,14 +102,16 @@ def test_there_is_a_notebook():
 
 
 def test_the_readme_goes_from_a_fit_to_a_table(tmp_path, monkeypatch):
-    """The lines of README.md alone, on a folder as it describes one."""
+    """The lines of README.md alone, on a folder as it describes one, and a tiny CLIP."""
     monkeypatch.chdir(tmp_path)
     scans(tmp_path / "messy")
     with suppress(SystemExit):
         main(["data", "split", "messy", "--out", "messy/split.json"])
     program, elsewhere = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    options = {"model.backbone.model": str(towers.folder_of("clip")), "data.views": 1}
+    run = f'["clip_16shot.yaml", "methods/gda.yaml"], data="messy/split.json", options={options}'
     given = {
-        '"clip_16shot.yaml", data="photos/"': '["clip_16shot.yaml", "methods/gda.yaml"], data="messy/split.json"',
+        '"clip_16shot.yaml", data="photos/"': run,
         '["a.jpg", "new/"]': '"messy/001.three"',
     }
     for lines, quick in given.items():
@@ -169,7 +179,7 @@ def test_the_readme_shows_the_accuracy_on_the_divided_folder(folder_of_the_readm
 def test_a_run_on_the_messy_folder_warns_of_copies_once(folder_of_the_readme, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(folder_of_the_readme)
     words = ["fit", "--config", "clip_16shot.yaml", "--data.dataset", "photos", "--config", "methods/class_mean.yaml"]
-    words += ["--data.views", "1", "--data.shots", "4", "--data.skip_unreadable", "true", "--run.root", str(tmp_path)]
+    words += ["--data.shots", "4", "--data.skip_unreadable", "true", "--run.root", str(tmp_path)]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         main([*words, *SOME])

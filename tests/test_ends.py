@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import QUICK, fit, predict, refused
+from command_line import QUICK, fit, predict, refused, tiny_clip
 from data_fixtures import parted_folder
 from PIL import Image
 from safetensors.torch import load_file
@@ -28,7 +28,7 @@ LONG = ["--trainer.max_epochs", "5", "--run.save_every", "0"]
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
     """A run of five epochs that nothing interrupts."""
-    return fit(tmp_path_factory.mktemp("whole"), *LONG)
+    return fit(tmp_path_factory.mktemp("whole"), *LONG, *tiny_clip())
 
 
 def cut(monkeypatch, root: Path, what, epoch: int = 3, *options: str) -> BaseException:
@@ -43,7 +43,7 @@ def cut(monkeypatch, root: Path, what, epoch: int = 3, *options: str) -> BaseExc
     with monkeypatch.context() as patch:
         patch.setattr(FewShotModule, "on_train_epoch_start", at_start)
         with pytest.raises((SystemExit, ZeroDivisionError)) as end:
-            fit(root, *LONG, *options)
+            fit(root, *LONG, *tiny_clip(), *options)
     return end.value
 
 
@@ -89,6 +89,7 @@ def test_a_signal_ends_with_its_code_and_the_command_that_goes_on(
 def test_a_run_that_ended_while_it_was_tested_needs_no_step_more(method, tmp_path, monkeypatch):
     """What follows the last step is done by who resumes: the mean over epochs is taken, what is left is chosen."""
     options = [*LONG, "--config", f"methods/{method}.yaml", "--trainer.max_epochs", "2", "--data.shots", "4"]
+    options += tiny_clip()
     whole = fit(tmp_path / "whole", *options)
     with monkeypatch.context() as patch:
         patch.setattr(FewShotModule, "test_step", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
@@ -116,7 +117,7 @@ def test_a_fault_of_ours_leaves_its_traceback_and_where_to_report_it(whole, tmp_
     (directory,) = tmp_path.glob("*/*")
     assert end.__notes__ == [f"Go on with: python main.py fit --resume {directory}", FAULT]
     monkeypatch.chdir(tmp_path)
-    main(["fit", "--config", "clip_16shot.yaml", *QUICK, *LONG, "--run.root", str(tmp_path / "elsewhere"),
+    main(["fit", "--config", "clip_16shot.yaml", *QUICK, *LONG, *tiny_clip(), "--run.root", str(tmp_path / "elsewhere"),
           "--ckpt_path", str(directory / "checkpoints" / "last.ckpt")])  # fmt: skip
     assert not (tmp_path / "elsewhere").exists()
     same_end(whole, directory)
@@ -244,8 +245,8 @@ def test_a_test_that_is_cut_short_says_so(whole, tmp_path, capsys):
 def test_unreadable_images_are_left_out_with_a_word(tmp_path, capsys):
     folder = parted_folder(tmp_path / "pets", {"cat": 3, "dog": 3})
     sorted((folder / "test" / "dog").iterdir())[0].write_bytes(b"no image")
-    main(["fit", "--config", "clip_16shot.yaml", *QUICK, "--data.dataset", str(folder), "--data.skip_unreadable",
-          "true", "--run.root", str(tmp_path / "runs")])  # fmt: skip
+    main(["fit", "--config", "clip_16shot.yaml", *QUICK, *tiny_clip(), "--data.dataset", str(folder),
+          "--data.skip_unreadable", "true", "--run.root", str(tmp_path / "runs")])  # fmt: skip
     (directory,) = (tmp_path / "runs").glob("*/*")
     assert json.loads((directory / "result.json").read_text())["left_out"] == {"test": 1}
     assert "1 unreadable images of test" in capsys.readouterr().out
@@ -262,6 +263,7 @@ def measured(directory: Path, root: Path, *options: str) -> dict:
 def test_what_is_reported_is_what_the_file_gives(tmp_path):
     """Averaged over epochs and rounded to four bits, both."""
     options = ["--config", "methods/promptsrc.yaml", "--config", "methods/nola.yaml", "--model.adapter.save_bits", "4"]
+    options += tiny_clip()
     directory = fit(tmp_path / "fit", *options, "--model.classifier.average_mean", "1")
     result = json.loads((directory / "result.json").read_text())
     assert measured(directory, tmp_path / "test")["test_sets"] == result["test_sets"]
@@ -277,7 +279,8 @@ def test_what_is_reported_is_what_the_file_gives(tmp_path):
     ],
 )
 def test_a_classifier_of_other_settings_is_not_the_one_trained(method, setting, there, here, tmp_path, capsys):
-    directory = fit(tmp_path / "fit", "--config", f"methods/{method}.yaml", "--data.shots", "4", "--run.test", "false")
+    options = ["--config", f"methods/{method}.yaml", "--data.shots", "4", "--run.test", "false", *tiny_clip()]
+    directory = fit(tmp_path / "fit", *options)
     files = ["--config", str(directory / "config.yaml"), "--ckpt_path", str(directory / "tuned.safetensors")]
     option = f"--model.classifier.{setting}"
     line = refused(capsys, ["test", *files, option, here, "--run.root", str(tmp_path / "none")])

@@ -4,10 +4,9 @@ import json
 import re
 
 import pytest
-from command_line import fit
+from command_line import fit, tiny_clip
 from lightning.pytorch.callbacks import Callback
 
-from kshot.backbones import OpenClip
 from kshot.classifiers import LinearProbe
 from kshot.data.datamodule import FewShotDataModule
 from kshot.module import FewShotModule
@@ -32,7 +31,7 @@ def test_the_command_line_follows_it_tells_it_and_records_it(tmp_path, capsys, m
         return configure(self)
 
     monkeypatch.setattr(FewShotModule, "configure_optimizers", configured)
-    result = json.loads((fit(tmp_path, *OPEN) / "result.json").read_text())
+    result = json.loads((fit(tmp_path, *OPEN, *tiny_clip()) / "result.json").read_text())
     assert result["steps"] == 90
     assert planned == [90], "what plans by steps"
     (note,) = [note for note in result["notes"] if "length" in note]
@@ -47,25 +46,23 @@ def test_the_command_line_follows_it_tells_it_and_records_it(tmp_path, capsys, m
         (["--trainer.max_steps", "5"], 5),
         (["--trainer.max_epochs", "3", "--trainer.max_steps", "5"], 3),
         (["--trainer.fast_dev_run", "2"], None),
-        (["--data.batch_size", "4"], 200),  # 90 √5 in epochs of 5
-        (
-            ["--data.batch_size", "8", "--trainer.accumulate_grad_batches", "2"],
-            90,
-        ),  # two batches a step
+        (["--data.batch_size", "3"], 128),  # 90 √2 in epochs of 2, of six images
+        (["--data.batch_size", "3", "--trainer.accumulate_grad_batches", "2"], 90),  # two batches a step
     ],
 )
-def test_what_is_given_counts(options, steps, tmp_path, capsys):
+def test_what_is_given_counts(options, steps, tmp_path, capsys, few_scans):
+    words = [*OPEN, *few_scans, *tiny_clip(), *options]
     if steps:
-        result = json.loads((fit(tmp_path, *OPEN, *options) / "result.json").read_text())
+        result = json.loads((fit(tmp_path, *words) / "result.json").read_text())
         assert result["steps"] == steps
     else:
         with pytest.raises(ValueError, match="not enough values"):
-            fit(tmp_path, *OPEN, *options)
+            fit(tmp_path, *words)
     told = re.search(r"No length is given", capsys.readouterr().err)
-    assert bool(told) == (steps in (90, 200))
+    assert bool(told) == (steps in (90, 128))
 
 
-def test_a_script_may_ask_for_it():
+def test_a_script_may_ask_for_it(tiny):
     data, ended = FewShotDataModule("digits", shots=1, batch_size=4), []
 
     class Ends(Callback):
@@ -74,6 +71,6 @@ def test_a_script_may_ask_for_it():
 
     trainer = make_trainer(limit_val_batches=0, callbacks=[Ends()])
     assert "10 images are trained on for 128 steps (64 epochs)" in set_length(trainer, data)
-    module = build(OpenClip("kshot:glyph_clip"), data, classifier=LinearProbe)
+    module = build(tiny, data, classifier=LinearProbe)
     train(module, data, trainer)
     assert ended == [(64, 128)]

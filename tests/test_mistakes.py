@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_cli import FIT, TINY_VIT, refused
+from command_line import FIT, TINY_VIT, refused, tiny_clip
 
 from kshot.cli import main
 from kshot.config import read_command_line
@@ -434,12 +434,12 @@ def test_an_adapter_at_the_rate_of_a_method_without_one_is_told():
 def test_torchs_schedules_run_from_the_command_line(schedule, tmp_path):
     needed = {"StepLR": ["step_size", "5"], "OneCycleLR": ["max_lr", "1e-2"], "ExponentialLR": ["gamma", "0.9"]}
     options = [part if i % 2 else f"--model.schedule.{part}" for i, part in enumerate(needed.get(schedule, []))]
-    main(["fit", *BASE, "--model.schedule", schedule, *options, "--run.root", str(tmp_path)])
+    main(["fit", *BASE, *tiny_clip(), "--model.schedule", schedule, *options, "--run.root", str(tmp_path)])
     assert len(list(tmp_path.glob("*/*/tuned.safetensors"))) == 1
 
 
 def test_a_template_with_signs_that_mean_something_elsewhere_is_a_template(tmp_path):
-    main(["fit", *BASE, "--data.template", "100%s {}", "--run.root", str(tmp_path)])
+    main(["fit", *BASE, *tiny_clip(), "--data.template", "100%s {}", "--run.root", str(tmp_path)])
     assert len(list(tmp_path.glob("*/*/tuned.safetensors"))) == 1
 
 

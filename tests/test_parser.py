@@ -267,7 +267,8 @@ def test_a_file_at_hand_or_beside_the_program_shadows_nothing(tmp_path):
     for name in SHADOWS:
         (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / MARK)!r}, 'w')\n")
     command = [sys.executable, "main.py", *FIT, "--trainer.max_epochs", "1", "--data.shots", "1"]
-    command += ["--data.eval_batch_size", "16", "--trainer.limit_test_batches", "1"]
+    command += ["--data.views", "1", "--run.calibrate", "false", *["--data.eval_batch_size", "16"]]
+    command += ["--trainer.limit_test_batches", "1"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / MARK).exists()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import QUICK, fit, refused
+from command_line import QUICK, fit, refused, tiny_clip
 from data_fixtures import digit_folder
 from PIL import Image
 from safetensors.torch import load_file
@@ -69,20 +69,21 @@ def test_a_half_of_one_class(words, tmp_path):
     """Of three classes the new one is alone, and of two each."""
     folder = digit_folder(tmp_path / "scans", words, train=2, val=2, test=3)
     options = ["--config", "methods/coop.yaml", "--data.dataset", str(folder), "--trainer.check_val_every_n_epoch", "1"]
+    options += tiny_clip()
     result = result_of(fit(tmp_path / "runs", *options, *B2N))
     assert result["test_sets"]["new"]["acc"] == 1.0
 
 
 def test_the_shots_and_the_manifest_are_those_of_the_whole_run(tmp_path):
-    half, whole = fit(tmp_path / "half", *B2N), fit(tmp_path / "whole")
+    half, whole = fit(tmp_path / "half", *tiny_clip(), *B2N), fit(tmp_path / "whole", *tiny_clip())
     assert (half / "split.json").read_bytes() == (whole / "split.json").read_bytes()
     assert result_of(half)["split"]["digest"] == result_of(whole)["split"]["digest"]
 
 
 def test_new_classes_do_not_touch_training(tmp_path):
     """Testing on new classes leaves the trained tensors as they were, and serves the base again afterwards."""
-    directory = fit(tmp_path, "--config", "methods/coop.yaml", *B2N)
-    alone = fit(tmp_path, "--config", "methods/coop.yaml", *B2N, "--run.test", "false")
+    coop = ["--config", "methods/coop.yaml", *tiny_clip(), *B2N]
+    directory, alone = fit(tmp_path, *coop), fit(tmp_path, *coop, "--run.test", "false")
     first, second = (load_file(d / "tuned.safetensors") for d in (directory, alone))
     assert all(torch.equal(first[name], second[name]) for name in first)
     main(["test", "--config", str(directory / "config.yaml"), "--ckpt_path", str(directory / "tuned.safetensors"),
@@ -104,7 +105,7 @@ def test_cross_dataset_and_domains(tmp_path):
         pictures(tmp_path / "few", {"Seven": 0, "three": 200}),
     ]
     listed = json.dumps([str(t) for t in targets])
-    cross = fit(tmp_path / "runs", "--data.protocol", "cross-dataset", "--data.targets", listed)
+    cross = fit(tmp_path / "runs", *tiny_clip(), "--data.protocol", "cross-dataset", "--data.targets", listed)
     result = result_of(cross)
     assert list(result["test_sets"]) == ["digits", "shades", "few"]
     means = [result["test_sets"][name]["acc"] for name in ("shades", "few")]
@@ -147,7 +148,7 @@ def test_a_mistake_gets_one_line(options, expected, capsys, tmp_path, monkeypatc
 def test_choosing_needs_validation_images(method, capsys, tmp_path):
     folder = pictures(tmp_path / "shades", {"black": 0, "white": 220})  # parts, but no val
     arguments = ["fit", "--config", "clip_16shot.yaml", "--config", f"methods/{method}.yaml", *QUICK]
-    arguments += ["--data.dataset", str(folder), "--run.root", str(tmp_path / "runs")]
+    arguments += ["--data.dataset", str(folder), "--run.root", str(tmp_path / "runs"), *tiny_clip()]
     line = refused(capsys, arguments)
     assert "chooses hyper-parameters on validation images, and shades has none" in line
     assert not (tmp_path / "runs").exists()
@@ -169,6 +170,7 @@ def test_choosing_needs_validation_images(method, capsys, tmp_path):
 )
 def test_what_was_chosen_by_is_in_the_result(sampler, shots, selection, val, tmp_path):
     options = ["--config", "methods/tip_adapter.yaml", "--data.sampler", sampler, "--data.shots", shots]
+    options += tiny_clip()
     result = result_of(fit(tmp_path, *options))
     assert result["selection"] == selection
     assert result["split"]["sampler"] == sampler

@@ -1,11 +1,10 @@
 """Runs that read what earlier ones encoded or decoded: the same figures, and no image opened for them."""
 
-import inspect
 import json
 import logging
 import os
 import re
-import sys
+import shutil
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -13,16 +12,31 @@ from pathlib import Path
 import lightning.pytorch as pl
 import many_runs
 import pytest
+import several_stores
 import torch
+import towers
 from data_fixtures import parted_folder, save_image
-from processes import finished
-from test_several_devices import ALONE
+from studies import apart, ended
 
 import kshot.classifiers
 import kshot.data.digests
 from kshot.adapters import AdaLoRA, FullTuning, LoRA
 from kshot.backbones import OpenClip
-from kshot.classifiers import Classifier, CoOp, LinearProbe, LogisticProbe, NearestClassMean, TextPrompt
+from kshot.classifiers import (
+    GDA,
+    VPT,
+    Classifier,
+    CLIPAdapter,
+    CoOp,
+    LinearProbe,
+    LogisticProbe,
+    MaPLe,
+    NearestClassMean,
+    ProLIP,
+    PromptSRC,
+    TextPrompt,
+    TipAdapterF,
+)
 from kshot.data import CropFlip, FewShotDataModule
 from kshot.data.images import FileImages
 from kshot.errors import UserError
@@ -30,24 +44,48 @@ from kshot.features import FeatureStore, store_of
 from kshot.run import build, evaluate, fit, make_trainer
 from kshot.store import contents, root_folder
 
-HEADS = [head for head in many_runs.exported(kshot.classifiers, Classifier) if not inspect.isabstract(head)]
+HEADS = many_runs.exported(kshot.classifiers, Classifier)
+# one for each set of what a classifier may need of the images (shots, val, features before the projection) with steps
+# and without, and all that train in the image tower
+KINDS = [TextPrompt, GDA, LogisticProbe, CoOp, LinearProbe, ProLIP, CLIPAdapter, TipAdapterF, PromptSRC, MaPLe, VPT]
 IMAGES = {"train": 4, "val": 4, "test": 6}  # a class has
 CLASSES = ("ant", "boat", "clock")
 
 
 @pytest.fixture
-def root(tmp_path, monkeypatch):
-    """Photos in folders, and an empty store."""
-    monkeypatch.setenv("KSHOT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(logging.getLogger("kshot"), "level", logging.INFO)
-    seed = 0
+def backbone(tiny):
+    return tiny
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    """Photos in folders, which no test changes."""
+    root, seed = tmp_path_factory.mktemp("images") / "photos", 0
     for part, count in IMAGES.items():
         for name in CLASSES:
             for i in range(count):
-                save_image(tmp_path / "photos" / part / name / f"{i:02}.bmp", seed := seed + 1)
-    for folder in (tmp_path / "photos", *(tmp_path / "photos").rglob("*/")):
+                save_image(root / part / name / f"{i:02}.bmp", seed := seed + 1)
+    for folder in (root, *root.rglob("*/")):
         os.utime(folder, (1e9, 1e9))  # what has just changed is listed again
-    return tmp_path / "photos"
+    return root
+
+
+@pytest.fixture
+def root(photos, tmp_path, monkeypatch) -> Path:
+    """A copy of them that a test may change, and an empty store."""
+    monkeypatch.setenv("KSHOT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(logging.getLogger("kshot"), "level", logging.INFO)
+    return shutil.copytree(photos, tmp_path / "photos")
+
+
+@pytest.fixture(scope="module")
+def filled(photos, tiny_clip, tmp_path_factory) -> Path:
+    """A cache with the features of all of them, which no test changes."""
+    cache = tmp_path_factory.mktemp("filled")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KSHOT_CACHE", str(cache))
+        figures(tiny_clip, photos, classifier=LogisticProbe)
+    return cache
 
 
 @pytest.fixture
@@ -104,23 +142,40 @@ def same(one, two):
     assert all(torch.equal(tensor, two["state"][name]) for name, tensor in one["state"].items())
 
 
-@pytest.mark.parametrize("head", HEADS, ids=lambda head: head.__name__)
-def test_a_second_run_opens_no_image_where_nothing_trains_in_the_image_tower(head, backbone, root, seen):
+def settings_of(head, backbone, root):
+    """Settings of a run with a classifier, whether its image tower is frozen, and how many images it needs."""
     settings = {"classifier": partial(head, **many_runs.HEAD_SETTINGS.get(head.__name__, {}))}
     probe = build(backbone, data_of(root), **settings)
-    frozen, needs = probe.has_frozen_images, probe.classifier.needs
+    needs = probe.classifier.needs
     probe.detach()
+    judged = "val" in needs or ("shots" in needs and not probe.takes_steps)  # a start of what trains judges nothing
+    images = 18 + 9 * (probe.takes_steps or "shots" in needs) + 9 * judged
+    return settings | {"data": {"batch_size": 9}}, probe.has_frozen_images, images
+
+
+@pytest.mark.parametrize("head", KINDS, ids=lambda head: head.__name__)
+def test_a_second_run_opens_no_image_where_nothing_trains_in_the_image_tower(head, backbone, root, seen):
+    settings, frozen, images = settings_of(head, backbone, root)
     first, before, _ = figures(backbone, root, seen, **settings)
     second, after, _ = figures(backbone, root, seen, **settings)
     same(first, second)
-    judged = "val" in needs or ("shots" in needs and not probe.takes_steps)  # a start of what trains judges nothing
-    images = 18 + 9 * (probe.takes_steps or "shots" in needs) + 9 * judged
     if frozen:
         assert before == (images, images), "each once"
         assert after == (0, 0)
     else:
         assert after[0] >= 18 + 9, "prompts in the image tower need the images"
         assert after[1] < before[1], "but not the untouched tower"
+
+
+@pytest.mark.parametrize("head", [head for head in HEADS if head not in KINDS], ids=lambda head: head.__name__)
+def test_every_other_classifier_reads_each_image_once(head, backbone, photos, filled, tmp_path, monkeypatch, seen):
+    """That it finds the same is what test_run.py asserts, of every method."""
+    monkeypatch.setenv("KSHOT_CACHE", str(shutil.copytree(filled, tmp_path / "cache")))
+    settings, frozen, images = settings_of(head, backbone, photos)
+    _, counts, store = figures(backbone, photos, seen, **settings)
+    assert frozen
+    assert counts == (0, 0)
+    assert (dict(store.encoded), sum(store.read.values())) == ({}, images)
 
 
 def test_a_run_that_reads_equals_one_without_a_store(backbone, root, seen):
@@ -184,9 +239,9 @@ class TestNothingStale:
         return figures(backbone, root, seen, classifier=NearestClassMean, data=data)[1]
 
     def test_other_weights(self, root, seen):
-        backbone = OpenClip("kshot:glyph_clip")
+        backbone = towers.backbone("clip")
         assert self.counts(backbone, root, seen) == (36, 36)
-        assert self.counts(OpenClip("kshot:glyph_clip"), root, seen) == (0, 0), "wherever they were loaded"
+        assert self.counts(towers.build("clip"), root, seen) == (0, 0), "wherever they were loaded"
         with torch.no_grad():
             next(p for name, p in backbone.named_tower_parameters() if name == "image.conv1.weight").data[
                 0, 0, 0, 0
@@ -194,20 +249,20 @@ class TestNothingStale:
         assert self.counts(backbone, root, seen) == (36, 36)
 
     def test_weights_of_the_text_tower_do_not_count(self, root, seen):
-        backbone = OpenClip("kshot:glyph_clip")
+        backbone = towers.backbone("clip")
         self.counts(backbone, root, seen)
         next(p for name, p in backbone.named_tower_parameters() if name.startswith("text.")).data.add_(1e-3)
         assert self.counts(backbone, root, seen) == (0, 0)
 
     def test_equal_weights_in_another_build(self):
-        plain, other = OpenClip("kshot:glyph_clip"), OpenClip("kshot:glyph_clip")
+        plain, other = towers.backbone("clip"), towers.build("clip")
         assert plain.image_sha256() == other.image_sha256()
         other.clip.visual.transformer.resblocks[0].ln_1.eps *= 2
         assert plain.image_sha256() != other.image_sha256()
-        last = OpenClip("kshot:glyph_clip", features="mean")
+        last = OpenClip(str(towers.folder_of("clip")), features="mean")
         assert last.weight_sha256 == plain.weight_sha256
         assert last.image_sha256() != plain.image_sha256()
-        mean = OpenClip("kshot:glyph_clip")
+        mean = towers.backbone("clip")
         mean.mean += 1e-3
         assert mean.image_sha256() != plain.image_sha256()
 
@@ -229,9 +284,9 @@ class TestNothingStale:
     @pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])
     def test_other_precisions(self, root, seen, precision):
         options = {"classifier": NearestClassMean}
-        figures(OpenClip("kshot:glyph_clip"), root, seen, **options)
+        figures(towers.backbone("clip"), root, seen, **options)
         for expected in ((36, 36), (0, 0)):
-            backbone = OpenClip("kshot:glyph_clip")
+            backbone = towers.backbone("clip")
             found = figures(backbone, root, seen, trainer={"precision": precision}, **options)
             assert found[1] == expected
 
@@ -381,7 +436,7 @@ class TestDecoded:
     """Decoded evaluation images, on request."""
 
     def counts(self, backbone, root, seen, **data):
-        settings = {"classifier": TextPrompt, "adapter": LoRA(rank=2), "targets": ["image.5.q"]}
+        settings = {"classifier": TextPrompt, "adapter": LoRA(rank=2), "targets": ["image.1.q"]}
         return figures(backbone, root, seen, **settings, data={"keep_decoded": True} | data)
 
     @pytest.mark.parametrize("workers", [0, 2])
@@ -458,8 +513,8 @@ def test_the_folder_is_listed_once(backbone, root, monkeypatch):
 
 
 def test_two_devices_share_what_is_to_be_encoded(root):
-    script = Path(__file__).with_name("several_stores.py")
-    finished([sys.executable, str(script), str(root), str(root.parent)], env=ALONE)
+    work = apart(several_stores.work, root, root.parent, str(towers.folder_of("clip")))
+    assert ended(work) == 0
     (alone, _), mistake = torch.load(root.parent / "one0.pt")
     found = [torch.load(root.parent / f"two{rank}.pt") for rank in range(2)]
     first, second = zip(*(runs for runs, _ in found), strict=True)
