@@ -40,7 +40,8 @@ def test_a_run_after_others_equals_one_in_a_fresh_process(method, runs):
 
 
 @pytest.mark.parametrize("where", ["disk", "memory"])
-def test_images_are_decoded_and_encoded_once_for_many_runs(backbone, data, monkeypatch, tmp_path, where):
+def test_images_are_decoded_and_encoded_once_for_many_runs(backbone, few_scans, monkeypatch, tmp_path, where):
+    data = FewShotDataModule(few_scans[1], shots=2)
     monkeypatch.setenv("KSHOT_CACHE", str(tmp_path) if where == "disk" else "")
     encoded, encode = [], OpenClip.encode_normalised
     monkeypatch.setattr(OpenClip, "encode_normalised", lambda self, x: encoded.append(len(x)) or encode(self, x))
@@ -51,7 +52,7 @@ def test_images_are_decoded_and_encoded_once_for_many_runs(backbone, data, monke
         evaluate(module, data, make_trainer(), store=store)
         module.detach()
     noise = 2 * 2  # the trial step of the two that take steps
-    assert sum(encoded) == 20 + 20 + 539 + noise  # shots, validation shots for class means, test scans
+    assert sum(encoded) == 6 + 6 + 18 + noise  # shots, validation shots for class means, test scans
 
 
 def test_a_store_belongs_to_one_backbone(backbone, data):
