@@ -9,13 +9,14 @@ that are there already are not run again. The tables are written between the mar
 """
 
 import argparse
+import io
 import json
 import statistics
-import subprocess
-import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 
+from few_shot import main as few_shot
 from few_shot import rows_of
 
 HERE = Path(__file__).parent
@@ -104,10 +105,10 @@ def main(given: Sequence[str] | None = None) -> None:
         parser.error("all cases but digits need --data and --weights")
     for case in options.cases:
         for method in [m for m in RUN_ON[case] if m in options.methods]:
-            command = [sys.executable, str(HERE / "few_shot.py"), "--config", CASES[case][1], "--methods", method]
-            command += ["--shots", "16", "--seeds", *options.seeds, "--out", str(options.out)]
-            command += ["--label", f"methods_{case}", "--", *arguments(case, method, options)]
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            words = ["--config", CASES[case][1], "--methods", method, "--shots", "16", "--seeds", *options.seeds]
+            words += ["--out", str(options.out), "--label", f"methods_{case}"]
+            with redirect_stdout(io.StringIO()):  # a table of its own
+                few_shot([*words, "--", *arguments(case, method, options)])
     lines = [line for case in CASES for line in table(case, rows_of(options.out))]
     before, rest = options.page.read_text(encoding="utf-8").split("<!-- table -->\n", 1)
     _, after = rest.split("<!-- end of table -->\n", 1)

@@ -7,12 +7,17 @@ although other work shares the cores. On a GPU the clock is the wall's.
 import csv
 import ctypes
 import gc
+import io
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
@@ -32,6 +37,19 @@ def machine() -> str:
         found = next((line.split(":")[-1].strip() for line in lines if line.startswith("model name")), "")
         name = f"{found or platform.machine()} ({os.cpu_count()} cores)"
     return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def printed_by(program: str, words: Sequence[str], in_process: bool = False) -> list[float]:
+    """The numbers in the last line that a program prints, in a process of its own, or in this one: not exact."""
+    if in_process:
+        with patch.object(sys, "argv", ["-c", *words]), redirect_stdout(io.TextIOWrapper(io.BytesIO())) as out:
+            exec(program, {})
+            out.seek(0)
+            said = out.read()
+    else:
+        command = [sys.executable, "-c", program, *words]
+        said = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    return [float(each) for each in said.splitlines()[-1].split()]
 
 
 def clip_of(model: str) -> torch.nn.Module:

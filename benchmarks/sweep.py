@@ -26,7 +26,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from side_by_side import RESULTS, machine, print_table, write_csv
+from side_by_side import RESULTS, machine, print_table, printed_by, write_csv
 
 from kshot.studies.plan import Planned, Planner
 from kshot.studies.store import read_plan, write_study
@@ -124,17 +124,17 @@ def schedule(folder: Path, count: int) -> dict[str, object]:
     return {"part": "scheduling", "runs": len(runs), "ms_a_run": round(1000 * seconds / len(runs), 2), "target": 20}
 
 
-def plan_many(folder: Path, count: int) -> dict[str, object]:
+def plan_many(folder: Path, options: argparse.Namespace) -> dict[str, object]:
     """A dry run of very many cells."""
+    count = options.cells
     methods = MANY[: max(1, min(len(MANY), count // 25))]
     axes = {"shots": [1, 2, 4, 8, 16], "data.batch_size": [8, 16, 32, 64, 128]}
     seeds = list(range(1, count // (25 * len(methods)) + 1))
     file = study(folder, "many", method=methods, **axes, seed=seeds)
-    command = [sys.executable, "-c", PLAN, "--config", str(file), "--dry-run"]
-    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
-    before, peak, cpu, wall = map(float, told.split())
+    words = ["--config", str(file), "--dry-run"]
+    before, peak, cpu, wall = printed_by(PLAN, words, options.in_process)
     return {
-        "part": "planner", "runs": 25 * len(methods) * len(seeds), "planning_s": round(wall, 1),
+        "part": "planner", "runs": 25 * len(methods) * len(seeds), "planning_s": round(wall, 2),
         "planning_cpu_s": round(cpu, 1), "libraries_mb": round(before), "peak_mb": round(peak),
         "target": "10 s, 1000 MB",
     }  # fmt: skip
@@ -157,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         folder = Path(place)
         parts = [partial(compare, folder, case, options) for case in CASES if "runs" in options.part]
         parts += [partial(schedule, folder, options.nothing)] * ("scheduling" in options.part)
-        parts += [partial(plan_many, folder, options.cells)] * ("planner" in options.part)
+        parts += [partial(plan_many, folder, options)] * ("planner" in options.part)
         for part in parts:
             rows.append(part())
             print_table(str(rows[-1]["part"]), rows[-1:])

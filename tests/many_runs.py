@@ -1,6 +1,8 @@
-"""Runs every method in a process of its own and, in one process, all after each other on one backbone; prints JSON.
+"""Runs all methods after each other on one backbone, once forwards and once backwards, and some alone; prints JSON.
 
-``python tests/many_runs.py``: {method: {"fresh": figures, "shared": figures}}, figures being digests and accuracies.
+``python tests/many_runs.py``: {method: {"shared": figures, "backwards": figures, "fresh": figures}}, figures being
+digests and accuracies. Of any two methods each is the first once, so that what one leaves to the other shows; what any
+run would leave shows in those that have a process of their own.
 Every process is forked from one that has imported what a run needs, built a backbone, and run nothing.
 """
 
@@ -50,6 +52,9 @@ HEAD_SETTINGS: dict[str, dict[str, Any]] = {
     "LPPlusPlus": {"iterations": 20},
     "PromptSRC": {"average_mean": 1.0, "average_std": 1.0, "templates": ["a photo of a {}.", "{}"]},
 }
+
+
+ALONE = ("LoRA", "AdaLoRA", "RandLoRA", "LinearProbe", "CoOp", "PromptSRC", "TipAdapterF", "GDA")  # one of each kind
 
 
 def exported(package: Any, kind: type) -> list[type]:
@@ -121,6 +126,11 @@ def all_in_one(backbone: Backbone, scans: Path) -> dict[str, Any]:
     return found
 
 
+def nothing_shared(backbone: Backbone, scans: Path, chosen: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Runs that decode and encode for themselves."""
+    return {name: figures(backbone, data_for(scans, store_gb=0), settings) for name, settings in chosen.items()}
+
+
 def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -130,11 +140,13 @@ def main() -> None:
         scans = digit_folder(Path(folder) / "scans", train=4, val=2, test=6)
         backbone = towers.build("clip")
         shared = in_child(lambda: all_in_one(backbone, scans))
-        fresh = {  # in which nothing is shared
-            name: in_child(lambda settings=settings: figures(backbone, data_for(scans, store_gb=0), settings))
-            for name, settings in cases().items()
-        }
-    json.dump({name: {"fresh": fresh[name], "shared": (shared or {}).get(name)} for name in fresh}, sys.stdout)
+        some = {name: settings for name, settings in cases().items() if name in ALONE}
+        backwards = in_child(partial(nothing_shared, backbone, scans, dict(reversed(cases().items()))))
+        fresh = {}
+        for name, settings in some.items():
+            fresh |= in_child(partial(nothing_shared, backbone, scans, {name: settings})) or {}
+    found = {"shared": shared, "backwards": backwards, "fresh": fresh}
+    json.dump({name: {how: (each or {}).get(name) for how, each in found.items()} for name in cases()}, sys.stdout)
 
 
 if __name__ == "__main__":

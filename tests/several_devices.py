@@ -14,7 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import open_clip  # noqa: F401  which each child would import, as the next two
+import sklearn.datasets  # noqa: F401
 import torch
+import torch._dynamo
 from processes import in_children
 
 from kshot.lean import load_lightning

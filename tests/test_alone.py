@@ -102,8 +102,11 @@ def predicted(run: Path, out: str, *options: str, weights: str = "tuned.safetens
     return Path(out).read_bytes()
 
 
-ADAPTED = [None, LoRA(rank=2), NOLA(bases=32, save_bits=8)]
 HEADS = many_runs.exported(classifiers, Classifier)
+ALIKE = ("CoCoOp", "DePT", "KgCoOp", "MaPLe", "PromptSRC", "TaskRes")  # with layers: as CoOp, VPT and LinearProbe
+CASES = [(head, None) for head in HEADS]
+CASES += [(head, LoRA(rank=2)) for head in HEADS if head.__name__ not in ALIKE]
+CASES += [(classifiers.TextPrompt, NOLA(bases=32, save_bits=8))]  # which packs what it saves
 
 
 def labels(module: FewShotModule, data: PredictionData, weights: Path | None = None) -> bytes:
@@ -116,8 +119,7 @@ def labels(module: FewShotModule, data: PredictionData, weights: Path | None = N
     return "\n".join(each).encode()
 
 
-@pytest.mark.parametrize("adapter", ADAPTED, ids=lambda adapter: type(adapter).__name__)
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize(("head", "adapter"), CASES, ids=lambda each: getattr(each, "__name__", type(each).__name__))
 def test_every_classifier_labels_the_same_when_all_but_its_file_is_gone(head, adapter, here):
     settings: dict = {"classifier": partial(head, **many_runs.HEAD_SETTINGS.get(head.__name__, {}))}
     if adapter is not None:
@@ -129,7 +131,7 @@ def test_every_classifier_labels_the_same_when_all_but_its_file_is_gone(head, ad
             build(backbone, data, **settings)
         return
     module = build(backbone, data, **settings)
-    fit(module, data, make_trainer(max_epochs=2, limit_val_batches=0))
+    fit(module, data, make_trainer(max_epochs=1, limit_val_batches=0))
     write_tensors(Path("tuned.safetensors"), packed(module), header_of(module))
     before = labels(module, data)
     assert b"Black cat" in before

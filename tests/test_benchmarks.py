@@ -140,11 +140,12 @@ def test_reliability(run, tmp_path):
 
 
 RUN = ["--", "--trainer.max_epochs", "1", "--data.eval_batch_size", "64"]
+SHORT = [*RUN, "--data.views", "1", "--trainer.limit_test_batches", "1", "--run.calibrate", "false"]
 
 
 def test_few_shot(run, tmp_path, capsys):
     given = ["--methods", "class_mean", "--shots", "1", "--seeds", "1", "--out", str(tmp_path / "few_shot.csv")]
-    rows = run("few_shot", "--one-method", *given, *RUN)["few_shot"]
+    rows = run("few_shot", "--one-method", *given, *SHORT)["few_shot"]
     assert len(rows) == 1
     assert positive(rows[0], "acc", "peak_memory_mb")
     assert run("few_shot", *given)["few_shot"] == rows  # the row is there: no process is started
@@ -155,7 +156,7 @@ def test_few_shot(run, tmp_path, capsys):
 def test_few_shot__by_processes_of_their_own(run, tmp_path, capsys):
     """As the table of the README is made."""
     given = ["--methods", "class_mean", "--shots", "1", "--seeds", "1", "2", "--out", str(tmp_path / "few_shot.csv")]
-    rows = run("few_shot", *given, *RUN, "--trainer.limit_test_batches", "1")["few_shot"]
+    rows = run("few_shot", *given, *SHORT)["few_shot"]
     assert [row["seed"] for row in rows] == ["1", "2"]
     assert re.search(r"\| class_mean \| \d\d\.\d ± \d+\.\d \| 0 \|", capsys.readouterr().out)
 
@@ -164,7 +165,7 @@ def test_base_to_new(run, tmp_path):
     page = tmp_path / "page.md"
     shutil.copy(FOLDER.parent / "docs" / "methods.md", page)
     given = ["--methods", "coop", "--seeds", "1", "--page", str(page), "--out", str(tmp_path / "base_to_new.csv")]
-    rows = run("base_to_new", "--one-method", *given, *RUN, "--data.shots", "1")["base_to_new"]
+    rows = run("base_to_new", "--one-method", *given, *SHORT, "--data.shots", "1")["base_to_new"]
     assert len(rows) == 1
     assert positive(rows[0], "base", "new", "zero_shot_new")
     run("base_to_new", *given)
@@ -176,7 +177,7 @@ def test_methods(run, tmp_path):
     page, out = tmp_path / "page.md", ["--out", str(tmp_path / "methods.csv")]
     shutil.copy(FOLDER.parent / "docs" / "methods.md", page)
     row = ["--methods", "class_mean", "--seeds", "1", *out]
-    run("few_shot", "--one-method", "--label", "methods_digits", "--shots", "16", *row)
+    run("few_shot", "--one-method", "--label", "methods_digits", "--shots", "16", *row, *SHORT)
     run("methods", "--cases", "digits", *row, "--page", str(page))
     assert "**digits**" in page.read_text().split("<!-- table -->")[1].split("<!-- end of table -->")[0]
 
@@ -264,7 +265,9 @@ LIBRARIES = [("open_clip", CLIP[1]), pytest.param("timm", "test_vit", marks=pyte
 def test_predict__beside_plain_loops(library, model, run, tmp_path):
     models = {"open_clip": [], "timm": []} | {library: [model]}
     given = ["--open-clip", *models["open_clip"], "--timm", *models["timm"], "--out", str(tmp_path / "predict.csv")]
-    rows = run("predict", *given, "--images", "8", "--batch", "4", "--rounds", "1", "--workers", "2")["predict"]
+    rows = run("predict", *given, "--images", "8", "--batch", "4", "--rounds", "1", "--workers", "1", "--in-process")[
+        "predict"
+    ]
     assert [row["library"] for row in rows] == [library]
     names = ("wall_kshot", "wall_plain", "wall_ratio", "core_ratio", "start", "start_core")
     assert all(positive(row, *names) for row in rows)

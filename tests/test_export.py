@@ -97,28 +97,41 @@ def test_every_method_is_an_adapter_of_peft_or_says_why_not(label, name, layout,
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("label", ["hydralora", "nola", "svft"])
-def test_a_program_holds_what_no_library_has(label, tmp_path):
-    run = run_of(adapter=case_of(label), targets=["image.1.[qo]"])
-    out = exported(run, "torch", tmp_path / "out")
-    assert not any("token_embedding" in name for name in torch.export.load(out / "model.pt2").state_dict)
+def has_text(program: torch.export.ExportedProgram) -> bool:
+    return any(part in name for name in program.state_dict for part in ("token_embedding", ".clip.transformer."))
 
 
-CLASSIFIERS = {"CoOp": CoOp, "CoCoOp": CoCoOp, "PromptSRC": PromptSRC, "LinearProbe": LinearProbe}
+@pytest.mark.parametrize(("label", "head"), [("nola", LinearProbe), ("svft", PromptSRC)])
+def test_a_program_holds_what_no_library_has(label, head, tmp_path):
+    """A matrix as head, and prompts in the image tower; HydraLoRA's and that of CoOp are read without kshot below."""
+    run = run_of(adapter=case_of(label), classifier=head, targets=["image.1.[qo]"])
+    assert not has_text(torch.export.load(exported(run, "torch", tmp_path / "out") / "model.pt2"))
+
+
+def test_a_program_has_the_text_tower_where_prompts_depend_on_the_image(tmp_path):
+    run = run_of("clip_one_block", classifier=CoCoOp)
+    assert has_text(torch.export.load(exported(run, "torch", tmp_path / "out") / "model.pt2"))
+    merged_head(run, tmp_path / "merged", None)
+
+
+def merged_head(run: OpenRun, folder: Path, kind: str | None) -> None:
+    """A head is a matrix beside the towers, or a program of its own."""
+    out, head = exported(run, "merged", folder), head_of(run)
+    assert (head and head.kind) == kind
+    assert (out / "head.pt2").exists() == (head is None)
+
+
+CLASSIFIERS = {"CoOp": CoOp, "PromptSRC": PromptSRC, "LinearProbe": LinearProbe}
 
 
 @pytest.mark.parametrize("name", CLASSIFIERS)
-def test_heads_go_with_the_towers_and_the_program(name, tmp_path):
+def test_heads_go_with_the_towers(name, tmp_path):
     run = run_of(classifier=CLASSIFIERS[name])
-    exported(run, "torch", tmp_path / "torch")
     if name == "PromptSRC":
         with pytest.raises(UserError, match=r"learned tokens into the image tower.*torch or onnx"):
             export(run, "merged", tmp_path / "merged")
         return
-    out = exported(run, "merged", tmp_path / "merged")
-    head = head_of(run)
-    assert (head and head.kind) == (None if name == "CoCoOp" else "cosine")
-    assert (out / "head.pt2").exists() == (head is None)
+    merged_head(run, tmp_path / "merged", "cosine")
 
 
 # ------------------------------------------------------------------------------------------------ layouts
@@ -306,7 +319,8 @@ def test_the_figures_of_the_output_test_are_what_they_say():
 # ------------------------------------------------------------------------------------------------ without kshot
 
 START = """
-import json, os, sys, traceback
+import gc, json, os, sys, traceback
+gc.disable()
 sys.modules["kshot"] = None
 import torch
 import torch.nn.functional as F
@@ -384,8 +398,11 @@ def alone(tmp_path_factory):
     """
     folder, runs, told = tmp_path_factory.mktemp("alone"), {}, {}
     for reader, form in FORMS.items():
-        given = (HydraLoRA(rank=2), ["image.1.q"]) if reader == "onnx" else (LoRA(rank=2), ["*.[qv]", "*.fc2"])
-        run = runs[reader] = run_of("vit_dinov2" if reader == "timm" else "clip", given[0], targets=given[1])
+        name = {"timm": "vit_dinov2", "onnx": "clip_one_block"}.get(reader, "clip")
+        run = run_of(name, LoRA(rank=2), targets=["*.[qv]", "*.fc2"])
+        if reader in ("torch", "onnx"):
+            run = run_of(name, HydraLoRA(rank=2), CoOp if reader == "torch" else None, ["image.*.q"])
+        runs[reader] = run
         exported(run, form, folder / reader, Wanted(layout="transformers" if reader == "transformers" else "native"))
         save_file({"images": probe_of(run, 8).images.float() / 255}, folder / f"{reader}.images")
         told[reader] = (run.module.backbone.name.removeprefix("local-dir:"), READERS[reader])
@@ -403,6 +420,12 @@ def test_a_process_without_kshot_predicts_the_same(reader, alone):
     assert not error.exists(), error.read_text()
     found, expected = load_file(folder / f"{reader}.logits")["logits"], answers_of(run, probe_of(run, 8).images)
     assert float((found - expected).abs().max() / expected.abs().max()) <= EXACT
+
+
+def test_a_program_says_what_it_is_and_has_no_text_tower(alone):
+    told = {"kshot.json": ""}
+    assert not has_text(torch.export.load(alone[0] / "torch" / "model.pt2", extra_files=told))
+    assert json.loads(told["kshot.json"])["classes"] == NAMES
 
 
 def test_an_onnx_file_says_what_it_is(alone):
@@ -425,23 +448,22 @@ def lora(tmp_path_factory):
 
 def test_the_command_tries_what_it_wrote_on_the_test_images(lora, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
-        main(["export", str(lora), "--format", "torch", "--images", "60"])
+        main(["export", str(lora), "--format", "merged", "--images", "60"])
     assert end.value.code == 0
     said = capsys.readouterr().out
-    assert f"TextPrompt + LoRA as torch, 11.5 MB: {lora / 'export' / 'torch'}" in said
+    assert f"TextPrompt + LoRA as merged, 13.9 MB: {lora / 'export' / 'merged'}" in said
     assert "On 60 test images of digits, float32: logits differ by at most" in said
     assert "100.00% of the labels are the same. Accuracy" in said
-    report = json.loads((lora / "export" / "torch" / "export.json").read_text())
+    report = json.loads((lora / "export" / "merged" / "export.json").read_text())
     assert report["check"]["accuracy"] == report["check"]["accuracy_of_run"]
-    extra = {"kshot.json": ""}
-    torch.export.load(lora / "export" / "torch" / "model.pt2", extra_files=extra)
-    assert json.loads(extra["kshot.json"])["classes"][0] == "zero"
+    assert report["classes"][0] == "zero"
     before = {file: file.stat().st_mtime_ns for file in lora.rglob("*")}
-    line = refused(capsys, ["export", str(lora), "--format", "torch"])
+    line = refused(capsys, ["export", str(lora), "--format", "merged"])
     assert "exists already, and nothing is overwritten" in line
     assert {file: file.stat().st_mtime_ns for file in lora.rglob("*")} == before
+    words = ["--format", "merged", "--dtype", "float16", "--json", "--images", "60", "--out", str(tmp_path / "o")]
     with pytest.raises(SystemExit):
-        main(["export", str(lora), "--format", "merged", "--dtype", "float16", "--json", "--out", str(tmp_path / "o")])
+        main(["export", str(lora), *words])
     told = json.loads(capsys.readouterr().out)
     assert 1e-7 < told["relative"] < 0.01
 
@@ -449,6 +471,7 @@ def test_the_command_tries_what_it_wrote_on_the_test_images(lora, tmp_path, caps
 def test_onnx_in_8_bits_states_its_accuracy(lora, tmp_path, capsys):
     pytest.importorskip("onnxruntime")
     words = ["export", str(lora), "--format", "onnx", "--dtype", "int8", "--out", str(tmp_path / "int8"), "--json"]
+    words += ["--images", "100"]
     with pytest.raises(SystemExit):
         main(words)
     told = json.loads(capsys.readouterr().out)

@@ -238,7 +238,7 @@ def run_printed(out: str, root: Path) -> dict:
     """Runs the command that import printed, and returns the record of the run."""
     python, script, *arguments = shlex.split(out.strip().splitlines()[-1])
     assert (python, script, arguments[0]) == ("python", "main.py", "test")
-    main([*arguments, "--run.root", str(root)])
+    main([*arguments, "--run.root", str(root), "--trainer.limit_test_batches", "1"])
     (record,) = root.glob("*/*/result.json")
     return json.loads(record.read_text())
 

@@ -1,8 +1,10 @@
 """Imports point one way, and the command line starts without loading torch."""
 
 import ast
+import json
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,7 @@ def part_of(file: Path) -> str:
     return file.relative_to(ROOT).with_suffix("").parts[0]
 
 
+@cache
 def imported(file: Path) -> list[str]:
     """Absolute names of everything a file imports, at whatever depth."""
     names = []
@@ -102,16 +105,51 @@ def test_short_help_loads_no_torch():
     assert "torch" not in modules
 
 
-def test_methods_load_without_the_trainer():
-    modules = loaded_by("import kshot.adapters, kshot.classifiers, kshot.backbones")
-    assert "torch" in modules
-    assert modules & {"lightning", "pytorch_lightning", "jsonargparse"} == set()
+STAGES = """
+import contextlib, gc, json, sys
+from kshot.cli import main
+loaded = {}
+import kshot.adapters, kshot.classifiers, kshot.backbones
+loaded["methods"] = list(sys.modules)
+with contextlib.suppress(SystemExit):
+    main(["fit", "--config", "clip_16shot.yaml", "--print_config"])
+assert gc.isenabled()
+loaded["command"], frozen = list(sys.modules), gc.get_freeze_count()
+main(sys.argv[2:])
+loaded["run"] = list(sys.modules)
+json.dump(loaded | {"frozen": frozen}, open(sys.argv[1], "w"))
+import torchvision, scipy.signal
+from importlib.metadata import version
+assert version("torchvision") != "none"
+import torch
+from torchmetrics.classification import MulticlassCalibrationError
+MulticlassCalibrationError(2)(torch.tensor([[0.1, 0.9]]), torch.tensor([1]))
+"""
 
 
-def test_a_run_loads_no_library_that_it_does_not_need(tmp_path):
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory) -> dict:
+    """What a program has loaded with the methods, with the command line, and after a run."""
+    folder = tmp_path_factory.mktemp("stages")
     command = ["fit", "--config", "clip_16shot.yaml", "--data.shots", "1", "--trainer.max_epochs", "1"]
-    command += ["--trainer.enable_progress_bar", "false", "--run.root", str(tmp_path)]
+    command += ["--trainer.enable_progress_bar", "false", "--run.root", str(folder)]
     command += ["--data.eval_batch_size", "16", "--trainer.limit_test_batches", "1"]
-    modules = loaded_by(f"from kshot.cli import main\nmain({command!r})")
-    assert {"open_clip", "lightning"} <= modules
-    assert modules & {"transformers", "matplotlib", "scipy", "sklearn"} == set()
+    subprocess.run([sys.executable, "-c", STAGES, str(folder / "loaded.json"), *command], check=True, timeout=240)
+    return json.loads((folder / "loaded.json").read_text())
+
+
+def test_methods_load_without_the_trainer(stages):
+    assert "torch" in stages["methods"]
+    assert {"lightning", "pytorch_lightning", "jsonargparse"} & set(stages["methods"]) == set()
+
+
+def test_lightning_loads_without_what_it_would_load_in_vain(stages):
+    """And all of that can be loaded afterwards, as the program does."""
+    assert {"lightning", "torchmetrics", "kshot.commands"} <= set(stages["command"])
+    assert {"transformers", "matplotlib", "scipy", "torchvision"} & set(stages["command"]) == set()
+    assert stages["frozen"] > 100_000, "nobody need search them for garbage"
+
+
+def test_a_run_loads_no_library_that_it_does_not_need(stages):
+    assert {"open_clip", "lightning"} <= set(stages["run"])
+    assert {"transformers", "matplotlib", "scipy", "sklearn"} & set(stages["run"]) == set()

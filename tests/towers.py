@@ -101,6 +101,7 @@ LAYOUTS: dict[str, Layout] = {
     "eva02": vit("eva02_tiny_patch14_224"),
     "eva02_apart": vit("eva02_base_patch14_224"),  # q, k and v are layers of their own
 }
+ONE_BLOCK = {"clip_one_block": clip({"layers": 1}, {"layers": 1}, image_blocks=1)}  # whose programs are dear
 RANDOM_IN_TRAINING = {  # what is random once a tower trains as a whole
     "vit_attn_drop": vit(attn_drop_rate=0.5),
     "vit_proj_drop": vit(proj_drop_rate=0.5),
@@ -252,7 +253,7 @@ def rough(state: dict[str, Tensor]) -> dict[str, Tensor]:
 @cache
 def model_folder(name: str, root: Path) -> Path:
     """Writes a layout's configuration and weights, once."""
-    layout, folder = (LAYOUTS | RANDOM_IN_TRAINING | PUBLISHED)[name], root / f"tiny_{name}"
+    layout, folder = (LAYOUTS | ONE_BLOCK | RANDOM_IN_TRAINING | PUBLISHED)[name], root / f"tiny_{name}"
     folder.mkdir()
     if layout.library == "open_clip":
         import open_clip
@@ -318,7 +319,10 @@ def _original(name: str, root: Path) -> Any:
 def build(name: str) -> Backbone:
     """A backbone of the layout, built as a user builds it."""
     folder = folder_of(name)
-    return OpenClip(str(folder)) if (folder / "open_clip_config.json").exists() else Timm(f"local-dir:{folder}")
+    if (folder / "open_clip_config.json").exists():
+        return OpenClip(str(folder))
+    # a name with DINOv2 gets 224 pixels, which are 784 tokens here; fewer, and still not what its positions are for
+    return Timm(f"local-dir:{folder}", image_size=48 if "dinov2" in name else None)
 
 
 @cache
