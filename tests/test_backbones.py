@@ -405,7 +405,7 @@ class TestTimmDefaults:
         with torch.no_grad():
             expected = towers.encode(reference, "image")
         folder = towers.folder_of(name)
-        assert torch.equal(towers.encode(Timm(f"local-dir:{folder}"), "image"), expected)
+        assert torch.equal(towers.encode(Timm(f"local-dir:{folder}", image_size=48), "image"), expected)
 
 
 def test_open_clip_takes_another_image_size():

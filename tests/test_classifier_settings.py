@@ -1,5 +1,6 @@
 """What classifiers were built with: told in plain data for a checkpoint's header, and refused where it has no sense."""
 
+import copy
 import json
 from functools import partial
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import towers
-from test_classifiers import SENTENCES, TASK, copy_of, exported, made
+from test_classifiers import SENTENCES, TASK, exported, made
 
 from kshot.classifiers import (
     GDA,
@@ -108,7 +109,7 @@ class TestSettings:
             "kind": "torch.float32",
             "rate": 0.1,
         }
-        assert settings_of(own) == settings_of(copy_of(own)) == told
+        assert settings_of(own) == settings_of(copy.deepcopy(own)) == told
         assert settings_of(Bare(towers.backbone(), TASK, "imagenet7")) == {"class": "Bare", "templates": "imagenet7"}
         assert not any(p.is_inference() for p in own.parameters())
 

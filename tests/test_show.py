@@ -61,7 +61,7 @@ def test_the_page_is_of_one_piece(shown):
 def test_its_numbers_are_those_of_the_answers(shown, fitted):
     page, answered, result = shown[0], read(fitted), json.loads((fitted / "result.json").read_text())
     assert page.cells[0] == f"{result['acc']:.1%}"
-    low, high = wilson(int(answered.right.sum()), 539)
+    low, high = wilson(int(answered.right.sum()), len(answered.label))
     assert f"95 % interval {low:.1%} to {high:.1%}" in page.content
     assert page.cells[1] == f"{result['zero_shot_acc']:.1%}"
     before = answered.zero_shot == answered.label
@@ -118,7 +118,7 @@ def test_the_diagram_has_the_bins_of_the_run(shown, fitted):
 
 def test_the_map_has_the_images_and_their_errors(shown, fitted):
     answered = read(fitted)
-    rows = np.unique(np.linspace(0, 538, 60).round().astype(int))
+    rows = np.unique(np.linspace(0, len(answered.label) - 1, 60).round().astype(int))
     root = ElementTree.parse(shown[1] / "feature_map.svg").getroot()
     points = [e for e in root.iter(f"{SVG}circle") if e.find(f"{SVG}title") is not None]
     crosses = list(root.iter(f"{SVG}path"))

@@ -16,6 +16,7 @@ BASE = ("--config", "clip_16shot.yaml")
 QUICK = (  # after the config of the method, which has a number of epochs of its own
     *("--trainer.max_epochs", "2", "--trainer.enable_progress_bar", "false", "--run.save_every", "0"),
     *("--data.shots", "2", "--data.batch_size", "2", "--data.views", "2"),
+    *("--data.eval_batch_size", "64"),  # one batch: which images come first hangs on what was encoded before
 )
 UNCALIBRATED = ("--run.calibrate", "false")  # one composition is enough for what all calibrate by
 LORA = "--model.adapter LoRA --model.adapter.rank 2 --model.adapter.dropout 0.2"
