@@ -12,7 +12,7 @@ import shlex
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from typing import TypeVar
 
@@ -24,10 +24,10 @@ from kshot.choice import Choice, Trial, seconds_of
 from kshot.classifiers import LinearProbe
 from kshot.classifiers.base import closed_form
 from kshot.config import CommandLine, Tree, read_command_line
-from kshot.contenders import ahead_of, first_of, of_closed, shared
+from kshot.contenders import ahead_of, averaged, first_of, of_closed, reason, shared
 from kshot.errors import UserError
 from kshot.features import FeatureStore, place
-from kshot.folds import FOLDS, HeldOut, Judge, divided, joined
+from kshot.folds import FOLDS, HeldOut, Judge, divided, joined, texts_in
 from kshot.forecast import GROWTH, ahead, growth_of, optimism_of
 from kshot.judging import accuracy, log_loss
 from kshot.module import FewShotModule
@@ -89,6 +89,7 @@ class Search:
         self.found: dict[str, HeldOut] = {}
         self.closed: list[str] = []  # what takes no step; of it the forms, which learn from the shots
         self.forms: set[str] = set()
+        self.with_text: set[str] = set()  # what has learnt from texts
         self.soft: set[str] = set()  # what goes on from a closed form while features change under it
         self.whole: list[str] = []  # what was judged by as many steps as its run would take
         self.judges: dict[str, Judge] = {}  # by backbone
@@ -176,6 +177,7 @@ class Search:
                 steps, judge.part = module.takes_steps, SHORT
                 if any(isinstance(part, LinearProbe) and part.starts_softly for part in module.modules()):
                     self.soft.add(trial.words)
+                self.with_text |= {trial.words} if texts_in(module) else set()
                 if not steps:
                     self.closed.append(trial.words)
                     self.forms |= {trial.words} if closed_form(module.classifier) else set()
@@ -287,16 +289,10 @@ class Search:
         if not contenders:
             return Choice(possible[0].words, "nothing else was judged within the budget")
         closed = {words: found for words, found in contenders.items() if words not in self.whole} or contenders
-        leading = ahead_of(contenders, of_closed(closed, SEVERAL_LAYERS), self.whole, self.soft)
+        first = of_closed(closed, SEVERAL_LAYERS)
+        leading = ahead_of(contenders, first, self.whole, set() if first in self.with_text else self.soft)
         words = first_of(leading)
-        logits, label = shared({**closed, **leading})
-        right = torch.stack([each.argmax(-1) == label for each in logits.values()])
-        counts = dict(zip(logits, right.sum(1).tolist(), strict=True))
-        second = max((w for w in counts if w != words), key=lambda w: counts[w], default=None)
-        why = f"{counts[words]} of {len(label)} held-out shots right"
-        why += f" ({second}: {counts[second]})" if second else ""
-        if second and counts[second] > counts[words]:
-            why += ", which is no clear difference"
+        why, right = reason(words, *shared({**closed, **leading}))
         flattered = 0.0 if words == SEVERAL_LAYERS else optimism_of(right)  # which is no choice by its score
         told = ahead(contenders[words], flattered, self.growth(words))
         return Choice(words, why, calibration=told.plain())
@@ -334,8 +330,8 @@ class Search:
         for size in range(2, min(POOLED, len(same)) + 1):
             members = [stated(self.trees[words]["model"]["init_args"]["classifier"]) for words in same[:size]]
             words = f"--config methods/average.yaml {rest}--model.classifier.members {shlex.quote(json.dumps(members))}"
-            logits = torch.stack([judged[each].logits.log_softmax(-1) for each in same[:size]]).logsumexp(0)
-            found[words] = replace(judged[first], logits=logits - math.log(size))
+            found[words] = averaged([judged[each] for each in same[:size]])
+            self.with_text |= {words} if self.with_text.intersection(same[:size]) else set()
         return found
 
     def growth(self, words: str) -> float:
