@@ -16,7 +16,6 @@ BASE = ("--config", "clip_16shot.yaml")
 QUICK = (  # after the config of the method, which has a number of epochs of its own
     *("--trainer.max_epochs", "2", "--trainer.enable_progress_bar", "false", "--run.save_every", "0"),
     *("--data.shots", "2", "--data.batch_size", "2", "--data.views", "2"),
-    *("--data.eval_batch_size", "64"),  # one batch: which images come first hangs on what was encoded before
 )
 UNCALIBRATED = ("--run.calibrate", "false")  # one composition is enough for what all calibrate by
 LORA = "--model.adapter LoRA --model.adapter.rank 2 --model.adapter.dropout 0.2"
@@ -76,4 +75,6 @@ def test_fit_test_and_resume(case, tmp_path, monkeypatch, few_scans):
     assert [name for name in tuned if not torch.equal(tuned[name], resumed[name])] == []
 
     tested = run("test", case, tmp_path / "tested", *few_scans, "--ckpt_path", str(whole / "tuned.safetensors"))
-    assert json.loads((tested / "result.json").read_text())["test_sets"] == result["test_sets"]
+    again, before = (r["test_sets"]["test"] for r in (json.loads((tested / "result.json").read_text()), result))
+    assert again["acc"] == before["acc"]
+    assert again == pytest.approx(before, rel=1e-5)  # which images come first hangs on what was encoded before
