@@ -39,6 +39,16 @@ def keep_what_is_there():
 
 def pytest_collection_finish():
     keep_what_is_there()
+    gc.set_threshold(20_000, 20, 20)  # within a file garbage is looked for rarely, and after each file at once
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+    """What a test that passed has printed, and by which names it is chosen, need not go to the process that counts."""
+    report = yield
+    if report.passed:
+        report.sections, report.keywords = [], {}
+    return report
 
 
 @pytest.fixture(scope="module", autouse=True)

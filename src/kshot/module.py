@@ -137,7 +137,7 @@ class FewShotModule(pl.LightningModule):
     @property
     def takes_steps(self) -> bool:
         """False when the classifier has a closed form, or there is nothing to train."""
-        return not closed_form(self.classifier) and bool(self.trained())
+        return not closed_form(self.classifier) and any(p.requires_grad for p in self.parameters())
 
     @property
     def has_frozen_images(self) -> bool:
