@@ -39,7 +39,7 @@ def keep_what_is_there():
 
 def pytest_collection_finish():
     keep_what_is_there()
-    gc.set_threshold(20_000, 20, 20)  # within a file garbage is looked for rarely, and after each file at once
+    gc.set_threshold(50_000, 20, 20)  # within a file garbage is looked for rarely, and after each file at once
 
 
 @pytest.hookimpl(wrapper=True)

@@ -1,5 +1,6 @@
 """How settings are read and laid over each other, and that a config builds what its places take and runs no code."""
 
+import gc
 import json
 import re
 import subprocess
@@ -25,8 +26,8 @@ from kshot.errors import UserError
 from kshot.layering import check_stored, lay, plain_value
 from kshot.module import FewShotModule
 from kshot.optim import DasslCosine, WarmupCosine, make_schedule
-from kshot.places import Place, arguments_of, imported, named, place_of
-from kshot.settings import settings
+from kshot.places import Place, arguments_of, imported, named, place_of, subclasses
+from kshot.settings import OPTIONS, settings
 
 ROOT = Path(__file__).parents[1]
 FIT = ["fit", "--config", "clip_16shot.yaml"]
@@ -388,6 +389,19 @@ def test_settings_of_a_class_alone_start_from_the_default_class(capsys):
     assert in_model(tree, "schedule")["init_args"] == {"warmup_epochs": 1, "warmup_lr": 1.0}
     line = refused(capsys, ["fit", "--model.adapter.rank", "3"])
     assert "model.adapter needs a class first" in line
+
+
+@pytest.mark.parametrize("name", ["Mine", "FewShotModule"])
+def test_a_subclass_that_is_loaded_takes_no_name_from_its_base(name):
+    """A user's own, or one of the classes that torch.export makes, which have the names of those that they follow."""
+    made = type(name, (FewShotModule,), {"__module__": FewShotModule.__module__, "__init__": lambda self, *_: None})
+    line = read_command_line(["fit", "--config", "clip_16shot.yaml"], list(OPTIONS))
+    assert settings(line)[1]["model"]["class_path"] == "kshot.module.FewShotModule"
+    assert subclasses([FewShotModule])["FewShotModule"] is FewShotModule
+    assert ("Mine" in subclasses([FewShotModule])) == (made.__name__ == "Mine")
+    del made
+    gc.collect()  # no other test meets it
+    assert list(subclasses([FewShotModule])) == ["FewShotModule"]
 
 
 def test_words_for_text_stay_as_given(capsys):

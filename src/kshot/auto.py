@@ -53,6 +53,7 @@ CANDIDATES = (  # in order of cost; of equals the first is taken
     "--config methods/lora.yaml",
     "--config methods/lora.yaml --model.optimizer.lr 5e-4",
     "--config methods/lora.yaml --model.classifier LinearProbe --model.backbone.features last4+mean",
+    "--config methods/randlora.yaml",
 )
 CHOOSING = ("budget", "candidates", "search")  # options that a chosen run has no more
 SHORT = 4  # the first round of training takes this part of the steps

@@ -155,17 +155,25 @@ def loaded(point: EntryPoint) -> Any:
 
 
 def subclasses(bases: Sequence[type]) -> dict[str, type]:
-    """Classes of these kinds that are loaded and can be built, by name; kshot's own come before another's namesake."""
+    """Classes of these kinds that are loaded and can be built, by name; kshot's own come before another's namesake.
+
+    Such as those that torch.export makes of every module that it follows, with the name and the module of its class.
+    """
     found: dict[str, type] = {}
     family = list(bases)
     for each in family:
         children: list[type] = each.__subclasses__()
         family += children  # while it is walked
-        name, library = each.__name__, each.__module__.partition(".")[0]
-        hidden = inspect.isabstract(each) or (each in bases and children) or name.startswith("_")
-        if not hidden and (name not in found or (library == "kshot" and "<locals>" not in each.__qualname__)):
+        name, own = each.__name__, each.__module__.partition(".")[0] == "kshot" and is_there(each)
+        hidden = inspect.isabstract(each) or (each in bases and children and not own) or name.startswith("_")
+        if not hidden and (name not in found or own):
             found[name] = each
     return found
+
+
+def is_there(target: type) -> bool:
+    """Whether a class is what its module has under its name."""
+    return getattr(sys.modules.get(target.__module__), target.__qualname__, None) is target
 
 
 def public_path(target: type) -> str:
