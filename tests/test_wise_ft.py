@@ -7,7 +7,7 @@ import pytest
 import torch
 import towers
 from cases import FEW, FIRST_CASES, METHODS, SLOT_CASES, adapted, layers_of, loss_of, merged, perturb, plain, trained
-from command_line import fit, refused, run_test
+from command_line import assert_same_figures, fit, refused, run_test
 
 from kshot.adapters import FullTuning, HydraLoRA, LoRA
 from kshot.adapters.base import Adapter
@@ -214,12 +214,12 @@ def test_a_run_says_so_and_its_file_holds_what_was_trained(tmp_path, capsys):
     results = [json.loads((run / "result.json").read_text()) for run in (whole, half)]
     assert [r["adapter"]["wise_alpha"] for r in results] == [1.0, 0.5]
     assert results[0]["ece"] != results[1]["ece"], "or the test says nothing"
-    assert run_test(half, tmp_path / "again")["test_sets"] == results[1]["test_sets"]
+    assert_same_figures(run_test(half, tmp_path / "again"), results[1])
     words = ["test", "--config", str(whole / "config.yaml"), "--ckpt_path", str(whole / "tuned.safetensors")]
     with pytest.warns(UserWarning, match=r"evaluated at wise_alpha 1\.0, and this one does at 0\.5"):
         main([*words, "--model.adapter.wise_alpha", "0.5", "--run.root", str(tmp_path / "other")])
     (tested,) = (tmp_path / "other").glob("*/*/result.json")
-    assert json.loads(tested.read_text())["test_sets"] == results[1]["test_sets"]
+    assert_same_figures(json.loads(tested.read_text()), results[1])
 
 
 def test_what_is_chosen_after_training_is_chosen_as_evaluation_runs(monkeypatch):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 import towers
 from cases import perturb
-from command_line import FIT, QUICK, UNTESTED, cut_fit, fit, refused, run_test
+from command_line import FIT, QUICK, UNTESTED, assert_same_figures, cut_fit, fit, refused, run_test
 from lightning.pytorch.strategies import DDPStrategy
 from safetensors.torch import load_file
 from torch.optim.lr_scheduler import CosineAnnealingLR
@@ -272,4 +272,4 @@ def test_base_to_new_and_its_file(tmp_path):
     saved = load_file(directory / "tuned.safetensors")
     assert saved["classifier.head"].shape == (5, 128)
     assert result["trainable_parameters"] == sum(t.numel() for t in saved.values())
-    assert run_test(directory, tmp_path / "again")["test_sets"] == result["test_sets"]
+    assert_same_figures(run_test(directory, tmp_path / "again"), result)
