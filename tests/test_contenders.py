@@ -60,6 +60,16 @@ def test_what_goes_on_from_a_closed_form_stays_ahead_unless_it_falls_behind(sear
     assert choice.why.endswith("which is no clear difference") is (chosen == "steps")
 
 
+@pytest.mark.parametrize(("right", "chosen"), [(6, "steps"), (2, "text")])
+def test_it_stays_ahead_of_what_else_trains_as_well(search, right, chosen):
+    """On the ten images by which both are judged, something that trains with texts is right about nine."""
+    search.trials.append(Trial("text"))
+    search.found |= {"steps": held_out(list(range(1, 1 + right)), FEW), "text": held_out(list(range(1, 10)), FEW)}
+    search.found["good"] = held_out(list(range(20, IMAGES)), IMAGES)
+    search.closed, search.whole, search.soft = ["good"], ["steps", "text"], {"steps"}
+    assert search.best().words == chosen
+
+
 @pytest.mark.parametrize(("wins", "losses", "images"), [(0, 1, 20), (3, 6, 60), (9, 9, 40), (0, 4, 12), (20, 26, 700)])
 def test_falling_behind_is_a_negative_mean_of_what_is_believed_in_the_end(wins, losses, images):
     """Of two normal estimates of a lead, the mean weighted by their precisions."""

@@ -70,16 +70,20 @@ def of_closed(closed: Contenders, stays: str) -> str:
 def ahead_of(contenders: Contenders, closed: str, trained: Container[str], soft: Container[str]) -> Contenders:
     """What trains and is ahead of the best of what does not, on images held out of both; or that, if nothing is.
 
-    What goes on from a closed form while features change under it (``soft``) is ahead unless it :func:`falls_behind`:
-    few images judge badly.
+    What goes on from a closed form while features change under it (``soft``) is ahead unless it :func:`falls_behind`,
+    also of what else trains: few images judge badly.
     """
     best = contenders[closed]
     pairs = {words: {closed: best, words: found} for words, found in contenders.items() if words in trained}
-    return {
+    ahead = {
         words: contenders[words]
         for words, pair in pairs.items()
         if first_of(pair) == words or (words in soft and not falls_behind(pair, words, closed))
-    } or {closed: best}
+    }
+    of_soft = {words: found for words, found in ahead.items() if words in soft}
+    if of_soft and not falls_behind(ahead, first_of(of_soft), first_of(ahead)):
+        return of_soft
+    return ahead or {closed: best}
 
 
 def reason(words: str, logits: Mapping[str, Tensor], label: Tensor) -> tuple[str, Tensor]:
