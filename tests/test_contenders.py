@@ -74,7 +74,7 @@ def test_it_stays_ahead_of_what_else_trains_as_well(search, right, chosen):
 def test_falling_behind_is_a_negative_mean_of_what_is_believed_in_the_end(wins, losses, images):
     """Of two normal estimates of a lead, the mean weighted by their precisions."""
     ours, theirs = held_out(list(range(wins)), images), held_out(list(range(wins, wins + losses)), images)
-    measured, variance = (wins - losses) / images, (wins + losses) / images**2
+    measured, variance = (wins - losses) / (images + 2), (wins + losses + 1) / (images + 2) ** 2
     mean = np.average([LEAD, measured], weights=[SPREAD**-2, 1 / variance])
     assert falls_behind({"a": ours, "b": theirs}, "a", "b") is bool(mean < 0)
 
