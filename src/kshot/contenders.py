@@ -53,9 +53,9 @@ def clearly(contenders: Contenders, words: str, other: str) -> bool:
 def falls_behind(contenders: Contenders, words: str, other: str) -> bool:
     """Whether a contender is behind another one, after all that held-out images say against what is known before.
 
-    Its lead in accuracy is taken for normal, :data:`LEAD` ± :data:`SPREAD` before; n images add ``(b - c) / (n + 2)``
-    with the variance ``(b + c + 1) / (n + 2)²``, half an image in each cell of the table of both (Agresti and Min 2005). More
-    than two standard deviations are no chance, whatever was known.
+    Its lead in accuracy is taken for normal, :data:`LEAD` ± :data:`SPREAD` before. n images add ``(b - c) / (n + 2)``
+    with the variance ``(b + c + 1) / (n + 2)²``: half an image stands in each cell of the table of both (Agresti and
+    Min 2005). More than two standard deviations are no chance, whatever was known.
     """
     alone, beaten, images = apart(contenders, words, other)
     believed = (images + 2) * (beaten - alone) > LEAD / SPREAD**2 * (alone + beaten + 1)
