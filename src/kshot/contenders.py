@@ -13,10 +13,7 @@ from kshot.folds import HeldOut
 from kshot.judging import best_of
 
 Contenders = Mapping[str, HeldOut]  # by words
-LEAD, SPREAD = (
-    0.03,
-    0.04,
-)  # of what goes on from a closed form over all of these without text, on docs/choosing.md's data
+LEAD, SPREAD = 0.03, 0.04  # of what goes on from a closed form, over those without text: docs/choosing.md
 
 
 def shared(contenders: Contenders) -> tuple[dict[str, Tensor], Tensor]:
